@@ -1,0 +1,1 @@
+"""The torch room: the model, its checkpoints, and the step from checkpoint to fp32 bundle."""

@@ -1,0 +1,74 @@
+"""Run sessions over image files: paths in, logits out, in the order given.
+
+Decodes in worker threads while the sessions run, and keeps no more than a few batches in memory. Knows no labels.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from chexnet_deploy.images import read_image
+from chexnet_deploy.preprocessing import Pixels, Preprocessing
+from chexnet_deploy.sessions import Logits, Session
+
+READERS = 2  # Pillow decodes without the GIL; more threads than this wait for the session on small machines
+BATCH_SIZE = 16
+
+
+def iter_pixels(paths: Iterable[Path], preprocessing: Preprocessing) -> Iterator[Pixels]:
+    """Yield uint8 [1, 1, S, S] for each file, in order, decoding a little ahead.
+
+    Raises:
+        ImageError: a file can't be read without guessing.
+    """
+    remaining = iter(paths)
+    with ThreadPoolExecutor(READERS) as pool:
+
+        def submit(path: Path) -> Future[Pixels]:
+            return pool.submit(lambda: preprocessing(read_image(path)))
+
+        pending = deque(submit(path) for path in islice(remaining, 2 * BATCH_SIZE))
+        while pending:
+            yield pending.popleft().result()
+            pending.extend(submit(path) for path in islice(remaining, 1))
+
+
+def iter_batches(pixels: Iterable[Pixels], batch_size: int = BATCH_SIZE) -> Iterator[Pixels]:
+    """Yield uint8 [N, 1, S, S] with N = batch_size, the last one smaller."""
+    remaining = iter(pixels)
+    while batch := list(islice(remaining, batch_size)):
+        yield np.concatenate(batch)
+
+
+def score_files(
+    sessions: Mapping[str, Session],
+    paths: Sequence[Path],
+    preprocessing: Preprocessing,
+    *,
+    on_images: Callable[[int], None] | None = None,
+) -> dict[str, Logits]:
+    """Return each session's logits [N, C] for the files; every file is decoded once for all sessions.
+
+    Args:
+        sessions: by name; all take the same pixels.
+        paths: image files.
+        preprocessing: from the manifest.
+        on_images: called after each batch with the images done.
+
+    Raises:
+        ImageError: a file can't be read without guessing.
+        SessionError: a session refused or failed.
+    """
+    collected: dict[str, list[Logits]] = {name: [] for name in sessions}
+    done = 0
+    for batch in iter_batches(iter_pixels(paths, preprocessing)):
+        for name, session in sessions.items():
+            collected[name].append(session.run(batch)[0])
+        done += len(batch)
+        if on_images is not None:
+            on_images(done)
+    return {name: np.concatenate(logits) for name, logits in collected.items()}

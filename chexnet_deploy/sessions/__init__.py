@@ -1,0 +1,62 @@
+"""Open a bundle on a backend. This is the only place that picks one, and it proves the answer before it hands it out."""
+
+import numpy as np
+
+from chexnet_deploy.bundle import Bundle
+from chexnet_deploy.errors import MissingPackageError, SessionError
+from chexnet_deploy.sessions.base import Logits, Maps, Session
+
+__all__ = ["Logits", "Maps", "Session", "check_known_answers", "open_session"]
+
+N_STARTUP_PROBES = 4  # enough to catch a wrong file or backend, few enough for a scanner's start-up
+# What two machines may differ by beyond the error measured when the bundle was kept: other instruction sets round
+# other ways. Fp32 logits of the same graph differ by about 1e-5 between AVX2 and AVX-512.
+LOGIT_SLACK = 2e-3
+CAM_IDENTITY_TOLERANCE = 1e-4
+
+
+def open_session(bundle: Bundle, *, threads: int | None = None) -> Session:
+    """Load a bundle on the backend it was made for and check its known answers.
+
+    Args:
+        bundle: verified.
+        threads: CPU threads for one call; None takes all cores.
+
+    Raises:
+        MissingPackageError: the backend is not installed.
+        SessionError: the backend refuses the model, or answers otherwise than when the bundle was made.
+    """
+    if bundle.manifest.target is not None:
+        raise SessionError(f"{bundle.path} is a TensorRT plan; this version runs ONNX bundles. Open {bundle.path}'s parent.")
+    try:
+        from chexnet_deploy.sessions.ort import OrtSession
+    except ModuleNotFoundError as err:
+        raise MissingPackageError("onnxruntime is not installed. Run: pip install 'chexnet-deploy[cpu]'") from err
+    session = OrtSession.open(bundle, threads=threads)
+    check_known_answers(session, bundle, n_probes=N_STARTUP_PROBES)
+    return session
+
+
+def check_known_answers(session: Session, bundle: Bundle, *, n_probes: int) -> float:
+    """Run the first probes and return the largest |logit difference| to the fp32 model's answers.
+
+    Raises:
+        SessionError: the answers differ by more than when the bundle was kept, or maps and logits disagree.
+    """
+    manifest, probe = bundle.manifest, bundle.read_probe()
+    logits, maps = session.run(probe.pixels[:n_probes])
+    if logits.shape != probe.logits[:n_probes].shape or maps.shape != probe.cam[:n_probes].shape:
+        raise SessionError(f"{bundle.path}: the model answers {logits.shape} and {maps.shape}, not as its manifest says.")
+    error = float(np.abs(logits - probe.logits[:n_probes]).max())
+    # Twice, because int8 rounds to another step when fp32 sums differ in the last bit.
+    allowed = 2.0 * manifest.probe_max_abs_logit_error + LOGIT_SLACK
+    if error > allowed:
+        raise SessionError(
+            f"{bundle.path}: known answers differ by {error:.4f} logits, {allowed:.4f} is allowed. "
+            f"This backend does not run this model as it was proven; don't use it here. Run: chexnet-deploy doctor"
+        )
+    from_maps = maps.mean(axis=(2, 3), dtype=np.float64) + np.asarray(manifest.head_bias)
+    gap = float((np.abs(from_maps - logits) / np.maximum(1.0, np.abs(logits))).max())
+    if gap > CAM_IDENTITY_TOLERANCE:
+        raise SessionError(f"{bundle.path}: maps and logits disagree by {gap:.1e}, 1e-4 is allowed. Export it again.")
+    return error

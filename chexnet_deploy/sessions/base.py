@@ -1,0 +1,61 @@
+"""What every backend offers: pixels in, logits and activation maps out."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chexnet_deploy.errors import SessionError
+from chexnet_deploy.preprocessing import Pixels
+
+Logits = NDArray[np.float32]  # [N, C], C in manifest order; no sigmoid in any graph
+Maps = NDArray[np.float32]  # [N, C, S/32, S/32], class activation maps; mean over space + bias = logits
+
+
+class Session(Protocol):
+    """One loaded model on one backend."""
+
+    batch_range: tuple[int, int]
+
+    def run(self, pixels: Pixels) -> tuple[Logits, Maps]:
+        """Return logits and maps of uint8 pixels [N, 1, S, S].
+
+        Raises:
+            SessionError: wrong type or shape, N outside batch_range, or an answer that is not finite.
+        """
+        ...
+
+    def conv_types(self) -> Mapping[str, int]:
+        """Return how many convolutions really run in each type, e.g. {"float32": 121}; read from the backend."""
+        ...
+
+    def close(self) -> None:
+        """Free the model; a closed session refuses to run."""
+        ...
+
+
+def check_pixels(pixels: Pixels, resize_px: int, batch_range: tuple[int, int]) -> None:
+    """Refuse what the graph can't take, before a backend sees it.
+
+    Raises:
+        SessionError: says what was given and what is needed.
+    """
+    low, high = batch_range
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1:] != (1, resize_px, resize_px):
+        raise SessionError(
+            f"got {pixels.dtype} {list(pixels.shape)}, needed uint8 [N, 1, {resize_px}, {resize_px}]. "
+            f"Make pixels with the manifest's Preprocessing."
+        )
+    if not low <= pixels.shape[0] <= high:
+        raise SessionError(f"got a batch of {pixels.shape[0]}, this session takes {low} to {high}. Split the batch.")
+
+
+def check_finite(logits: Logits, maps: Maps) -> None:
+    """Refuse an answer that holds NaN or infinity: it would compare as "absent" with every threshold.
+
+    Raises:
+        SessionError: an answer is not finite.
+    """
+    if not (np.isfinite(logits).all() and np.isfinite(maps).all()):
+        raise SessionError("the model answered with NaN or infinity. Don't use this bundle; build it again.")

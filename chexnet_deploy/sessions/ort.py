@@ -1,0 +1,94 @@
+"""A Session on ONNX Runtime's CPU provider: the fp32 reference everywhere, and a backend for boxes without a GPU."""
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from chexnet_deploy.bundle import Bundle
+from chexnet_deploy.errors import SessionError
+from chexnet_deploy.preprocessing import Pixels
+from chexnet_deploy.sessions.base import Logits, Maps, check_finite, check_pixels
+
+PROVIDERS = ["CPUExecutionProvider"]
+MAX_BATCH = 256  # 256 x 224 x 224 takes about 3 GB of activations; nobody gains from more on a CPU
+_LOG_ERRORS_ONLY = 3
+_TYPE_NAMES = {"float": "float32", "float16": "float16", "int8": "int8", "uint8": "int8"}
+
+
+class OrtSession:
+    """One ONNX model in ONNX Runtime. Safe to call from several threads at once (InferenceSession.run is).
+
+    Args:
+        model: the ONNX file's bytes.
+        resize_px: side S of the pixels it takes.
+        threads: threads for one call; None lets ONNX Runtime take all cores.
+
+    Raises:
+        SessionError: ONNX Runtime refuses the model.
+    """
+
+    def __init__(self, model: bytes, resize_px: int, *, threads: int | None = None) -> None:
+        self.batch_range = (1, MAX_BATCH)
+        self._model = model
+        self._resize_px = resize_px
+        self._session: Any = _load(model, _options(threads))
+
+    @classmethod
+    def open(cls, bundle: Bundle, *, threads: int | None = None) -> "OrtSession":
+        """Load a bundle's model."""
+        return cls(bundle.read_model(), bundle.manifest.preprocessing.resize_px, threads=threads)
+
+    def run(self, pixels: Pixels) -> tuple[Logits, Maps]:
+        """Return logits and maps of uint8 pixels [N, 1, S, S]; see Session.run."""
+        if self._session is None:
+            raise SessionError("this session is closed. Open the bundle again.")
+        check_pixels(pixels, self._resize_px, self.batch_range)
+        try:
+            logits, maps = self._session.run(["logits", "cam"], {"pixels": pixels})
+        except Exception as err:  # noqa: BLE001 - onnxruntime raises bare RuntimeErrors and its own unrelated types
+            raise SessionError(f"ONNX Runtime failed on a batch of {pixels.shape[0]}: {err}") from err
+        check_finite(logits, maps)
+        return logits, maps
+
+    def conv_types(self) -> Mapping[str, int]:
+        """Return how many convolutions ONNX Runtime runs in each type, read from its own profile of one run."""
+        with tempfile.TemporaryDirectory() as folder:
+            options = _options(1)
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(folder) / "profile")
+            session = _load(self._model, options)
+            session.run(None, {"pixels": np.zeros((1, 1, self._resize_px, self._resize_px), np.uint8)})
+            events = json.loads(Path(session.end_profiling()).read_text())
+        counts: Counter[str] = Counter()
+        for event in events:
+            arguments = event.get("args", {})
+            if event.get("cat") == "Node" and "Conv" in arguments.get("op_name", ""):
+                (input_type, _shape), *_ = arguments["input_type_shape"][0].items()
+                counts[_TYPE_NAMES.get(input_type, input_type)] += 1
+        return dict(counts)
+
+    def close(self) -> None:
+        """Free the model."""
+        self._session = None
+        self._model = b""
+
+
+def _options(threads: int | None) -> Any:
+    options = ort.SessionOptions()
+    options.log_severity_level = _LOG_ERRORS_ONLY
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    return options
+
+
+def _load(model: bytes, options: Any) -> Any:
+    try:
+        return ort.InferenceSession(model, options, providers=PROVIDERS)
+    except Exception as err:  # noqa: BLE001 - see run
+        raise SessionError(f"ONNX Runtime {ort.__version__} refuses this model: {err}") from err

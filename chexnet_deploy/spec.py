@@ -1,0 +1,136 @@
+"""What an engine must be and what it must pass, read from engines/*.toml.
+
+A spec is written before anything is measured: margins chosen after looking at results prove nothing.
+"""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from chexnet_deploy.bundle import Precision
+from chexnet_deploy.errors import SpecError
+from chexnet_deploy.findings import FINDINGS
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # the same parser, before it moved into the standard library
+    import tomli as tomllib
+
+_PACKAGE = Path(__file__).parent
+# In the wheel the specs lie inside the package; in a checkout beside it.
+SPEC_FOLDERS = (_PACKAGE / "engines", _PACKAGE.parent / "engines")
+
+Positive = Annotated[float, Field(gt=0.0)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class BatchProfile(_Record):
+    """The batch sizes an engine takes: smallest, the one it is tuned for, largest."""
+
+    min: Annotated[int, Field(ge=1)] = 1
+    opt: Annotated[int, Field(ge=1)] = 1
+    max: Annotated[int, Field(ge=1)] = 16
+
+    @model_validator(mode="after")
+    def _is_ordered(self) -> "BatchProfile":
+        if not self.min <= self.opt <= self.max:
+            raise ValueError(f"need min <= opt <= max, got {self.min}, {self.opt}, {self.max}")
+        return self
+
+
+class LatencyGate(_Record):
+    """Limits for batch 1, on the machine the spec was measured on."""
+
+    p50_ms: Positive
+    p99_ms: Positive
+
+
+class Gate(_Record):
+    """What a candidate must pass beside the fp32 model it came from.
+
+    Attributes:
+        auroc_margin: how much AUROC a finding may lose; per finding, `default` for the rest.
+        min_positive_patients: a finding with fewer is not assessable.
+        max_abs_probability_difference: on every image and finding.
+        p999_abs_probability_difference: 99.9 % quantile over images and findings.
+        latency: limits, "unproven" where nobody has measured this target yet (the verdict is then INCONCLUSIVE), or
+            "not gated" for specs that promise no speed.
+    """
+
+    auroc_margin: dict[str, Annotated[float, Field(gt=0.0, le=0.5)]]
+    min_positive_patients: Annotated[int, Field(ge=1)] = 20
+    max_abs_probability_difference: Annotated[float, Field(gt=0.0, le=1.0)]
+    p999_abs_probability_difference: Annotated[float, Field(gt=0.0, le=1.0)]
+    latency: LatencyGate | Literal["unproven", "not gated"]
+
+    @model_validator(mode="after")
+    def _names_known_findings(self) -> "Gate":
+        unknown = sorted(set(self.auroc_margin) - {"default", *FINDINGS})
+        if unknown or "default" not in self.auroc_margin:
+            raise ValueError(f"auroc_margin needs `default` and known findings; unknown: {unknown}")
+        return self
+
+    def margin_of(self, finding: str) -> float:
+        """Return how much AUROC this finding may lose."""
+        return self.auroc_margin.get(finding, self.auroc_margin["default"])
+
+
+class EngineSpec(_Record):
+    """One engine as promised: precision, batch sizes and the gate it must pass."""
+
+    description: str
+    precision: Precision
+    batch: BatchProfile = BatchProfile()
+    gate: Gate
+
+
+def spec_names() -> list[str]:
+    """Return the names of the specs that come with the package."""
+    return sorted(file.stem for folder in SPEC_FOLDERS if folder.is_dir() for file in folder.glob("*.toml"))
+
+
+def read_spec(name_or_path: str) -> EngineSpec:
+    """Read a spec by the name of one that comes with the package, or by path.
+
+    Raises:
+        SpecError: no such spec, not TOML, or a field is unknown, missing or out of range.
+    """
+    if name_or_path.endswith(".toml"):
+        return _parse(Path(name_or_path))
+    for folder in SPEC_FOLDERS:
+        if (folder / f"{name_or_path}.toml").is_file():
+            return _parse(folder / f"{name_or_path}.toml")
+    raise SpecError(f"no spec named {name_or_path!r}. There are {', '.join(spec_names())}; or give a path to a .toml.")
+
+
+def read_toml(path: Path) -> Mapping[str, object]:
+    """Read a TOML file.
+
+    Raises:
+        SpecError: missing, unreadable or not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as err:
+        raise SpecError(f"{path} can't be read: {err.strerror}.") from err
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
+        raise SpecError(f"{path} is not TOML: {err}.") from err
+
+
+def describe(err: ValidationError) -> str:
+    """Return pydantic's first complaint as `field: reason`."""
+    first = err.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}"
+
+
+def _parse(path: Path) -> EngineSpec:
+    try:
+        return EngineSpec.model_validate(read_toml(path))
+    except ValidationError as err:
+        raise SpecError(f"{path}: {describe(err)}. See engines/README.md for the fields.") from err
