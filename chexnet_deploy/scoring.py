@@ -1,22 +1,66 @@
 """Run sessions over image files: paths in, logits out, in the order given.
 
-Decodes in worker threads while the sessions run, and keeps no more than a few batches in memory. Knows no labels.
+Decodes in worker threads while the sessions run, and keeps no more than a few batches in memory. Carries labels beside
+the paths, but computes no statistics.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
+from chexnet_deploy.chestxray14 import Radiograph, truth
+from chexnet_deploy.errors import DatasetError
+from chexnet_deploy.findings import FINDINGS
 from chexnet_deploy.images import read_image
 from chexnet_deploy.preprocessing import Pixels, Preprocessing
 from chexnet_deploy.sessions import Logits, Session
 
 READERS = 2  # Pillow decodes without the GIL; more threads than this wait for the session on small machines
 BATCH_SIZE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledImages:
+    """Image files with what the tables say of them.
+
+    Attributes:
+        names: [N] image names.
+        paths: [N] files.
+        truth: [N, C] True where the finding is present, C in the order asked for.
+        patients: [N] patient numbers.
+    """
+
+    names: tuple[str, ...]
+    paths: tuple[Path, ...]
+    truth: NDArray[np.bool_]
+    patients: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, radiographs: Sequence[Radiograph], findings: Sequence[str]) -> "LabelledImages":
+        """Take radiographs that are on disk, with the truth's columns in a manifest's order.
+
+        Raises:
+            DatasetError: there are none, one is not on disk, or the tables don't know a finding.
+        """
+        unknown = sorted(set(findings) - set(FINDINGS))
+        if unknown:
+            raise DatasetError(f"the model names {', '.join(unknown)}, which ChestX-ray14 does not label.")
+        paths = [radiograph.path for radiograph in radiographs if radiograph.path is not None]
+        if not paths or len(paths) < len(radiographs):
+            raise DatasetError(f"{len(paths)} of {len(radiographs)} labelled images are on disk; needed all, and at least one.")
+        columns = [FINDINGS.index(finding) for finding in findings]
+        return cls(
+            tuple(radiograph.image for radiograph in radiographs),
+            tuple(paths),
+            truth(radiographs)[:, columns],
+            np.array([radiograph.patient for radiograph in radiographs], np.int64),
+        )
 
 
 def iter_pixels(paths: Iterable[Path], preprocessing: Preprocessing) -> Iterator[Pixels]:

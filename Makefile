@@ -1,0 +1,37 @@
+# `make demo` and `make test` do all set-up themselves. PYTHON may be any CPython from 3.10.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# torch pinned in pyproject.toml; on a machine without a GPU, PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# saves several GB of CUDA.
+PIP_FLAGS ?=
+
+.PHONY: demo test lint real soak clean
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -e ".[dev]"
+	touch $(STAMP)
+
+demo: $(STAMP)  ## phantom data -> trained model -> fp32, fp16, int8 bundles -> report
+	$(BIN)/python -m training.demo
+
+test: $(STAMP) lint  ## everything that must pass
+	$(BIN)/python -m pytest -q
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+real: $(STAMP)  ## the chain on real radiographs; CHEXNET_CHESTXRAY14 names their folder
+	$(BIN)/python -m benchmarks.real
+
+soak: $(STAMP)  ## the long checks in full, with JSON in benchmarks/results
+	$(BIN)/python -m benchmarks.soak
+
+clean:
+	rm -rf $(VENV) demo

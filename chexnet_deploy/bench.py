@@ -1,0 +1,343 @@
+"""Prove an engine on this machine: parity with the fp32 model it came from, and latency, in one report with one verdict.
+
+Draws no pages: see report.py. A speed is never reported without the accuracy of the same artefact beside it.
+"""
+
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from chexnet_deploy.bundle import Bundle, Precision
+from chexnet_deploy.errors import BundleError, SpecError
+from chexnet_deploy.latency import LatencyReport, measure_latency
+from chexnet_deploy.parity import ParityReport, Verdict, compare
+from chexnet_deploy.probe import N_PROBES
+from chexnet_deploy.scoring import LabelledImages, score_files
+from chexnet_deploy.sessions import Logits, Session, check_known_answers, open_session
+from chexnet_deploy.spec import EngineSpec, LatencyGate
+
+REFERENCE = "reference"
+_TYPES = {Precision.FP32: "float32", Precision.FP16: "float16", Precision.INT8: "int8"}
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Machine(_Record):
+    """Where the figures were measured."""
+
+    processor: str
+    cores: int
+    system: str
+    packages: dict[str, str]
+
+
+class EngineResult(_Record):
+    """One engine.
+
+    Attributes:
+        conv_types: convolutions by the type they really ran in.
+        is_emulated: fewer than half of them ran in the engine's own precision, so its speed says nothing of that precision.
+        known_answer_error: largest |logit difference| to the fp32 model on all 32 probes.
+        parity: None where no labelled images were given; the verdict is then never PASS.
+    """
+
+    name: str
+    bundle_id: str
+    model_sha256: str
+    precision: Precision
+    dialect: str
+    conv_types: dict[str, int]
+    is_emulated: bool
+    known_answer_error: float
+    parity: ParityReport | None
+    single_stream: LatencyReport
+    offline: LatencyReport
+    verdict: Verdict
+    reasons: tuple[str, ...]
+
+
+class BenchReport(_Record):
+    """All engines of one run, measured in turns on one machine."""
+
+    schema_version: int = 1
+    machine: Machine
+    data: str
+    threads: int | None
+    reference_id: str
+    findings: tuple[str, ...]
+    engines: tuple[EngineResult, ...]
+
+    @property
+    def verdict(self) -> Verdict:
+        """The worst of the engines'."""
+        verdicts = {engine.verdict for engine in self.engines}
+        return "FAIL" if "FAIL" in verdicts else "INCONCLUSIVE" if "INCONCLUSIVE" in verdicts else "PASS"
+
+
+@dataclass(frozen=True, slots=True)
+class BenchRun:
+    """A report with the scores it was made from; `logits` are by engine name, beside "reference"."""
+
+    report: BenchReport
+    images: LabelledImages | None
+    logits: Mapping[str, Logits]
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How long to measure: rounds and seconds at the least, for each scenario and engine."""
+
+    min_runs: int = 50
+    min_duration_s: float = 3.0
+
+
+def find_reference(engine: Bundle) -> Bundle:
+    """Return the fp32 bundle an engine came from: itself, or the one beside it whose id its ancestry names.
+
+    Raises:
+        BundleError: none lies beside it.
+    """
+    if not engine.manifest.ancestors:
+        return engine
+    wanted = engine.manifest.ancestors[0]
+    for folder in sorted(engine.path.resolve().parent.iterdir()):
+        if (folder / "manifest.json").is_file():
+            bundle = Bundle.open(folder)
+            if bundle.id == wanted:
+                return bundle
+    raise BundleError(
+        f"the fp32 bundle that {engine.path} came from (id {wanted[:12]}…) does not lie beside it. Give it by --reference."
+    )
+
+
+def run_bench(
+    engines: Sequence[tuple[Bundle, EngineSpec]],
+    reference: Bundle,
+    images: LabelledImages | None,
+    *,
+    data: str,
+    effort: Effort,
+    threads: int | None = None,
+    on_phase: Callable[[str, int, int], None] | None = None,
+) -> BenchRun:
+    """Measure engines beside their reference and judge each by its spec.
+
+    Args:
+        engines: each with the spec it must pass.
+        reference: their fp32 ancestor.
+        images: labelled images, or None to measure speed alone.
+        data: what the images are, for the report.
+        effort: how long to measure.
+        threads: CPU threads for one call; None takes all cores.
+        on_phase: called with the phase's name, what is done and of how much.
+
+    Raises:
+        BundleError: the reference is not an engine's ancestor.
+        SpecError: a spec is for another precision.
+        SessionError: an engine refuses to run here, or answers otherwise than when it was proven.
+    """
+    for bundle, spec in engines:
+        if reference.id not in (bundle.id, *bundle.manifest.ancestors):
+            raise BundleError(f"{reference.path} is not in the ancestry of {bundle.path}: comparing them would prove nothing.")
+        if spec.precision is not bundle.manifest.precision:
+            raise SpecError(
+                f"the spec is for {spec.precision.value}, but {bundle.path} is {bundle.manifest.precision.value}. "
+                f"Give the spec of that precision."
+            )
+    names = _distinct_names([bundle for bundle, _ in engines])
+    sessions: dict[str, Session] = {REFERENCE: open_session(reference, threads=threads)}
+    for name, (bundle, _) in zip(names, engines, strict=True):
+        sessions[name] = open_session(bundle, threads=threads)
+    try:
+        logits = _score(sessions, reference, images, on_phase)
+        speed = _measure({name: sessions[name] for name in names}, reference, engines, effort, on_phase)
+        results = tuple(
+            _judge(name, bundle, spec, sessions[name], logits, images, speed[name])
+            for name, (bundle, spec) in zip(names, engines, strict=True)
+        )
+    finally:
+        for session in sessions.values():
+            session.close()
+    report = BenchReport(
+        machine=describe_machine(),
+        data=data,
+        threads=threads,
+        reference_id=reference.id,
+        findings=reference.manifest.findings,
+        engines=results,
+    )
+    return BenchRun(report, images, logits)
+
+
+def describe_machine() -> Machine:
+    """Return what this machine is, without anything that names its owner."""
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        processor = models[0] if models else processor
+    packages = {}
+    for name in ("chexnet-deploy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "numpy", "pillow"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return Machine(
+        processor=processor, cores=os.cpu_count() or 1, system=f"{platform.system()} {platform.machine()}", packages=packages
+    )
+
+
+def _distinct_names(bundles: Sequence[Bundle]) -> list[str]:
+    names = [bundle.path.resolve().name for bundle in bundles]
+    if len(set(names)) < len(names) or REFERENCE in names:
+        names = [f"{i}-{name}" for i, name in enumerate(names, start=1)]
+    return names
+
+
+def _score(
+    sessions: Mapping[str, Session],
+    reference: Bundle,
+    images: LabelledImages | None,
+    on_phase: Callable[[str, int, int], None] | None,
+) -> dict[str, Logits]:
+    if images is None:
+        return {}
+    n_images = len(images.paths)
+
+    def on_images(done: int) -> None:
+        if on_phase is not None:
+            on_phase("accuracy", done, n_images)
+
+    return score_files(sessions, images.paths, reference.manifest.preprocessing, on_images=on_images)
+
+
+def _measure(
+    sessions: Mapping[str, Session],
+    reference: Bundle,
+    engines: Sequence[tuple[Bundle, EngineSpec]],
+    effort: Effort,
+    on_phase: Callable[[str, int, int], None] | None,
+) -> dict[str, tuple[LatencyReport, LatencyReport]]:
+    probe = reference.read_probe().pixels
+    offline_batch = min(min(spec.batch.max for _, spec in engines), N_PROBES)
+
+    def on_round(phase: str) -> Callable[[int], None]:
+        def report(done: int) -> None:
+            if on_phase is not None:
+                on_phase(phase, done, max(done, effort.min_runs))
+
+        return report
+
+    single = measure_latency(
+        sessions,
+        probe[:1],
+        "single_stream",
+        min_runs=effort.min_runs,
+        min_duration_s=effort.min_duration_s,
+        on_round=on_round("batch 1"),
+    )
+    offline = measure_latency(
+        sessions,
+        probe[:offline_batch],
+        "offline",
+        min_runs=max(1, effort.min_runs // offline_batch),
+        min_duration_s=effort.min_duration_s,
+        on_round=on_round(f"batch {offline_batch}"),
+    )
+    return {name: (single[name], offline[name]) for name in sessions}
+
+
+def _judge(
+    name: str,
+    bundle: Bundle,
+    spec: EngineSpec,
+    session: Session,
+    logits: Mapping[str, Logits],
+    images: LabelledImages | None,
+    speed: tuple[LatencyReport, LatencyReport],
+) -> EngineResult:
+    manifest = bundle.manifest
+    parity = None
+    failures: list[str] = []
+    doubts: list[str] = []
+    if images is None:
+        doubts.append("accuracy was not measured: no labelled images were given (--data)")
+    else:
+        parity = compare(
+            logits[REFERENCE],
+            logits[name],
+            images.truth,
+            images.patients,
+            manifest.findings,
+            manifest.operating_points,
+            spec.gate,
+        )
+        (failures if parity.verdict == "FAIL" else doubts).extend(parity.reasons)
+    if spec.gate.latency == "unproven":
+        doubts.append("latency: this spec's limits have not been measured on its target yet")
+    elif isinstance(spec.gate.latency, LatencyGate):
+        limits = (("p50", speed[0].p50_ms, spec.gate.latency.p50_ms), ("p99", speed[0].p99_ms, spec.gate.latency.p99_ms))
+        failures += [f"{which} {value:.2f} ms, limit {limit} ms" for which, value, limit in limits if not value <= limit]
+    conv_types = dict(session.conv_types())
+    native = conv_types.get(_TYPES[manifest.precision], 0)
+    return EngineResult(
+        name=name,
+        bundle_id=bundle.id,
+        model_sha256=manifest.files[manifest.model_name],
+        precision=manifest.precision,
+        dialect=manifest.dialect,
+        conv_types=conv_types,
+        is_emulated=2 * native < sum(conv_types.values()),
+        known_answer_error=check_known_answers(session, bundle, n_probes=N_PROBES),
+        parity=parity,
+        single_stream=speed[0],
+        offline=speed[1],
+        verdict="FAIL" if failures else "INCONCLUSIVE" if doubts else "PASS",
+        reasons=(*failures, *doubts),
+    )
+
+
+def summary_rows(report: BenchReport) -> list[dict[str, str]]:
+    """Return one row an engine, as text: accuracy and speed side by side."""
+    rows = []
+    for engine in report.engines:
+        parity = engine.parity
+        mark = " emulated" if engine.is_emulated else ""
+        accuracy = ("not measured", "not measured", "not measured", engine.verdict)
+        if parity is not None:
+            mean = "undefined" if parity.mean_auroc_candidate is None else f"{parity.mean_auroc_candidate:.4f}"
+            accuracy = (
+                f"{mean} over {parity.n_counted}",
+                f"{parity.max_abs_probability_difference:.4f}",
+                f"{parity.n_flips} of {parity.n_decisions}",
+                f"{engine.verdict} on {parity.n_assessable} of {len(parity.findings)}",
+            )
+        rows.append(
+            {
+                "engine": engine.name,
+                "mean AUROC": accuracy[0],
+                "max |Δp|": accuracy[1],
+                "flips": accuracy[2],
+                "p50 ms": f"{engine.single_stream.p50_ms:.2f}{mark}",
+                "p99 ms": f"{engine.single_stream.p99_ms:.2f}{mark}",
+                "images/s": f"{engine.offline.images_per_s:.1f}{mark}",
+                "verdict": accuracy[3],
+            }
+        )
+    return rows
+
+
+def write_predictions(path: Path, images: LabelledImages, findings: Sequence[str], logits: Logits) -> None:
+    """Write one row an image: its name and the logits, so that every statistic can be computed again."""
+    rows = [",".join(("Image Index", *(f"logit_{finding}" for finding in findings)))]
+    for name, row in zip(images.names, np.asarray(logits, np.float32), strict=True):
+        rows.append(",".join((name, *(repr(float(value)) for value in row))))
+    path.write_text("\n".join(rows) + "\n")

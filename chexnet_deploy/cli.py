@@ -1,0 +1,275 @@
+"""The command line: parse, call one function, print.
+
+Exit codes: 0 done, 1 a gate failed, 2 a user's mistake (one line with the next step), 3 inconclusive, 70 a bug (with its
+traceback), 130 interrupted. Rooms with heavy libraries are opened inside the one command that needs them.
+"""
+
+import json
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from chexnet_deploy.errors import ChexnetError, GateError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Take CheXNet from PyTorch weights to a scanner and prove at every step that nothing was lost.",
+)
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+DataOption = Annotated[Path | None, typer.Option("--data", help="ChestX-ray14: tables, split lists and images.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads for one call; default: all cores.")]
+
+
+class SplitName(str, Enum):
+    """Which patients."""
+
+    TRAIN = "train"
+    VAL = "val"
+    TEST = "test"
+
+
+class Dialect(str, Enum):
+    """Which int8 form: typed for TensorRT 10 and later, trt8 for TensorRT 8.6."""
+
+    TYPED = "typed"
+    TRT8 = "trt8"
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A .safetensors file written by python -m training.")],
+    out: Annotated[Path, typer.Option(help="Folder for the bundles; each precision gets one in it.")],
+    precision: Annotated[str, typer.Option(help="Comma-separated: fp32, fp16, int8. fp32 is always made.")] = "fp32",
+    calibration: Annotated[
+        Path | None, typer.Option(help="Image names for int8, one a line; default: chosen, and written to OUT.")
+    ] = None,
+    calibration_images: Annotated[int, typer.Option(help="How many to choose, where no list is given.")] = 512,
+    data: DataOption = None,
+    dialect: Annotated[Dialect, typer.Option(help="The form of int8.")] = Dialect.TYPED,
+    as_json: JsonFlag = False,
+) -> None:
+    """Make fp32, fp16 and int8 bundles of a checkpoint; each is kept only if it answers as the one before."""
+    from chexnet_deploy.pipeline import export_bundles, parse_precisions
+
+    with progress_bar() as bar:
+        bundles = export_bundles(
+            checkpoint,
+            out,
+            parse_precisions(precision),
+            data_root=data,
+            calibration_list=calibration,
+            n_calibration_images=calibration_images,
+            dialect=dialect.value,
+            on_phase=_phases(bar),
+        )
+    if as_json:
+        _print_json({b.manifest.precision.value: {"path": str(b.path), "id": b.id} for b in bundles})
+        return
+    for bundle in bundles:
+        typer.echo(f"{bundle.path}  {bundle.manifest.precision.value}  id {bundle.id[:12]}")
+        for check in bundle.manifest.checks:
+            typer.echo(f"  {check.name}: {check.value:.2e} (limit {check.limit:.0e})")
+
+
+@app.command()
+def bench(
+    engine: Annotated[list[Path], typer.Option(help="A bundle; give the option again to measure several in turns.")],
+    reference: Annotated[Path | None, typer.Option(help="Its fp32 ancestor; default: found beside the first engine.")] = None,
+    data: DataOption = None,
+    split: Annotated[SplitName, typer.Option(help="Whose images.")] = SplitName.TEST,
+    spec: Annotated[str | None, typer.Option(help="A spec's name or .toml; default: that of the precision.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for report.json, report.html and the logits.")] = Path("bench"),
+    html: Annotated[bool, typer.Option(help="Write report.html too.")] = True,
+    min_runs: Annotated[int, typer.Option(min=1, help="Rounds at the least.")] = 50,
+    min_duration_s: Annotated[float, typer.Option(min=0.0, help="Seconds for each engine and scenario.")] = 3.0,
+    threads: Threads = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Prove an engine on this machine: accuracy beside its fp32 model, and latency; PASS, FAIL or INCONCLUSIVE."""
+    from chexnet_deploy.bench import Effort, summary_rows
+    from chexnet_deploy.parity import EXIT_CODES
+    from chexnet_deploy.pipeline import bench_bundles
+
+    with progress_bar() as bar:
+        report = bench_bundles(
+            engine,
+            reference,
+            data,
+            split.value,
+            spec,
+            out,
+            effort=Effort(min_runs, min_duration_s),
+            threads=threads,
+            with_html=html,
+            on_phase=_phases(bar),
+        )
+    if as_json:
+        typer.echo(report.model_dump_json())
+    else:
+        print_table(summary_rows(report))
+        for result in report.engines:
+            for reason in result.reasons:
+                typer.echo(f"{result.name}: {reason}")
+        typer.echo(f"{report.verdict}  {out / ('report.html' if html else 'report.json')}")
+    raise typer.Exit(EXIT_CODES[report.verdict])
+
+
+@app.command()
+def predict(
+    bundle: Annotated[Path, typer.Argument(help="A bundle.")],
+    images: Annotated[list[Path], typer.Argument(help="PNG or JPEG radiographs.")],
+    cam: Annotated[Path | None, typer.Option(help="Folder for pictures of where the model looked.")] = None,
+    threads: Threads = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Name the findings in radiographs, with probabilities."""
+    from chexnet_deploy.pipeline import predict_files
+
+    predictions = predict_files(bundle, images, cam, threads=threads)
+    if as_json:
+        _print_json({str(p): {"probabilities": x.probabilities, "present": x.present} for p, x in predictions.items()})
+        return
+    for path, prediction in predictions.items():
+        typer.echo(str(path))
+        for finding, probability in sorted(prediction.probabilities.items(), key=lambda item: -item[1]):
+            typer.echo(f"  {finding:20} {probability:.4f}{'  present' if prediction.present.get(finding) else ''}")
+
+
+@app.command()
+def evaluate(
+    bundle: Annotated[Path, typer.Argument(help="A bundle.")],
+    data: Annotated[Path, typer.Option(help="ChestX-ray14: tables, split lists and images.")],
+    split: Annotated[SplitName, typer.Option(help="Whose images.")] = SplitName.TEST,
+    threads: Threads = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Measure AUROC per finding on labelled images."""
+    from chexnet_deploy.pipeline import evaluate_bundle
+
+    with progress_bar() as bar:
+        result = evaluate_bundle(bundle, data, split.value, threads=threads, on_phase=_phases(bar))
+    if as_json:
+        typer.echo(result.model_dump_json())
+        return
+    print_table(
+        [
+            {
+                "finding": row.finding,
+                "positives": str(row.n_positive),
+                "AUROC": "undefined" if row.auroc is None else f"{row.auroc:.4f}",
+            }
+            for row in result.findings
+        ]
+    )
+    mean = "undefined" if result.mean_auroc is None else f"{result.mean_auroc:.4f}"
+    typer.echo(f"mean {mean} over {result.n_counted} findings, {result.n_images} images of {result.n_patients} patients")
+    if result.n_absent:
+        typer.echo(f"{result.n_absent} listed {split.value} images are not on disk and were left out")
+
+
+@app.command()
+def inspect(path: Annotated[Path, typer.Argument(help="A bundle, or a .safetensors checkpoint.")]) -> None:
+    """Verify a bundle or a checkpoint and print its manifest as JSON."""
+    if path.suffix == ".safetensors":
+        from chexnet_deploy.pipeline import open_torch_room
+
+        typer.echo(open_torch_room().read_checkpoint(path).manifest.model_dump_json(indent=2))
+        return
+    from chexnet_deploy.bundle import Bundle
+
+    bundle = Bundle.open(path)
+    _print_json({"id": bundle.id, **json.loads(bundle.manifest.model_dump_json())})
+
+
+@app.command()
+def doctor(as_json: JsonFlag = False) -> None:
+    """Say what this machine can run, and what to install for the rest."""
+    from dataclasses import asdict
+
+    from chexnet_deploy.doctor import examine
+
+    abilities = examine()
+    if as_json:
+        _print_json([asdict(ability) for ability in abilities])
+        return
+    for ability in abilities:
+        typer.echo(f"{'yes' if ability.is_ready else 'no ':3}  {ability.name}: {ability.found}")
+        if ability.next_step:
+            typer.echo(f"     {ability.next_step}")
+
+
+def main() -> None:
+    """Run the command line."""
+    run_program(app)
+
+
+def run_program(program: typer.Typer) -> None:
+    """Run a typer program with this project's exit codes."""
+    try:
+        # Typer ends the process itself on usage errors (2) and on typer.Exit, and turns Ctrl-C into exit 130 here.
+        program()
+    except GateError as err:
+        _fail(f"gate failed: {err}", 1)
+    except ChexnetError as err:
+        _fail(f"error: {err}", 2)
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing half-written was left behind", 130)
+    except Exception:  # noqa: BLE001 - the last door: everything else is a bug, and its traceback is wanted
+        traceback.print_exc()
+        sys.exit(70)
+
+
+@contextmanager
+def progress_bar() -> "Iterator[Progress]":
+    """Yield a progress bar on standard error, so that standard output stays clean for results."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        yield bar
+
+
+def print_table(rows: list[dict[str, str]]) -> None:
+    """Print rows as an aligned table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*row.values())
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _phases(bar: "Progress") -> Any:
+    tasks: dict[str, Any] = {}
+
+    def on_phase(phase: str, done: int, total: int) -> None:
+        if phase not in tasks:
+            tasks[phase] = bar.add_task(phase, total=total)
+        bar.update(tasks[phase], completed=done, total=total)
+
+    return on_phase
+
+
+def _print_json(value: object) -> None:
+    typer.echo(json.dumps(value, indent=2))
+
+
+def _fail(message: str, code: int) -> None:
+    print(message, file=sys.stderr)  # noqa: T201 - the command line's one way to complain
+    sys.exit(code)
+
+

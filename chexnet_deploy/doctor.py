@@ -1,0 +1,56 @@
+"""Say what this machine can run, and what to install for the rest. Imports none of what it looks for."""
+
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Ability:
+    """One thing the package can do, and whether it can here.
+
+    Attributes:
+        next_step: what to install; empty where nothing is missing.
+    """
+
+    name: str
+    is_ready: bool
+    found: str
+    next_step: str
+
+
+def examine() -> list[Ability]:
+    """Return what works here."""
+    return [
+        _needs("run ONNX bundles on the CPU", ("onnxruntime",), "cpu"),
+        _needs("HTML reports", ("matplotlib", "jinja2"), "report"),
+        _needs("export and quantise", ("torch", "onnx", "safetensors", "onnxruntime"), "export"),
+        _tensorrt(),
+    ]
+
+
+def _needs(name: str, packages: tuple[str, ...], extra: str) -> Ability:
+    found = {package: _version(package) for package in packages}
+    missing = [package for package, number in found.items() if number is None]
+    have = ", ".join(f"{package} {number}" for package, number in found.items() if number is not None)
+    step = f"pip install 'chexnet-deploy[{extra}]'  (missing: {', '.join(missing)})" if missing else ""
+    return Ability(name, not missing, have or "nothing", step)
+
+
+def _tensorrt() -> Ability:
+    gpus = Path("/proc/driver/nvidia/gpus")
+    n_gpus = len(list(gpus.iterdir())) if gpus.is_dir() else 0
+    found = f"{n_gpus} NVIDIA GPU(s), TensorRT {_version('tensorrt') or 'not installed'}"
+    return Ability(
+        "build and run TensorRT engines",
+        is_ready=False,
+        found=found,
+        next_step="not in this version; the fp16 and int8 bundles are made for it, and run in ONNX Runtime until then",
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,274 @@
+"""What each command does, in one function a command: rooms put together, nothing computed here.
+
+The command line, the demo and the benchmarks call these.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Literal
+
+from PIL import Image
+from pydantic import BaseModel, ConfigDict
+
+from chexnet_deploy.bench import BenchReport, Effort, find_reference, run_bench, write_predictions
+from chexnet_deploy.bundle import Bundle, Precision
+from chexnet_deploy.chestxray14 import ChestXray14, read_image_list
+from chexnet_deploy.errors import BundleError, CalibrationError, MissingPackageError, SpecError
+from chexnet_deploy.files import write_file
+from chexnet_deploy.images import read_image
+from chexnet_deploy.metrics.auroc import auroc, mean_auroc
+from chexnet_deploy.predictor import Prediction, Predictor, draw_cam, sigmoid
+from chexnet_deploy.scoring import LabelledImages, score_files
+from chexnet_deploy.sessions import open_session
+from chexnet_deploy.spec import read_spec
+
+OnPhase = Callable[[str, int, int], None]
+Split = Literal["train", "val", "test"]
+MAX_GATE_IMAGES = 512  # enough to catch a broken quantisation in a minute; `bench` is where the whole set is used
+CHOSEN_LIST = "calibration.txt"
+
+
+class FindingScore(BaseModel):
+    """One finding's AUROC; None where one class is missing."""
+
+    model_config = ConfigDict(frozen=True)
+
+    finding: str
+    n_positive: int
+    auroc: float | None
+
+
+class Evaluation(BaseModel):
+    """One bundle on labelled images.
+
+    Attributes:
+        n_counted: findings whose AUROC is defined; the mean is over those.
+        n_absent: images the split lists that are not on disk.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    bundle_id: str
+    n_images: int
+    n_patients: int
+    n_absent: int
+    findings: tuple[FindingScore, ...]
+    mean_auroc: float | None
+    n_counted: int
+
+
+def parse_precisions(text: str) -> tuple[Precision, ...]:
+    """Return the precisions a comma-separated list names, fp32 first and always.
+
+    Raises:
+        SpecError: an unknown precision.
+    """
+    known = [precision.value for precision in Precision]
+    wanted = [name.strip() for name in text.split(",")]
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise SpecError(f"no precision named {', '.join(map(repr, unknown))}. There are {', '.join(known)}.")
+    return tuple(precision for precision in Precision if precision is Precision.FP32 or precision.value in wanted)
+
+
+def open_torch_room() -> ModuleType:
+    """Import export.to_onnx.
+
+    Raises:
+        MissingPackageError: torch, onnx or safetensors is not installed.
+    """
+    try:
+        from chexnet_deploy.export import to_onnx
+    except ModuleNotFoundError as err:
+        raise MissingPackageError(f"{err.name} is not installed. Run: pip install 'chexnet-deploy[export]'") from err
+    return to_onnx
+
+
+def export_bundles(
+    checkpoint: Path,
+    out: Path,
+    precisions: Sequence[Precision],
+    *,
+    data_root: Path | None,
+    calibration_list: Path | None,
+    n_calibration_images: int,
+    dialect: Literal["typed", "trt8"],
+    on_phase: OnPhase,
+) -> list[Bundle]:
+    """Make a bundle for each precision in `out`, fp32 first.
+
+    Raises:
+        ChexnetError: any step refused; what was kept before it stays.
+    """
+    to_onnx = open_torch_room()
+    if Precision.INT8 in precisions and data_root is None:
+        raise CalibrationError("int8 needs calibration images. Give ChestX-ray14 by --data.")
+    taken = [out / precision.value for precision in precisions if (out / precision.value).exists()]
+    if taken:
+        raise BundleError(f"{taken[0]} is there already. Choose another --out, or delete it first.")
+    # The data are checked before any work is done: a wrong list should not cost minutes.
+    dataset = None if data_root is None else ChestXray14.open(data_root)
+    names: tuple[str, ...] | None = None
+    if dataset is not None and Precision.INT8 in precisions:
+        names = _calibration_names(dataset, out, calibration_list, n_calibration_images)
+    on_phase("export fp32", 0, 1)
+    fp32: Bundle = to_onnx.export_onnx(checkpoint, out / Precision.FP32.value)
+    on_phase("export fp32", 1, 1)
+    bundles = [fp32]
+    if len(precisions) == 1:
+        return bundles
+    from chexnet_deploy.quantize.calibration import CalibrationSet
+    from chexnet_deploy.quantize.precision import to_fp16, to_int8
+
+    validation = None
+    if dataset is not None:
+        validation = LabelledImages.of(dataset.split("val")[:MAX_GATE_IMAGES], fp32.manifest.findings)
+    if Precision.FP16 in precisions:
+        on_phase("quantise fp16", 0, 1)
+        bundles.append(to_fp16(fp32, out / Precision.FP16.value, read_spec("fp16").gate, validation))
+        on_phase("quantise fp16", 1, 1)
+    if dataset is not None and names is not None and validation is not None:
+        n_names = len(names)
+        calibration = CalibrationSet.read(
+            dataset,
+            names,
+            fp32.manifest.preprocessing,
+            on_images=lambda done: on_phase("read calibration images", done, n_names),
+        )
+        bundles.append(
+            to_int8(
+                fp32,
+                calibration,
+                out / Precision.INT8.value,
+                read_spec("int8").gate,
+                validation,
+                dialect=dialect,
+                on_images=lambda done: on_phase("quantise int8", done, 2 * n_names),
+            )
+        )
+    return bundles
+
+
+def bench_bundles(
+    engine_paths: Sequence[Path],
+    reference_path: Path | None,
+    data_root: Path | None,
+    split: Split,
+    spec: str | None,
+    out: Path,
+    *,
+    effort: Effort,
+    threads: int | None,
+    with_html: bool,
+    on_phase: OnPhase,
+) -> BenchReport:
+    """Measure bundles, write report.json, report.html and the logits into `out`, return the report.
+
+    Raises:
+        ChexnetError: a bundle, the data or the spec can't be used; or an engine refuses to run here.
+    """
+    if with_html:
+        _open_report_room()
+    bundles = [Bundle.open(path) for path in engine_paths]
+    reference = find_reference(bundles[0]) if reference_path is None else Bundle.open(reference_path)
+    engines = [(bundle, read_spec(spec or bundle.manifest.precision.value)) for bundle in bundles]
+    images, data = None, "no labelled images"
+    if data_root is not None:
+        dataset = ChestXray14.open(data_root)
+        images = LabelledImages.of(dataset.split(split), reference.manifest.findings)
+        n_absent = len(dataset.listed[split]) - len(images.names)
+        data = f"{len(images.names)} {split} images of {len(set(images.patients.tolist()))} patients from {data_root.name}"
+        data += f"; {n_absent} listed images are not on disk" if n_absent else ""
+    run = run_bench(engines, reference, images, data=data, effort=effort, threads=threads, on_phase=on_phase)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_file(out / "report.json", (run.report.model_dump_json(indent=1) + "\n").encode())
+        if images is not None:
+            for name, logits in run.logits.items():
+                write_predictions(out / f"logits-{name}.csv", images, reference.manifest.findings, logits)
+        if with_html:
+            with Predictor.open(engine_paths[-1], threads=threads) as predictor:
+                _open_report_room().write_html(out / "report.html", run, predictor)
+    except OSError as err:
+        raise BundleError(f"the report could not be written into {out}: {err.strerror}.") from err
+    return run.report
+
+
+def predict_files(
+    bundle: Path, images: Sequence[Path], cam_folder: Path | None, *, threads: int | None
+) -> dict[Path, Prediction]:
+    """Predict each file, and draw the map of each finding called present (or of the likeliest) into `cam_folder`."""
+    predictions = {}
+    with Predictor.open(bundle, threads=threads) as predictor:
+        for path in images:
+            gray = read_image(path)
+            predictions[path] = prediction = predictor.predict(gray)
+            if cam_folder is not None:
+                cam_folder.mkdir(parents=True, exist_ok=True)
+                likeliest = max(prediction.probabilities, key=prediction.probabilities.__getitem__)
+                for finding in [name for name, is_there in prediction.present.items() if is_there] or [likeliest]:
+                    picture = Image.fromarray(draw_cam(gray, prediction.maps[finding]))
+                    picture.save(cam_folder / f"{path.stem}_{finding}.png")
+    return predictions
+
+
+def evaluate_bundle(path: Path, data_root: Path, split: Split, *, threads: int | None, on_phase: OnPhase) -> Evaluation:
+    """Measure a bundle's AUROC on the labelled images of a split that are on disk."""
+    bundle = Bundle.open(path)
+    dataset = ChestXray14.open(data_root)
+    findings = bundle.manifest.findings
+    images = LabelledImages.of(dataset.split(split), findings)
+    session = open_session(bundle, threads=threads)
+    n_images = len(images.paths)
+    logits = score_files(
+        {"model": session},
+        images.paths,
+        bundle.manifest.preprocessing,
+        on_images=lambda done: on_phase("evaluate", done, n_images),
+    )["model"]
+    session.close()
+    probabilities = sigmoid(logits)
+    areas = {name: auroc(probabilities[:, c], images.truth[:, c]) for c, name in enumerate(findings)}
+    mean = mean_auroc(areas)
+    return Evaluation(
+        bundle_id=bundle.id,
+        n_images=n_images,
+        n_patients=len(set(images.patients.tolist())),
+        n_absent=len(dataset.listed[split]) - n_images,
+        findings=tuple(
+            FindingScore(
+                finding=name,
+                n_positive=int(images.truth[:, c].sum()),
+                auroc=None if math.isnan(areas[name]) else areas[name],
+            )
+            for c, name in enumerate(findings)
+        ),
+        mean_auroc=None if math.isnan(mean.value) else mean.value,
+        n_counted=mean.n_counted,
+    )
+
+
+def _calibration_names(dataset: ChestXray14, out: Path, given: Path | None, n_images: int) -> tuple[str, ...]:
+    if given is not None:
+        return read_image_list(given)
+    from chexnet_deploy.quantize.calibration import choose_calibration
+
+    names = choose_calibration(dataset, n_images)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_file(out / CHOSEN_LIST, "".join(f"{name}\n" for name in names).encode())
+    except OSError as err:
+        raise CalibrationError(f"the calibration list could not be written into {out}: {err.strerror}.") from err
+    return names
+
+
+def _open_report_room() -> ModuleType:
+    try:
+        from chexnet_deploy import report
+    except ModuleNotFoundError as err:
+        raise MissingPackageError(
+            f"{err.name} is not installed, so no HTML can be made. Run: pip install 'chexnet-deploy[report]', or give --no-html."
+        ) from err
+    return report

@@ -1,0 +1,1 @@
+"""Training: data in, checkpoint out. Not part of the wheel."""
