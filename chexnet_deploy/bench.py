@@ -146,7 +146,9 @@ def run_bench(
     """
     for bundle, spec in engines:
         if reference.id not in (bundle.id, *bundle.manifest.ancestors):
-            raise BundleError(f"{reference.path} is not in the ancestry of {bundle.path}: comparing them would prove nothing.")
+            raise BundleError(
+                f"{reference.path} is not in the ancestry of {bundle.path}: comparing them would prove nothing."
+            )
         if spec.precision is not bundle.manifest.precision:
             raise SpecError(
                 f"the spec is for {spec.precision.value}, but {bundle.path} is {bundle.manifest.precision.value}. "
@@ -182,7 +184,9 @@ def describe_machine() -> Machine:
     processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
-        models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        models = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
         processor = models[0] if models else processor
     packages = {}
     for name in ("chexnet-deploy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "numpy", "pillow"):
@@ -191,7 +195,10 @@ def describe_machine() -> Machine:
         except PackageNotFoundError:
             continue
     return Machine(
-        processor=processor, cores=os.cpu_count() or 1, system=f"{platform.system()} {platform.machine()}", packages=packages
+        processor=processor,
+        cores=os.cpu_count() or 1,
+        system=f"{platform.system()} {platform.machine()}",
+        packages=packages,
     )
 
 
@@ -284,8 +291,13 @@ def _judge(
     if spec.gate.latency == "unproven":
         doubts.append("latency: this spec's limits have not been measured on its target yet")
     elif isinstance(spec.gate.latency, LatencyGate):
-        limits = (("p50", speed[0].p50_ms, spec.gate.latency.p50_ms), ("p99", speed[0].p99_ms, spec.gate.latency.p99_ms))
-        failures += [f"{which} {value:.2f} ms, limit {limit} ms" for which, value, limit in limits if not value <= limit]
+        limits = (
+            ("p50", speed[0].p50_ms, spec.gate.latency.p50_ms),
+            ("p99", speed[0].p99_ms, spec.gate.latency.p99_ms),
+        )
+        failures += [
+            f"{which} {value:.2f} ms, limit {limit} ms" for which, value, limit in limits if not value <= limit
+        ]
     conv_types = dict(session.conv_types())
     native = conv_types.get(_TYPES[manifest.precision], 0)
     return EngineResult(
@@ -311,7 +323,7 @@ def summary_rows(report: BenchReport) -> list[dict[str, str]]:
     for engine in report.engines:
         parity = engine.parity
         mark = " emulated" if engine.is_emulated else ""
-        accuracy = ("not measured", "not measured", "not measured", engine.verdict)
+        accuracy: tuple[str, str, str, str] = ("not measured", "not measured", "not measured", engine.verdict)
         if parity is not None:
             mean = "undefined" if parity.mean_auroc_candidate is None else f"{parity.mean_auroc_candidate:.4f}"
             accuracy = (

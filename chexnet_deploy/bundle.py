@@ -181,7 +181,9 @@ class Bundle:
         expected = {MANIFEST, MANIFEST_SHA256, *bundle.manifest.files}
         extra = sorted({entry.name for entry in path.iterdir()} - expected)
         if extra:
-            raise BundleError(f"{path} holds {', '.join(extra)}, which its manifest does not name. Remove or re-export.")
+            raise BundleError(
+                f"{path} holds {', '.join(extra)}, which its manifest does not name. Remove or re-export."
+            )
         for name in bundle.manifest.files:
             bundle._read_verified(name)
         return bundle

@@ -86,7 +86,9 @@ def export(
 @app.command()
 def bench(
     engine: Annotated[list[Path], typer.Option(help="A bundle; give the option again to measure several in turns.")],
-    reference: Annotated[Path | None, typer.Option(help="Its fp32 ancestor; default: found beside the first engine.")] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="Its fp32 ancestor; default: found beside the first engine.")
+    ] = None,
     data: DataOption = None,
     split: Annotated[SplitName, typer.Option(help="Whose images.")] = SplitName.TEST,
     spec: Annotated[str | None, typer.Option(help="A spec's name or .toml; default: that of the precision.")] = None,
@@ -174,7 +176,9 @@ def evaluate(
         ]
     )
     mean = "undefined" if result.mean_auroc is None else f"{result.mean_auroc:.4f}"
-    typer.echo(f"mean {mean} over {result.n_counted} findings, {result.n_images} images of {result.n_patients} patients")
+    typer.echo(
+        f"mean {mean} over {result.n_counted} findings, {result.n_images} images of {result.n_patients} patients"
+    )
     if result.n_absent:
         typer.echo(f"{result.n_absent} listed {split.value} images are not on disk and were left out")
 
@@ -235,9 +239,22 @@ def run_program(program: typer.Typer) -> None:
 def progress_bar() -> "Iterator[Progress]":
     """Yield a progress bar on standard error, so that standard output stays clean for results."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True)) as bar:
         yield bar
 
@@ -271,5 +288,3 @@ def _print_json(value: object) -> None:
 def _fail(message: str, code: int) -> None:
     print(message, file=sys.stderr)  # noqa: T201 - the command line's one way to complain
     sys.exit(code)
-
-

@@ -200,9 +200,7 @@ def _reasons(
 
 
 def _too_few(gate: Gate) -> str:
-    return (
-        f"no finding has {gate.min_positive_patients} positive patients, so AUROC parity is not shown; use more labelled images"
-    )
+    return f"no finding has {gate.min_positive_patients} positive patients, so AUROC parity is not shown; use more labelled images"
 
 
 def _none(value: float) -> float | None:

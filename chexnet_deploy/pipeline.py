@@ -179,7 +179,9 @@ def bench_bundles(
         dataset = ChestXray14.open(data_root)
         images = LabelledImages.of(dataset.split(split), reference.manifest.findings)
         n_absent = len(dataset.listed[split]) - len(images.names)
-        data = f"{len(images.names)} {split} images of {len(set(images.patients.tolist()))} patients from {data_root.name}"
+        data = (
+            f"{len(images.names)} {split} images of {len(set(images.patients.tolist()))} patients from {data_root.name}"
+        )
         data += f"; {n_absent} listed images are not on disk" if n_absent else ""
     run = run_bench(engines, reference, images, data=data, effort=effort, threads=threads, on_phase=on_phase)
     try:

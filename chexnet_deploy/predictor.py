@@ -121,7 +121,8 @@ def draw_cam(gray: Gray, cam: NDArray[np.float32]) -> NDArray[np.uint8]:
     heat = np.clip(np.asarray(stretched), 0.0, 1.0)[..., None]
     colour = np.concatenate([heat, np.maximum(0.0, 1.0 - np.abs(2.0 * heat - 1.0)), 1.0 - heat], axis=2) * 255.0
     opacity = 0.5 * heat
-    return (gray[..., None] * (1.0 - opacity) + colour * opacity).round().astype(np.uint8)
+    blended: NDArray[np.uint8] = (gray[..., None] * (1.0 - opacity) + colour * opacity).round().astype(np.uint8)
+    return blended
 
 
 def _to_gray(image: ImageSource) -> Gray:

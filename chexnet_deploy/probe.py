@@ -81,14 +81,16 @@ def _draw(rng: np.random.Generator, y: NDArray[np.float32], x: NDArray[np.float3
     image = 0.75 * body - 0.55 * lungs + ribs + heart + spine
     for _ in range(rng.integers(0, 5)):
         cy, cx, radius = rng.uniform(-0.6, 0.6), rng.uniform(-0.7, 0.7), rng.uniform(0.03, 0.3)
-        image = image + rng.uniform(0.1, 0.5) * np.exp(-(((x - cx) ** 2 + (y - cy) ** 2) / radius**2) ** 2)
+        image = image + rng.uniform(0.1, 0.5) * np.exp(-((((x - cx) ** 2 + (y - cy) ** 2) / radius**2) ** 2))
     grain = rng.normal(0.0, 1.0, (y.shape[0] // 4, y.shape[1] // 4)).astype(np.float32)
     texture = np.asarray(Image.fromarray(grain).resize(y.shape[::-1], Image.Resampling.BICUBIC))
     noise = rng.normal(0.0, 0.02, y.shape)
     image = (image + 0.05 * texture + noise) * rng.uniform(0.7, 1.1) + rng.uniform(-0.05, 0.15)
-    return (np.clip(image, 0.0, 1.0) * 255.0).round().astype(np.uint8)
+    pixels: NDArray[np.uint8] = (np.clip(image, 0.0, 1.0) * 255.0).round().astype(np.uint8)
+    return pixels
 
 
 def _soft_inside(distance: NDArray[np.floating]) -> NDArray[np.floating]:
     """Return 1 well inside (negative distance), 0 well outside, 0.5 on the edge."""
-    return 0.5 - 0.5 * np.tanh(0.5 * distance)
+    inside: NDArray[np.floating] = 0.5 - 0.5 * np.tanh(0.5 * distance)
+    return inside

@@ -75,7 +75,7 @@ def _draw_latency(report: BenchReport) -> Figure:
     axes = figure.add_subplot()
     everything = np.concatenate([engine.single_stream.samples_ms for engine in report.engines])
     # Up to the 99th percentile: one slow run would squeeze the rest into a single bar. The table has the tail.
-    bins = np.linspace(everything.min() * 0.98, np.percentile(everything, 99), 60)
+    bins = np.linspace(everything.min() * 0.98, np.percentile(everything, 99), 60).tolist()
     for engine in report.engines:
         label = f"{engine.name} (emulated)" if engine.is_emulated else engine.name
         axes.hist(engine.single_stream.samples_ms, bins=bins, alpha=0.55, label=label)
@@ -90,7 +90,9 @@ def _draw_cams(run: BenchRun, predictor: Predictor) -> list[dict[str, str]]:
         return []
     probabilities = sigmoid(run.logits[run.report.engines[-1].name])
     where_true = np.where(run.images.truth, probabilities, -1.0)
-    best = [(where_true[:, c].max(), int(where_true[:, c].argmax()), name) for c, name in enumerate(run.report.findings)]
+    best = [
+        (where_true[:, c].max(), int(where_true[:, c].argmax()), name) for c, name in enumerate(run.report.findings)
+    ]
     pictures = []
     for probability, row, finding in sorted((b for b in best if b[0] >= 0), reverse=True)[:N_CAM_PICTURES]:
         gray = read_image(run.images.paths[row])

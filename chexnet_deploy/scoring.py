@@ -53,7 +53,9 @@ class LabelledImages:
             raise DatasetError(f"the model names {', '.join(unknown)}, which ChestX-ray14 does not label.")
         paths = [radiograph.path for radiograph in radiographs if radiograph.path is not None]
         if not paths or len(paths) < len(radiographs):
-            raise DatasetError(f"{len(paths)} of {len(radiographs)} labelled images are on disk; needed all, and at least one.")
+            raise DatasetError(
+                f"{len(paths)} of {len(radiographs)} labelled images are on disk; needed all, and at least one."
+            )
         columns = [FINDINGS.index(finding) for finding in findings]
         return cls(
             tuple(radiograph.image for radiograph in radiographs),

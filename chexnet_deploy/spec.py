@@ -116,7 +116,8 @@ def read_toml(path: Path) -> Mapping[str, object]:
         SpecError: missing, unreadable or not TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        content: Mapping[str, object] = tomllib.loads(path.read_text(encoding="utf-8"))
+        return content
     except OSError as err:
         raise SpecError(f"{path} can't be read: {err.strerror}.") from err
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:

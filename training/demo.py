@@ -1,7 +1,7 @@
 """`make demo`: the whole chain on phantoms, with the commands a user would type.
 
-phantom ChestX-ray14 -> train -> export fp32, fp16, int8 -> bench all three beside fp32. Proves that the machinery works;
-no figure here says anything about patients.
+phantom ChestX-ray14 -> train -> export fp32, fp16, int8 -> bench all three beside fp32. Proves that the machinery
+works; no figure here says anything about patients.
 """
 
 import shutil
@@ -29,9 +29,13 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def main(
-    out: Annotated[Path, typer.Option(help="Folder for everything; must be new, or one of an earlier demo.")] = Path("demo"),
+    out: Annotated[Path, typer.Option(help="Folder for everything; must be new, or one of an earlier demo.")] = Path(
+        "demo"
+    ),
     recipe: Annotated[Path, typer.Option(help="A TOML recipe.")] = RECIPES / "demo.toml",
-    small: Annotated[bool, typer.Option(help="Few phantoms: the same steps in half a minute, and a poor model.")] = False,
+    small: Annotated[
+        bool, typer.Option(help="Few phantoms: the same steps in half a minute, and a poor model.")
+    ] = False,
 ) -> None:
     """Train on phantoms, export, quantise and bench; ends with a table and the path of the report."""
     spec = SMALL if small else FULL

@@ -162,7 +162,7 @@ class _Trainer:
         return self.run / BEST
 
     def _start_from_prevalence(self, truth: Tensor) -> None:
-        """Set the head's bias so that the first answers are the prevalences: the first epoch isn't spent on learning them."""
+        """Set the head's bias so that the first answers are the prevalences, which the first epoch then needn't learn."""
         share = truth.mean(dim=0).clamp(1e-3, 1.0 - 1e-3)
         with torch.no_grad():
             self.model.classifier.bias.copy_(torch.logit(share))
@@ -171,11 +171,13 @@ class _Trainer:
         images = self.normalise(pixels).to(memory_format=torch.channels_last)
         loss = nn.functional.binary_cross_entropy_with_logits(self.model(images), truth)
         self.optimiser.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         self.optimiser.step()
         value = loss.item()
         if not math.isfinite(value):
-            raise CheckpointError(f"the loss is {value}; what was kept is the best epoch before. Lower max_learning_rate.")
+            raise CheckpointError(
+                f"the loss is {value}; what was kept is the best epoch before. Lower max_learning_rate."
+            )
         return value
 
     def _finish_epoch(
@@ -224,8 +226,10 @@ class _Trainer:
             operating_points={name: point for name, point in points.items() if not math.isnan(point)},
             recipe=self.recipe.model_dump(),
             split_sha256=self.split_sha256,
-            metrics={"val_loss": val_loss}
-            | {f"val_auroc_{name}": None if math.isnan(area) else area for name, area in areas.items()},
+            metrics={
+                "val_loss": val_loss,
+                **{f"val_auroc_{name}": None if math.isnan(area) else area for name, area in areas.items()},
+            },
             tools={name: version(name) for name in ("chexnet-deploy", "torch")},
         )
         write_checkpoint(self.run / BEST, self.model, manifest)
@@ -250,7 +254,9 @@ class _Trainer:
             return
         state = torch.load(path, weights_only=True)
         if state["recipe"] != self.recipe.model_dump() or state["split_sha256"] != self.split_sha256:
-            raise CheckpointError(f"{path} was made with another recipe or split. Give another folder, or delete this one.")
+            raise CheckpointError(
+                f"{path} was made with another recipe or split. Give another folder, or delete this one."
+            )
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
         schedule.load_state_dict(state["schedule"])

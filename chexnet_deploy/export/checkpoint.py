@@ -73,7 +73,9 @@ def write_checkpoint(path: Path, model: CheXNet, manifest: CheckpointManifest) -
     try:
         write_file(path, content)
     except OSError as err:
-        raise CheckpointError(f"{path} could not be written: {err.strerror}. What was there before is unchanged.") from err
+        raise CheckpointError(
+            f"{path} could not be written: {err.strerror}. What was there before is unchanged."
+        ) from err
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -85,7 +87,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         content = path.read_bytes()
     except OSError as err:
-        raise CheckpointError(f"{path} can't be read: {err.strerror}. Give the .safetensors file of a training run.") from err
+        raise CheckpointError(
+            f"{path} can't be read: {err.strerror}. Give the .safetensors file of a training run."
+        ) from err
     if content.startswith(_PICKLE_STARTS):
         raise CheckpointError(
             f"{path} is a pickled checkpoint, and loading one can run code, so it was not opened. "

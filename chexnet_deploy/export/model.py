@@ -100,6 +100,9 @@ class Normalise(nn.Module):
     The exported graph and the trainer both use this one, so they can't differ.
     """
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, preprocessing: Preprocessing) -> None:
         super().__init__()
         mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)

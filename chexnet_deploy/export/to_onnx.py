@@ -1,7 +1,7 @@
 """Checkpoint -> fp32 ONNX bundle, kept only after ONNX Runtime answers as torch does."""
 
-import io
 import logging
+import tempfile
 import warnings
 from importlib.metadata import version
 from pathlib import Path
@@ -65,22 +65,22 @@ def trace(checkpoint: Checkpoint) -> bytes:
     """Return the deploy graph of a checkpoint as ONNX bytes: `pixels` in; `logits` and `cam` out; any batch size."""
     side = checkpoint.manifest.preprocessing.resize_px
     graph = DeployGraph(checkpoint.model, checkpoint.manifest.preprocessing).eval()
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        path = Path(folder) / ONNX_MODEL
         # torch prefers its dynamo exporter, which can't write opset 17.
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         torch.onnx.export(
             graph,
             (torch.zeros((2, 1, side, side), dtype=torch.uint8),),
-            buffer,
+            str(path),
             dynamo=False,
             opset_version=OPSET,
             input_names=["pixels"],
             output_names=["logits", "cam"],
             dynamic_axes={"pixels": {0: "N"}, "logits": {0: "N"}, "cam": {0: "N"}},
         )
-    model = onnx.load_from_string(buffer.getvalue())
+        model = onnx.load(str(path))
     _remove_identities(model.graph)
     onnx.checker.check_model(model, full_check=True)
     content: bytes = model.SerializeToString()
@@ -133,4 +133,6 @@ def _check_invariance(session: Session, probe: Probe) -> Check:
     for size in INVARIANCE_BATCHES:
         pieces = [session.run(probe.pixels[i : i + size])[0] for i in range(0, len(probe.pixels), size)]
         worst = max(worst, float((np.abs(np.concatenate(pieces) - whole) / scale).max()))
-    return Check(name="max logit change with batch size or slot / max(1, |logit|)", value=worst, limit=INVARIANCE_TOLERANCE)
+    return Check(
+        name="max logit change with batch size or slot / max(1, |logit|)", value=worst, limit=INVARIANCE_TOLERANCE
+    )

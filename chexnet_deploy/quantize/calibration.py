@@ -60,7 +60,9 @@ class CalibrationSet:
             ImageError: an image can't be read.
         """
         if len(names) < MIN_IMAGES:
-            raise CalibrationError(f"got {len(names)} calibration images, needed at least {MIN_IMAGES}. Add images or build fp16.")
+            raise CalibrationError(
+                f"got {len(names)} calibration images, needed at least {MIN_IMAGES}. Add images or build fp16."
+            )
         _refuse_repeated(names, "the list names {} twice. Remove the repeats.")
         radiographs = dataset.select(names)
         _refuse_evaluation_patients(dataset, radiographs)

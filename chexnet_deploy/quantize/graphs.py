@@ -45,7 +45,9 @@ def to_float16(model: onnx.ModelProto) -> onnx.ModelProto:
     for name in half_names:
         magnitude = float(np.abs(weights[name]).max())
         if not magnitude <= _FLOAT16_MAX:
-            raise ExportError(f"weight {name} has magnitude {magnitude:.3g}, beyond float16. This model can't run in fp16.")
+            raise ExportError(
+                f"weight {name} has magnitude {magnitude:.3g}, beyond float16. This model can't run in fp16."
+            )
         weights[name] = weights[name].astype(np.float16)
     used = {name for node in graph.node for name in node.input}
     del graph.initializer[:]
@@ -98,7 +100,8 @@ def round_up_to_half(scale: NDArray[np.float64] | np.float64) -> NDArray[np.floa
     """Return float16 scales no smaller than given, so that both dialects use the same ones and none clips more."""
     half = np.asarray(scale).astype(np.float16)
     half = np.where(half < scale, np.nextafter(half, np.float16(np.inf)), half)
-    return np.maximum(half, np.float16(_SMALLEST_SCALE)).astype(np.float16)
+    floored: NDArray[np.float16] = np.maximum(half, np.float16(_SMALLEST_SCALE)).astype(np.float16)
+    return floored
 
 
 def _quantise_weight(graph: onnx.GraphProto, name: str, weight: NDArray[np.floating]) -> list[onnx.NodeProto]:

@@ -109,13 +109,21 @@ def _keep(
         scores = score_files({"parent": reference, "new": candidate}, validation.paths, old.preprocessing)
         reference.close()
         report = compare(
-            scores["parent"], scores["new"], validation.truth, validation.patients, old.findings, old.operating_points, gate
+            scores["parent"],
+            scores["new"],
+            validation.truth,
+            validation.patients,
+            old.findings,
+            old.operating_points,
+            gate,
         )
         reasons += report.reasons if report.verdict == "FAIL" else ()
         images = f"on {report.n_images} validation images"
         worst = max((-(f.difference or 0.0) for f in report.findings if f.verdict != "not assessable"), default=None)
         checks.append(
-            Check(name=f"max |probability difference| {images}", value=report.max_abs_probability_difference, limit=limit)
+            Check(
+                name=f"max |probability difference| {images}", value=report.max_abs_probability_difference, limit=limit
+            )
         )
         if worst is not None:
             name = f"largest AUROC loss over {report.n_assessable} assessable findings {images}"

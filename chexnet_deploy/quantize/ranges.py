@@ -50,7 +50,9 @@ def activation_ranges(
             on_images(done)
     for name, magnitude in largest.items():
         if not 0.0 < magnitude < np.inf:
-            raise CalibrationError(f"tensor {name} has magnitude {magnitude} on the calibration images. Check the weights.")
+            raise CalibrationError(
+                f"tensor {name} has magnitude {magnitude} on the calibration images. Check the weights."
+            )
     counts = {name: np.zeros(_BINS, np.int64) for name in tensors}
     for values in _run(session, tensors, pixels):
         for name, value in zip(tensors, values, strict=True):

@@ -1,4 +1,4 @@
-"""Open a bundle on a backend. This is the only place that picks one, and it proves the answer before it hands it out."""
+"""Open a bundle on a backend: the only place that picks one. It checks known answers before it hands a session out."""
 
 import numpy as np
 
@@ -27,7 +27,9 @@ def open_session(bundle: Bundle, *, threads: int | None = None) -> Session:
         SessionError: the backend refuses the model, or answers otherwise than when the bundle was made.
     """
     if bundle.manifest.target is not None:
-        raise SessionError(f"{bundle.path} is a TensorRT plan; this version runs ONNX bundles. Open {bundle.path}'s parent.")
+        raise SessionError(
+            f"{bundle.path} is a TensorRT plan; this version runs ONNX bundles. Open {bundle.path}'s parent."
+        )
     try:
         from chexnet_deploy.sessions.ort import OrtSession
     except ModuleNotFoundError as err:
@@ -46,7 +48,9 @@ def check_known_answers(session: Session, bundle: Bundle, *, n_probes: int) -> f
     manifest, probe = bundle.manifest, bundle.read_probe()
     logits, maps = session.run(probe.pixels[:n_probes])
     if logits.shape != probe.logits[:n_probes].shape or maps.shape != probe.cam[:n_probes].shape:
-        raise SessionError(f"{bundle.path}: the model answers {logits.shape} and {maps.shape}, not as its manifest says.")
+        raise SessionError(
+            f"{bundle.path}: the model answers {logits.shape} and {maps.shape}, not as its manifest says."
+        )
     error = float(np.abs(logits - probe.logits[:n_probes]).max())
     # Twice, because int8 rounds to another step when fp32 sums differ in the last bit.
     allowed = 2.0 * manifest.probe_max_abs_logit_error + LOGIT_SLACK

@@ -51,7 +51,7 @@ class OrtSession:
         check_pixels(pixels, self._resize_px, self.batch_range)
         try:
             logits, maps = self._session.run(["logits", "cam"], {"pixels": pixels})
-        except Exception as err:  # noqa: BLE001 - onnxruntime raises bare RuntimeErrors and its own unrelated types
+        except Exception as err:
             raise SessionError(f"ONNX Runtime failed on a batch of {pixels.shape[0]}: {err}") from err
         check_finite(logits, maps)
         return logits, maps
@@ -90,5 +90,5 @@ def _options(threads: int | None) -> Any:
 def _load(model: bytes, options: Any) -> Any:
     try:
         return ort.InferenceSession(model, options, providers=PROVIDERS)
-    except Exception as err:  # noqa: BLE001 - see run
+    except Exception as err:
         raise SessionError(f"ONNX Runtime {ort.__version__} refuses this model: {err}") from err

@@ -1,0 +1,125 @@
+"""The chain on real radiographs: train, export, quantise, bench; results as JSON and as the README's table.
+
+    python -m benchmarks.real --data ROOT      measure, write results/real-cpu.json
+    python -m benchmarks.real --table          print the README's table from the committed results
+
+Trains from scratch on whatever train_val images are on disk, so with few images the AUROC is modest; it is reported as
+it is. Test patients are used for the final measurement only.
+"""
+
+import gzip
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from chexnet_deploy.bench import BenchReport, Effort, summary_rows
+from chexnet_deploy.bundle import Precision
+from chexnet_deploy.chestxray14 import ChestXray14
+from chexnet_deploy.cli import progress_bar, run_program
+from chexnet_deploy.pipeline import bench_bundles, export_bundles
+from training.__main__ import RECIPES
+from training.train import METRICS, Progress, read_recipe, train
+
+RESULTS = Path(__file__).parent / "results" / "real-cpu.json.gz"
+CALIBRATION_IMAGES = 256
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    data: Annotated[Path | None, typer.Option(help="ChestX-ray14.", envvar="CHEXNET_CHESTXRAY14")] = None,
+    recipe: Annotated[Path, typer.Option(help="A TOML recipe.")] = RECIPES / "real_few.toml",
+    work: Annotated[Path | None, typer.Option(help="Folder for the run; default: a temporary one.")] = None,
+    table: Annotated[bool, typer.Option(help="Print the table of the committed results and stop.")] = False,
+) -> None:
+    """Measure the chain on real radiographs."""
+    if table:
+        typer.echo(markdown_table(read_results()))
+        return
+    if data is None:
+        raise typer.BadParameter("give ChestX-ray14 by --data or CHEXNET_CHESTXRAY14")
+    folder = Path(tempfile.mkdtemp(prefix="chexnet-real-")) if work is None else work
+    try:
+        write_results(_run(data, recipe, folder), data, folder)
+    finally:
+        if work is None:
+            shutil.rmtree(folder)
+    typer.echo(markdown_table(read_results()))
+
+
+def _run(data: Path, recipe: Path, folder: Path) -> BenchReport:
+    with progress_bar() as bar:
+        tasks: dict[str, Any] = {}
+
+        def on_phase(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = bar.add_task(phase, total=total)
+            bar.update(tasks[phase], completed=done, total=total)
+
+        def on_training(progress: Progress) -> None:
+            on_phase(progress.phase, progress.done, progress.total)
+
+        best = train(data, read_recipe(recipe), folder / "run", on_training)
+        bundles = export_bundles(
+            best,
+            folder / "bundles",
+            tuple(Precision),
+            data_root=data,
+            calibration_list=None,
+            n_calibration_images=CALIBRATION_IMAGES,
+            dialect="typed",
+            on_phase=on_phase,
+        )
+        return bench_bundles(
+            [bundle.path for bundle in bundles],
+            None,
+            data,
+            "test",
+            None,
+            folder / "bench",
+            effort=Effort(min_runs=30, min_duration_s=2.0),
+            threads=None,
+            with_html=True,
+            on_phase=on_phase,
+        )
+
+
+def write_results(report: BenchReport, data: Path, folder: Path) -> None:
+    """Write the report beside what it was trained on."""
+    dataset = ChestXray14.open(data)
+    results = {
+        "trained_on": {split: len(dataset.split(split)) for split in ("train", "val")},
+        "epochs": [json.loads(line) for line in (folder / "run" / METRICS).read_text().splitlines()],
+        "report": report.model_dump(mode="json"),
+    }
+    RESULTS.write_bytes(gzip.compress(json.dumps(results).encode(), mtime=0))
+
+
+def read_results() -> dict[str, Any]:
+    """Return the committed results."""
+    results: dict[str, Any] = json.loads(gzip.decompress(RESULTS.read_bytes()))
+    return results
+
+
+def markdown_table(results: dict[str, Any]) -> str:
+    """Return the README's table of results."""
+    report = BenchReport.model_validate_json(json.dumps(results["report"]))
+    rows = summary_rows(report)
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+    lines += ["| " + " | ".join(row.values()) + " |" for row in rows]
+    lines.append("")
+    trained = results["trained_on"]
+    lines.append(
+        f"{report.data}. Trained from scratch on {trained['train']} images (validated on {trained['val']}), "
+        f"{len(results['epochs'])} epochs. {report.machine.processor}, {report.machine.cores} cores."
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_program(app)

@@ -1,0 +1,94 @@
+"""Shared fixtures: real radiographs where there are any, and the smallest real chain everywhere."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from chexnet_deploy.bundle import Bundle
+from chexnet_deploy.chestxray14 import ChestXray14
+from chexnet_deploy.findings import FINDINGS
+from chexnet_deploy.preprocessing import Preprocessing
+
+CHECKOUT = Path(__file__).parents[1]
+SIDE_PX = 32  # the smallest DenseNet-121 takes: one cell of activation map
+
+
+@pytest.fixture(scope="session")
+def real_root() -> Path:
+    """ChestX-ray14 on disk: CHEXNET_CHESTXRAY14, or shared/chestxray14 beside the checkout."""
+    root = Path(os.environ.get("CHEXNET_CHESTXRAY14", CHECKOUT.parent / "shared" / "chestxray14"))
+    if not root.is_dir():
+        pytest.skip("NOT RUN on real radiographs: set CHEXNET_CHESTXRAY14 to a ChestX-ray14 folder")
+    return root
+
+
+@pytest.fixture(scope="session")
+def phantom_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 230 phantom images of 150 patients, 40 of them test patients, at 32 px."""
+    from training.phantom import PhantomSpec, write_phantom
+
+    root = tmp_path_factory.mktemp("data") / "phantom"
+    write_phantom(root, PhantomSpec(patients=150, test_patients=40, side_px=SIDE_PX, seed=5, prevalence=0.2), workers=1)
+    return root
+
+
+@pytest.fixture(scope="session")
+def phantom(phantom_root: Path) -> ChestXray14:
+    return ChestXray14.open(phantom_root)
+
+
+@pytest.fixture(scope="session")
+def checkpoint_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained CheXNet for 32 px whose BatchNorm has seen images, so that its activations are of ordinary size."""
+    import torch
+
+    from chexnet_deploy.export.checkpoint import CheckpointManifest, write_checkpoint
+    from chexnet_deploy.export.model import CheXNet, Normalise
+    from chexnet_deploy.probe import draw_probe_pixels
+
+    torch.manual_seed(0)
+    preprocessing = Preprocessing(resize_px=SIDE_PX)
+    model = CheXNet(len(FINDINGS)).train()
+    images = Normalise(preprocessing)(torch.from_numpy(draw_probe_pixels(SIDE_PX)))
+    with torch.no_grad():
+        for _ in range(30):
+            model(images)
+        model.classifier.bias.copy_(torch.linspace(-2.0, 1.0, len(FINDINGS)))
+    manifest = CheckpointManifest(
+        findings=FINDINGS,
+        preprocessing=preprocessing,
+        operating_points=dict.fromkeys(FINDINGS, 0.3),
+        recipe={},
+        split_sha256="0" * 64,
+        metrics={},
+        tools={},
+    )
+    path = tmp_path_factory.mktemp("checkpoint") / "best.safetensors"
+    write_checkpoint(path, model, manifest)
+    return path
+
+
+@pytest.fixture(scope="session")
+def bundles(checkpoint_path: Path, phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
+    """Fp32, fp16 and int8 of the checkpoint, made as `chexnet-deploy export` makes them. Copy before you change one."""
+    from chexnet_deploy.bundle import Precision
+    from chexnet_deploy.pipeline import export_bundles
+
+    made = export_bundles(
+        checkpoint_path,
+        tmp_path_factory.mktemp("bundles"),
+        tuple(Precision),
+        data_root=phantom_root,
+        calibration_list=None,
+        n_calibration_images=100,
+        dialect="typed",
+        on_phase=lambda phase, done, total: None,
+    )
+    return {bundle.manifest.precision.value: bundle for bundle in made}
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(14)

@@ -1,0 +1,149 @@
+"""Every mistake a user can make at the command line: one line with the next step, the right exit code, nothing half-written."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from chexnet_deploy.bundle import Bundle
+
+
+def chexnet(*arguments: object, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "chexnet_deploy", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
+
+
+def assert_one_line_error(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
+    complaint = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in complaint
+
+
+def test_predict_prints_all_findings_and_draws_maps(
+    bundles: dict[str, Bundle], phantom_root: Path, tmp_path: Path
+) -> None:
+    image = sorted((phantom_root / "images").iterdir())[0]
+    done = chexnet("predict", bundles["fp32"].path, image, "--cam", tmp_path / "cam", "--json")
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)[str(image)]["probabilities"]) == 14
+    assert list((tmp_path / "cam").glob("*.png"))
+
+
+@pytest.mark.parametrize("content", [b"", b"hello, this is text", b"\x89PNG\r\n\x1a\n truncated"])
+def test_a_file_that_is_no_image(bundles: dict[str, Bundle], tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "x.png"
+    path.write_bytes(content)
+    assert_one_line_error(chexnet("predict", bundles["fp32"].path, path), 2, "x.png")
+
+
+def test_a_true_colour_photo(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+    photo = np.zeros((64, 64, 3), np.uint8)
+    photo[..., 0] = np.arange(64, dtype=np.uint8)
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    assert_one_line_error(chexnet("predict", bundles["fp32"].path, tmp_path / "photo.png"), 2, "photo.png", "colour")
+
+
+def test_a_bundle_with_a_flipped_byte(bundles: dict[str, Bundle], phantom_root: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "fp32"
+    shutil.copytree(bundles["fp32"].path, broken)
+    content = bytearray((broken / "model.onnx").read_bytes())
+    content[len(content) // 2] ^= 1
+    (broken / "model.onnx").write_bytes(content)
+    image = next((phantom_root / "images").iterdir())
+    assert_one_line_error(chexnet("predict", broken, image), 2, "model.onnx does not match its manifest")
+
+
+def test_a_wrong_data_folder(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+    assert_one_line_error(chexnet("evaluate", bundles["fp32"].path, "--data", tmp_path), 2, str(tmp_path))
+
+
+def test_an_unknown_precision(checkpoint_path: Path, tmp_path: Path) -> None:
+    done = chexnet("export", checkpoint_path, "--out", tmp_path / "out", "--precision", "fp32,int4")
+    assert_one_line_error(done, 2, "int4", "fp32, fp16, int8")
+    assert not (tmp_path / "out").exists()
+
+
+def test_int8_without_images(checkpoint_path: Path, tmp_path: Path) -> None:
+    done = chexnet("export", checkpoint_path, "--out", tmp_path / "out", "--precision", "int8")
+    assert_one_line_error(done, 2, "--data")
+    assert not (tmp_path / "out").exists()
+
+
+def test_calibrating_on_test_patients(checkpoint_path: Path, phantom_root: Path, tmp_path: Path) -> None:
+    names = (phantom_root / "train_val_list.txt").read_text().split()[:120] + (
+        phantom_root / "test_list.txt"
+    ).read_text().split()[:1]
+    (tmp_path / "list.txt").write_text("\n".join(names))
+    done = chexnet(
+        "export", checkpoint_path, "--out", tmp_path / "out", "--precision", "int8", "--data", phantom_root, "--calibration",
+        tmp_path / "list.txt",
+    )  # fmt: skip
+    assert_one_line_error(done, 2, "training patients only")
+    assert not (tmp_path / "out" / "int8").exists()
+
+
+def test_a_missing_checkpoint(tmp_path: Path) -> None:
+    done = chexnet("export", tmp_path / "no.safetensors", "--out", tmp_path / "out")
+    assert_one_line_error(done, 2, "no.safetensors")
+
+
+def test_bench_judges_three_engines_and_writes_its_report(
+    bundles: dict[str, Bundle], phantom_root: Path, tmp_path: Path
+) -> None:
+    engines = [word for name in ("fp32", "fp16", "int8") for word in ("--engine", bundles[name].path)]
+    done = chexnet(
+        "bench", *engines, "--data", phantom_root, "--out", tmp_path / "b", "--min-runs", 3, "--min-duration-s", 0
+    )
+    # 40 test patients are too few for 20 positive ones a finding, so nothing is proven: 3, never 0.
+    assert done.returncode == 3, done.stderr
+    assert "INCONCLUSIVE" in done.stdout
+    assert "emulated" in done.stdout
+    report = json.loads((tmp_path / "b" / "report.json").read_text())
+    assert [engine["name"] for engine in report["engines"]] == ["fp32", "fp16", "int8"]
+    page = (tmp_path / "b" / "report.html").read_text()
+    assert page.count("data:image/") >= 3
+    assert "http" not in page  # self-contained: nothing is fetched
+    assert (tmp_path / "b" / "logits-int8.csv").read_text().startswith("Image Index,logit_Atelectasis")
+
+
+def test_a_failed_gate_exits_1(bundles: dict[str, Bundle], phantom_root: Path, tmp_path: Path) -> None:
+    spec = tmp_path / "strict.toml"
+    spec.write_text(
+        'description = "nothing passes"\nprecision = "int8"\n[gate]\nauroc_margin = { default = 0.005 }\n'
+        'max_abs_probability_difference = 1e-9\np999_abs_probability_difference = 1e-9\nlatency = "not gated"\n'
+    )
+    done = chexnet(
+        "bench", "--engine", bundles["int8"].path, "--data", phantom_root, "--spec", spec, "--out", tmp_path / "b", "--no-html",
+        "--min-runs", 1, "--min-duration-s", 0,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert "limit 1e-09" in done.stdout
+
+
+def test_evaluate_counts_its_findings(bundles: dict[str, Bundle], phantom_root: Path) -> None:
+    done = chexnet("evaluate", bundles["fp32"].path, "--data", phantom_root, "--json")
+    result = json.loads(done.stdout)
+    assert result["n_patients"] == 40
+    assert result["n_counted"] == sum(row["auroc"] is not None for row in result["findings"])
+
+
+def test_inspect_prints_a_verified_manifest(bundles: dict[str, Bundle], checkpoint_path: Path) -> None:
+    assert json.loads(chexnet("inspect", bundles["int8"].path).stdout)["ancestors"] == [bundles["fp32"].id]
+    assert json.loads(chexnet("inspect", checkpoint_path).stdout)["preprocessing"]["resize_px"] == 32
+
+
+def test_doctor_names_what_is_missing() -> None:
+    abilities = json.loads(chexnet("doctor", "--json").stdout)
+    assert [a["is_ready"] for a in abilities if a["name"].startswith("run ONNX")] == [True]
+    assert all(a["next_step"] for a in abilities if not a["is_ready"])
+
+
+def test_an_unknown_option_exits_2() -> None:
+    assert chexnet("bench", "--enginee", "x").returncode == 2

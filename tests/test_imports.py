@@ -1,0 +1,74 @@
+"""The runtime on a bare box: what importing costs, and what it must never need."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from chexnet_deploy.bundle import Bundle
+
+HEAVY = (
+    "torch",
+    "onnx",
+    "safetensors",
+    "scipy",
+    "sklearn",
+    "pandas",
+    "matplotlib",
+    "jinja2",
+    "typer",
+    "rich",
+    "pydicom",
+)
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    done = run_python(f"import chexnet_deploy, sys; print([m for m in {HEAVY} + ('onnxruntime',) if m in sys.modules])")
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_the_runtime_runs_where_nothing_heavy_can_be_imported(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+    code = f"""
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in {HEAVY}:
+            raise ModuleNotFoundError(name, name=name)
+sys.meta_path.insert(0, Refuse())
+import numpy as np
+import chexnet_deploy
+from chexnet_deploy import Predictor
+with Predictor.open({str(bundles["int8"].path)!r}) as predictor:
+    prediction = predictor.predict(np.arange(64 * 64, dtype=np.uint32).reshape(64, 64).astype(np.uint8))
+print(len(prediction.probabilities), [m for m in {HEAVY} if m in sys.modules])
+"""
+    done = run_python(code)
+    assert done.stdout.strip() == "14 []", done.stderr
+
+
+def test_all_public_names_exist_and_are_sorted() -> None:
+    import chexnet_deploy
+
+    assert list(chexnet_deploy.__all__) == sorted(chexnet_deploy.__all__)
+    assert all(hasattr(chexnet_deploy, name) for name in chexnet_deploy.__all__)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "limit_s"), [(["-c", "import chexnet_deploy"], 0.25), (["-m", "chexnet_deploy", "--help"], 0.6)]
+)
+def test_start_up_is_quick(arguments: list[str], limit_s: float) -> None:
+    # User + system time, not wall time: other work on the machine must not fail this. The best of seven, as the figure
+    # is what the code costs.
+    def cpu_seconds() -> float:
+        before = os.times()
+        subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
+        after = os.times()
+        return after.children_user + after.children_system - before.children_user - before.children_system
+
+    assert min(cpu_seconds() for _ in range(7)) <= limit_s

@@ -1,0 +1,117 @@
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from chexnet_deploy.bundle import ONNX_MODEL, PROBE, Bundle, hash_files
+from chexnet_deploy.errors import SessionError
+from chexnet_deploy.probe import Probe
+from chexnet_deploy.sessions import check_known_answers, open_session
+from chexnet_deploy.sessions.base import check_finite
+from chexnet_deploy.sessions.ort import MAX_BATCH, OrtSession
+
+PRECISIONS = ["fp32", "fp16", "int8"]
+
+
+def rewrite(bundle: Bundle, path: Path, probe: Probe, **changes: object) -> Bundle:
+    model, content = bundle.read_model(), probe.to_bytes()
+    files = hash_files({ONNX_MODEL: model, PROBE: content})
+    return Bundle.write(path, bundle.manifest.model_copy(update={"files": files, **changes}), model, content)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_session_gives_the_known_answers(bundles: dict[str, Bundle], precision: str) -> None:
+    bundle = bundles[precision]
+    session = open_session(bundle, threads=1)
+    error = check_known_answers(session, bundle, n_probes=32)
+    assert error == pytest.approx(bundle.manifest.probe_max_abs_logit_error, abs=2e-3)
+    logits, maps = session.run(bundle.read_probe().pixels[:3])
+    assert (logits.shape, maps.shape) == ((3, 14), (3, 14, 1, 1))
+    assert (logits.dtype, maps.dtype) == (np.float32, np.float32)
+    session.close()
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        np.zeros((1, 1, 32, 32), np.float32),
+        np.zeros((1, 1, 32, 32), np.int8),
+        np.zeros((1, 32, 32), np.uint8),
+        np.zeros((1, 3, 32, 32), np.uint8),
+        np.zeros((1, 1, 32, 64), np.uint8),
+        np.zeros((1, 1, 64, 64), np.uint8),
+        np.zeros((0, 1, 32, 32), np.uint8),
+        np.zeros((MAX_BATCH + 1, 1, 32, 32), np.uint8),
+    ],
+    ids=lambda pixels: f"{pixels.dtype}{list(pixels.shape)}",
+)
+def test_pixels_of_another_kind_are_refused(bundles: dict[str, Bundle], pixels: NDArray[np.generic]) -> None:
+    session = OrtSession.open(bundles["fp32"])
+    with pytest.raises(SessionError, match=r"^got"):
+        session.run(pixels)  # type: ignore[arg-type]
+
+
+def test_a_closed_session_refuses(bundles: dict[str, Bundle]) -> None:
+    session = OrtSession.open(bundles["fp32"])
+    session.close()
+    session.close()
+    with pytest.raises(SessionError, match="closed"):
+        session.run(bundles["fp32"].read_probe().pixels[:1])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_an_image_gets_the_same_answer_in_each_slot(bundles: dict[str, Bundle], precision: str) -> None:
+    session = OrtSession.open(bundles[precision])
+    pixels = bundles[precision].read_probe().pixels
+    alone, _ = session.run(pixels[5:6])
+    for slot in range(4):
+        batch = pixels[10:14].copy()
+        batch[slot] = pixels[5]
+        np.testing.assert_allclose(session.run(batch)[0][slot], alone[0], atol=1e-5, rtol=0)
+
+
+def test_threads_do_not_mix_answers(bundles: dict[str, Bundle]) -> None:
+    session = OrtSession.open(bundles["fp32"], threads=1)
+    pixels = bundles["fp32"].read_probe().pixels
+    expected = np.concatenate([session.run(pixels[i : i + 1])[0] for i in range(32)])
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda i: session.run(pixels[i : i + 1])[0][0], list(range(32)) * 3))
+    np.testing.assert_allclose(np.stack(answers), np.tile(expected, (3, 1)), atol=1e-5, rtol=0)
+
+
+def test_other_known_answers_are_refused(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+    probe = bundles["fp32"].read_probe()
+    logits = probe.logits.copy()
+    logits[1, 2] += 0.5
+    wrong = rewrite(bundles["fp32"], tmp_path / "wrong", replace(probe, logits=logits))
+    with pytest.raises(SessionError, match=r"known answers differ by 0\.[45]\d* logits"):
+        open_session(wrong)
+
+
+def test_a_wrong_head_bias_is_refused(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+    bundle = bundles["fp32"]
+    bias = (bundle.manifest.head_bias[0] + 0.1, *bundle.manifest.head_bias[1:])
+    wrong = rewrite(bundle, tmp_path / "wrong", bundle.read_probe(), head_bias=bias)
+    with pytest.raises(SessionError, match="maps and logits disagree"):
+        open_session(wrong)
+
+
+def test_bytes_that_are_no_model_are_refused() -> None:
+    with pytest.raises(SessionError, match="refuses this model"):
+        OrtSession(b"no model", 32)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_an_answer_that_is_not_finite_is_refused(bad: float) -> None:
+    good, broken = np.zeros((1, 2), np.float32), np.full((1, 2, 1, 1), bad, np.float32)
+    check_finite(good, good)
+    for answer in ((good, broken), (broken, good)):
+        with pytest.raises(SessionError, match="NaN or infinity"):
+            check_finite(*answer)
+
+
+def test_all_convolutions_of_fp32_run_in_float32(bundles: dict[str, Bundle]) -> None:
+    assert OrtSession.open(bundles["fp32"]).conv_types() == {"float32": 121}
