@@ -1,16 +1,20 @@
 """Take CheXNet from PyTorch weights to a scanner and prove at every step that nothing was lost.
 
-The runtime is `Predictor`: open a bundle, hand it radiographs, get named probabilities. Importing this package needs
-numpy, pillow and pydantic; a backend is imported when a bundle is opened.
+The runtime is `Predictor`: open a bundle, hand it radiographs, get named probabilities. It needs numpy, pillow and pydantic,
+and a backend when a bundle is opened.
 """
 
-from chexnet_deploy.bundle import Bundle, Manifest, Precision
-from chexnet_deploy.errors import ChexnetError
-from chexnet_deploy.findings import FINDINGS
-from chexnet_deploy.images import read_image
-from chexnet_deploy.predictor import Prediction, Predictor, draw_cam
-from chexnet_deploy.preprocessing import Preprocessing
-from chexnet_deploy.sessions import open_session
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from chexnet_deploy.bundle import Bundle, Manifest, Precision
+    from chexnet_deploy.errors import ChexnetError
+    from chexnet_deploy.findings import FINDINGS
+    from chexnet_deploy.images import read_image
+    from chexnet_deploy.predictor import Prediction, Predictor, draw_cam
+    from chexnet_deploy.preprocessing import Preprocessing
+    from chexnet_deploy.sessions import open_session
 
 __version__ = "0.1.0"
 
@@ -27,3 +31,27 @@ __all__ = [
     "open_session",
     "read_image",
 ]
+
+# A name's module is imported when the name is first used (PEP 562): numpy and pydantic's schemas take half a second on a
+# small box, and `chexnet-deploy --help` or a caller that wants one error class needs neither.
+_HOMES = {
+    "FINDINGS": "findings",
+    "Bundle": "bundle",
+    "ChexnetError": "errors",
+    "Manifest": "bundle",
+    "Precision": "bundle",
+    "Prediction": "predictor",
+    "Predictor": "predictor",
+    "Preprocessing": "preprocessing",
+    "draw_cam": "predictor",
+    "open_session": "sessions",
+    "read_image": "images",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

@@ -155,10 +155,11 @@ def run_bench(
                 f"Give the spec of that precision."
             )
     names = _distinct_names([bundle for bundle, _ in engines])
-    sessions: dict[str, Session] = {REFERENCE: open_session(reference, threads=threads)}
-    for name, (bundle, _) in zip(names, engines, strict=True):
-        sessions[name] = open_session(bundle, threads=threads)
+    sessions: dict[str, Session] = {}
     try:
+        sessions[REFERENCE] = open_session(reference, threads=threads)
+        for name, (bundle, _) in zip(names, engines, strict=True):
+            sessions[name] = open_session(bundle, threads=threads)
         logits = _score(sessions, reference, images, on_phase)
         speed = _measure({name: sessions[name] for name in names}, reference, engines, effort, on_phase)
         results = tuple(

@@ -258,12 +258,14 @@ def _read_plain_file(path: Path, *, limit_bytes: int) -> bytes:
         if not stat.S_ISREG(status.st_mode):
             raise BundleError(f"{path} is not a plain file. Copy the bundle again without links.")
         if status.st_size > limit_bytes:
-            raise BundleError(f"{path} has {status.st_size} bytes, more than the {limit_bytes} it may have.")
+            raise BundleError(
+                f"{path} has {status.st_size} bytes, more than the {limit_bytes} it may have. Export it again."
+            )
         return path.read_bytes()
     except FileNotFoundError as err:
         raise BundleError(f"{path} is missing. Copy the bundle again or export it again.") from err
     except OSError as err:
-        raise BundleError(f"{path} can't be read: {err.strerror}.") from err
+        raise BundleError(f"{path} can't be read: {err.strerror}. Check the disk and its permissions.") from err
 
 
 def _parse_manifest(path: Path, raw: bytes) -> Manifest:

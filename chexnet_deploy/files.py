@@ -5,6 +5,7 @@ Knows nothing of what the bytes mean. Raises OSError as the system does; callers
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import os
 import shutil
@@ -87,7 +88,7 @@ def write_directory(path: Path, files: Mapping[str, bytes]) -> None:
 
 def _remove_abandoned(parent: Path, prefix: str) -> None:
     """Remove what a killed writer left: the system drops its lock when it dies."""
-    for stale in parent.glob(f"{prefix}*"):
+    for stale in parent.glob(f"{glob.escape(prefix)}*"):
         try:
             handle = os.open(stale, os.O_RDONLY)
         except FileNotFoundError:

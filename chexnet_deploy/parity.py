@@ -113,7 +113,9 @@ def compare(
         raise MetricError("the reference answered with NaN or infinity, so nothing can be compared with it.")
     # A candidate that crashed or overflowed fails everywhere: NaN would slip through every `>`.
     is_finite = bool(np.isfinite(candidate).all())
-    p_reference, p_candidate = sigmoid(reference), sigmoid(candidate)
+    p_reference = sigmoid(reference)
+    # The sigmoid of infinity is an ordinary 1; keep it from looking like an answer.
+    p_candidate = np.where(np.isfinite(candidate), sigmoid(candidate), np.float32(np.nan))
     rows = tuple(
         _compare_finding(
             name, p_reference[:, c], p_candidate[:, c], truth[:, c], patients, operating_points.get(name), gate

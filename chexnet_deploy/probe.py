@@ -48,7 +48,7 @@ class Probe:
         try:
             with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
                 probe = cls(arrays["pixels"], arrays["logits"], arrays["cam"])
-        except (ValueError, KeyError, OSError, zipfile.BadZipFile) as err:
+        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as err:
             raise BundleError(f"probe.npz does not hold pixels, logits and cam arrays ({err}). Export again.") from err
         n, c = probe.logits.shape
         s = probe.pixels.shape[-1]

@@ -308,9 +308,6 @@ def test_probe_refuses_pickles_and_other_shapes(bundles: dict[str, Bundle], tmp_
             Probe.from_bytes(content)
 
 
-@pytest.mark.xfail(
-    reason="known bug: numpy raises EOFError, which Probe.from_bytes does not translate", raises=EOFError
-)
 def test_probe_refuses_no_bytes() -> None:
     with pytest.raises(BundleError, match=r"probe\.npz"):
         Probe.from_bytes(b"")

@@ -12,6 +12,7 @@ from onnx import TensorProto, numpy_helper
 from chexnet_deploy.bundle import Bundle, Precision
 from chexnet_deploy.chestxray14 import ChestXray14
 from chexnet_deploy.errors import BundleError, CalibrationError, ExportError, GateError
+from chexnet_deploy.predictor import sigmoid
 from chexnet_deploy.quantize.calibration import CalibrationSet, choose_calibration
 from chexnet_deploy.quantize.graphs import quantizable_convs, round_up_to_half, to_float16
 from chexnet_deploy.quantize.precision import to_fp16, to_int8
@@ -197,7 +198,10 @@ def test_the_two_dialects_agree_on_the_probe(bundles: dict[str, Bundle], trt8: B
     pixels = bundles["fp32"].read_probe().pixels
     answers = [OrtSession.open(bundle).run(pixels)[0] for bundle in (bundles["int8"], trt8)]
     gap = float(np.abs(answers[0] - answers[1]).max())
-    # Same scales; one rounds activations and BatchNorm to float16 in between.
+    # Same scales; one rounds activations and BatchNorm to float16 in between, which moves some values to the next int8
+    # step. So the two may differ as int8 differs from fp32, and by no more: stated as 0.02 in probability.
+    probabilities = [sigmoid(answer) for answer in answers]
+    assert float(np.abs(probabilities[0] - probabilities[1]).max()) < 0.02
     assert gap < 0.1
 
 

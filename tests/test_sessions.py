@@ -114,4 +114,7 @@ def test_an_answer_that_is_not_finite_is_refused(bad: float) -> None:
 
 
 def test_all_convolutions_of_fp32_run_in_float32(bundles: dict[str, Bundle]) -> None:
-    assert OrtSession.open(bundles["fp32"]).conv_types() == {"float32": 121}
+    types = OrtSession.open(bundles["fp32"]).conv_types()
+    # 121 convolutions; ONNX Runtime runs some of the 62 BatchNorms as convolutions too.
+    assert set(types) == {"float32"}
+    assert 121 <= types["float32"] <= 183

@@ -90,14 +90,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"{path} can't be read: {err.strerror}. Give the .safetensors file of a training run."
         ) from err
-    if content.startswith(_PICKLE_STARTS):
-        raise CheckpointError(
-            f"{path} is a pickled checkpoint, and loading one can run code, so it was not opened. "
-            f"Needed: a .safetensors file written by python -m training."
-        )
     try:
         weights = safetensors_torch.load(content)
     except (SafetensorError, ValueError, KeyError) as err:
+        # Only now: a sound file may begin with these bytes too, as it begins with its header's length.
+        if content.startswith(_PICKLE_STARTS):
+            raise CheckpointError(
+                f"{path} is a pickled checkpoint, and loading one can run code, so it was not opened. "
+                f"Needed: a .safetensors file written by python -m training."
+            ) from err
         raise CheckpointError(f"{path} is not a safetensors file ({err}). Copy it again, or train again.") from err
     manifest = _read_manifest(path, content)
     model = CheXNet(len(manifest.findings))

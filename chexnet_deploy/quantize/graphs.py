@@ -4,6 +4,7 @@ Pure functions of a graph and numbers. Which ranges, and whether the result is g
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -58,7 +59,12 @@ def to_float16(model: onnx.ModelProto) -> onnx.ModelProto:
     return typed
 
 
-def insert_qdq(model: onnx.ModelProto, ranges: Mapping[str, float], conv_names: Sequence[str]) -> onnx.ModelProto:
+def insert_qdq(
+    model: onnx.ModelProto,
+    ranges: Mapping[str, float],
+    conv_names: Sequence[str],
+    single_weights: Mapping[str, NDArray[np.float32]],
+) -> onnx.ModelProto:
     """Return the graph with Q/DQ on the input and the weights of the named convolutions.
 
     Symmetric int8, zero points 0, one scale per activation tensor and per output channel of a weight. No Q/DQ on
@@ -70,6 +76,7 @@ def insert_qdq(model: onnx.ModelProto, ranges: Mapping[str, float], conv_names: 
         model: float16 or float32 graph.
         ranges: magnitude of 127 for each activation tensor, by the tensor's name.
         conv_names: output names of the convolutions.
+        single_weights: the convolutions' weights before any rounding to float16, by name; both dialects quantise these.
     """
     quantised = onnx.ModelProto()
     quantised.CopyFrom(model)
@@ -86,7 +93,7 @@ def insert_qdq(model: onnx.ModelProto, ranges: Mapping[str, float], conv_names: 
                 nodes += _qdq(graph, source, scale.astype(weight.dtype), axis=None)
                 activations[source] = f"{source}_dq"
             node.input[0] = activations[source]
-            nodes += _quantise_weight(graph, weight_name, weight)
+            nodes += _quantise_weight(graph, weight_name, single_weights[weight_name], weight.dtype)
             node.input[1] = f"{weight_name}_dq"
         nodes.append(node)
     del graph.node[:]
@@ -104,10 +111,12 @@ def round_up_to_half(scale: NDArray[np.float64] | np.float64) -> NDArray[np.floa
     return floored
 
 
-def _quantise_weight(graph: onnx.GraphProto, name: str, weight: NDArray[np.floating]) -> list[onnx.NodeProto]:
+def _quantise_weight(
+    graph: onnx.GraphProto, name: str, weight: NDArray[np.float32], scale_type: np.dtype[Any]
+) -> list[onnx.NodeProto]:
     magnitudes = np.abs(weight.astype(np.float64)).reshape(weight.shape[0], -1).max(axis=1)
-    scales = round_up_to_half(magnitudes / INT8_MAX).astype(weight.dtype)
-    if weight.dtype == np.float32:
+    scales = round_up_to_half(magnitudes / INT8_MAX).astype(scale_type)
+    if scale_type == np.float32:
         return _qdq(graph, name, scales, axis=0)
     shape = (-1,) + (1,) * (weight.ndim - 1)
     steps = np.round(weight.astype(np.float64) / scales.astype(np.float64).reshape(shape))

@@ -27,7 +27,10 @@ class Session(Protocol):
         ...
 
     def conv_types(self) -> Mapping[str, int]:
-        """Return how many convolutions really run in each type, e.g. {"float32": 121}; read from the backend."""
+        """Return how many convolutions really run in each type, read from the backend, e.g. {"float32": 121}.
+
+        A backend may run a BatchNorm as a convolution of its own; it is counted then.
+        """
         ...
 
     def close(self) -> None:
