@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # saves several GB of CUDA.
 PIP_FLAGS ?=
 
-.PHONY: demo test lint real soak clean
+.PHONY: demo test lint real clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -29,9 +29,6 @@ lint: $(STAMP)
 
 real: $(STAMP)  ## the chain on real radiographs; CHEXNET_CHESTXRAY14 names their folder
 	$(BIN)/python -m benchmarks.real
-
-soak: $(STAMP)  ## the long checks in full, with JSON in benchmarks/results
-	$(BIN)/python -m benchmarks.soak
 
 clean:
 	rm -rf $(VENV) demo
