@@ -1,0 +1,54 @@
+"""The README says what is true: its commands run as printed, on phantoms and with a recipe of one epoch."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).parents[1]
+README = (CHECKOUT / "README.md").read_text()
+RECIPE = "resize_px = 32\nepochs = 1\nbatch_size = 16\nmax_learning_rate = 1e-3\nweight_decay = 1e-2\nseed = 0\n"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_two_commands_are_targets_of_the_makefile() -> None:
+    makefile = (CHECKOUT / "Makefile").read_text()
+    for command in blocks("sh")[0].split("\n")[:2]:
+        assert f"\n{command.removeprefix('make ')}: " in makefile
+
+
+@pytest.mark.slow
+def test_commands_on_your_own_data_and_the_scanner_example(phantom_root: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    shutil.copy(sorted((phantom_root / "images").iterdir())[0], tmp_path / "radiograph.png")
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
+    for line in blocks("sh")[1].strip().split("\n"):
+        words = shlex.split(
+            line.replace("ROOT", str(phantom_root)).replace("training/recipes/chexnet14.toml", "recipe.toml")
+        )
+        words = [sys.executable, *(words[1:] if words[0] == "python" else ["-m", "chexnet_deploy", *words[1:]])]
+        if "export" in words:
+            words += ["--calibration-images", "100"]  # the phantom set is small
+        if "bench" in words:
+            words += ["--min-runs", "1", "--min-duration-s", "0"]
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        # 3: forty phantom patients are too few to prove parity.
+        assert done.returncode == (3 if "bench" in words else 0), f"{line}\n{done.stderr}"
+    done = subprocess.run(
+        [sys.executable, "-c", blocks("python")[0]], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_every_file_the_readme_names_exists() -> None:
+    for name in re.findall(r"`((?:training|engines|benchmarks|chexnet_deploy)/[\w/.]+)`", README):
+        assert (CHECKOUT / name).exists(), name
