@@ -15,17 +15,19 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from PIL import Image
 
 from chexnet_deploy.bench import BenchReport, Effort, summary_rows
 from chexnet_deploy.bundle import Precision
 from chexnet_deploy.chestxray14 import ChestXray14
-from chexnet_deploy.cli import progress_bar, run_program
+from chexnet_deploy.cli import progress, run_program
 from chexnet_deploy.pipeline import bench_bundles, export_bundles
 from training.__main__ import RECIPES
-from training.train import METRICS, Progress, read_recipe, train
+from training.train import METRICS, read_recipe, train
 
 RESULTS = Path(__file__).parent / "results" / "real-cpu.json.gz"
 CALIBRATION_IMAGES = 256
+FULL_SIDE_PX = 1024
 
 app = typer.Typer(add_completion=False)
 
@@ -53,18 +55,11 @@ def main(
 
 
 def _run(data: Path, recipe: Path, folder: Path) -> BenchReport:
-    with progress_bar() as bar:
-        tasks: dict[str, Any] = {}
-
-        def on_phase(phase: str, done: int, total: int) -> None:
-            if phase not in tasks:
-                tasks[phase] = bar.add_task(phase, total=total)
-            bar.update(tasks[phase], completed=done, total=total)
-
-        def on_training(progress: Progress) -> None:
-            on_phase(progress.phase, progress.done, progress.total)
-
-        best = train(data, read_recipe(recipe), folder / "run", on_training)
+    folder.mkdir(parents=True, exist_ok=True)
+    test_list = folder / "full_size_test_images.txt"
+    test_list.write_text("".join(f"{name}\n" for name in full_size_test_images(data)))
+    with progress() as on_phase:
+        best = train(data, read_recipe(recipe), folder / "run", on_phase)
         bundles = export_bundles(
             best,
             folder / "bundles",
@@ -80,6 +75,7 @@ def _run(data: Path, recipe: Path, folder: Path) -> BenchReport:
             None,
             data,
             "test",
+            test_list,
             None,
             folder / "bench",
             effort=Effort(min_runs=30, min_duration_s=2.0),
@@ -87,6 +83,17 @@ def _run(data: Path, recipe: Path, folder: Path) -> BenchReport:
             with_html=True,
             on_phase=on_phase,
         )
+
+
+def full_size_test_images(data: Path) -> list[str]:
+    """Return the test images as NIH published them; smaller copies would mix two resolutions in one measurement."""
+    names = []
+    for radiograph in ChestXray14.open(data).split("test"):
+        assert radiograph.path is not None  # split() leaves absent ones out
+        with Image.open(radiograph.path) as image:
+            if image.size == (FULL_SIDE_PX, FULL_SIDE_PX):
+                names.append(radiograph.image)
+    return names
 
 
 def write_results(report: BenchReport, data: Path, folder: Path) -> None:

@@ -237,10 +237,12 @@ def _measure(
     probe = reference.read_probe().pixels
     offline_batch = min(min(spec.batch.max for _, spec in engines), N_PROBES)
 
-    def on_round(phase: str) -> Callable[[int], None]:
+    offline_runs = max(1, effort.min_runs // offline_batch)
+
+    def on_round(phase: str, least: int) -> Callable[[int], None]:
         def report(done: int) -> None:
             if on_phase is not None:
-                on_phase(phase, done, max(done, effort.min_runs))
+                on_phase(phase, done, max(done, least))
 
         return report
 
@@ -250,15 +252,15 @@ def _measure(
         "single_stream",
         min_runs=effort.min_runs,
         min_duration_s=effort.min_duration_s,
-        on_round=on_round("batch 1"),
+        on_round=on_round("batch 1", effort.min_runs),
     )
     offline = measure_latency(
         sessions,
         probe[:offline_batch],
         "offline",
-        min_runs=max(1, effort.min_runs // offline_batch),
+        min_runs=offline_runs,
         min_duration_s=effort.min_duration_s,
-        on_round=on_round(f"batch {offline_batch}"),
+        on_round=on_round(f"batch {offline_batch}", offline_runs),
     )
     return {name: (single[name], offline[name]) for name in sessions}
 

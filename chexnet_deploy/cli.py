@@ -4,21 +4,19 @@ Exit codes: 0 done, 1 a gate failed, 2 a user's mistake (one line with the next 
 traceback), 130 interrupted. Rooms with heavy libraries are opened inside the one command that needs them.
 """
 
+import errno
 import json
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from chexnet_deploy.errors import ChexnetError, GateError
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
 
 app = typer.Typer(
     add_completion=False,
@@ -27,8 +25,12 @@ app = typer.Typer(
     help="Take CheXNet from PyTorch weights to a scanner and prove at every step that nothing was lost.",
 )
 
+# What a full, read-only or foreign disk answers: the user's to mend, wherever it happens.
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS}
+
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 DataOption = Annotated[Path | None, typer.Option("--data", help="ChestX-ray14: tables, split lists and images.")]
+ImagesOption = Annotated[Path | None, typer.Option("--images", help="Only the images this list names, one a line.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads for one call; default: all cores.")]
 
 
@@ -63,7 +65,7 @@ def export(
     """Make fp32, fp16 and int8 bundles of a checkpoint; each is kept only if it answers as the one before."""
     from chexnet_deploy.pipeline import export_bundles, parse_precisions
 
-    with progress_bar() as bar:
+    with progress() as on_phase:
         bundles = export_bundles(
             checkpoint,
             out,
@@ -72,7 +74,7 @@ def export(
             calibration_list=calibration,
             n_calibration_images=calibration_images,
             dialect=dialect.value,
-            on_phase=_phases(bar),
+            on_phase=on_phase,
         )
     if as_json:
         _print_json({b.manifest.precision.value: {"path": str(b.path), "id": b.id} for b in bundles})
@@ -91,6 +93,7 @@ def bench(
     ] = None,
     data: DataOption = None,
     split: Annotated[SplitName, typer.Option(help="Whose images.")] = SplitName.TEST,
+    images: ImagesOption = None,
     spec: Annotated[str | None, typer.Option(help="A spec's name or .toml; default: that of the precision.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for report.json, report.html and the logits.")] = Path("bench"),
     html: Annotated[bool, typer.Option(help="Write report.html too.")] = True,
@@ -104,18 +107,19 @@ def bench(
     from chexnet_deploy.parity import EXIT_CODES
     from chexnet_deploy.pipeline import bench_bundles
 
-    with progress_bar() as bar:
+    with progress() as on_phase:
         report = bench_bundles(
             engine,
             reference,
             data,
             split.value,
+            images,
             spec,
             out,
             effort=Effort(min_runs, min_duration_s),
             threads=threads,
             with_html=html,
-            on_phase=_phases(bar),
+            on_phase=on_phase,
         )
     if as_json:
         typer.echo(report.model_dump_json())
@@ -154,14 +158,15 @@ def evaluate(
     bundle: Annotated[Path, typer.Argument(help="A bundle.")],
     data: Annotated[Path, typer.Option(help="ChestX-ray14: tables, split lists and images.")],
     split: Annotated[SplitName, typer.Option(help="Whose images.")] = SplitName.TEST,
+    images: ImagesOption = None,
     threads: Threads = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Measure AUROC per finding on labelled images."""
     from chexnet_deploy.pipeline import evaluate_bundle
 
-    with progress_bar() as bar:
-        result = evaluate_bundle(bundle, data, split.value, threads=threads, on_phase=_phases(bar))
+    with progress() as on_phase:
+        result = evaluate_bundle(bundle, data, split.value, images, threads=threads, on_phase=on_phase)
     if as_json:
         typer.echo(result.model_dump_json())
         return
@@ -230,19 +235,29 @@ def run_program(program: typer.Typer) -> None:
         _fail(f"error: {err}", 2)
     except KeyboardInterrupt:
         _fail("interrupted; nothing half-written was left behind", 130)
+    except OSError as err:
+        if err.errno not in _DISK_ERRORS:
+            traceback.print_exc()
+            sys.exit(70)
+        where = f" {err.filename}" if err.filename else ""
+        _fail(f"error: could not write{where}: {err.strerror}. Free some space or give a folder you may write to.", 2)
     except Exception:  # noqa: BLE001 - the last door: everything else is a bug, and its traceback is wanted
         traceback.print_exc()
         sys.exit(70)
 
 
 @contextmanager
-def progress_bar() -> "Iterator[Progress]":
-    """Yield a progress bar on standard error, so that standard output stays clean for results."""
+def progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Show progress bars on standard error, so that standard output stays clean for results.
+
+    Yields a function of the phase's name, what is done and of how much; each phase gets a bar when it is first named.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
         Progress,
+        TaskID,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
@@ -255,8 +270,15 @@ def progress_bar() -> "Iterator[Progress]":
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        yield bar
+    tasks: dict[str, TaskID] = {}
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+
+        def on_phase(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = bars.add_task(phase, total=total)
+            bars.update(tasks[phase], completed=done, total=total)
+
+        yield on_phase
 
 
 def print_table(rows: list[dict[str, str]]) -> None:
@@ -268,17 +290,6 @@ def print_table(rows: list[dict[str, str]]) -> None:
     for row in rows:
         table.add_row(*row.values())
     Console(width=None if sys.stdout.isatty() else 160).print(table)
-
-
-def _phases(bar: "Progress") -> Any:
-    tasks: dict[str, Any] = {}
-
-    def on_phase(phase: str, done: int, total: int) -> None:
-        if phase not in tasks:
-            tasks[phase] = bar.add_task(phase, total=total)
-        bar.update(tasks[phase], completed=done, total=total)
-
-    return on_phase
 
 
 def _print_json(value: object) -> None:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from chexnet_deploy.bench import BenchReport, Effort, find_reference, run_bench, write_predictions
 from chexnet_deploy.bundle import Bundle, Precision
 from chexnet_deploy.chestxray14 import ChestXray14, read_image_list
-from chexnet_deploy.errors import BundleError, CalibrationError, MissingPackageError, SpecError
+from chexnet_deploy.errors import BundleError, CalibrationError, DatasetError, MissingPackageError, SpecError
 from chexnet_deploy.files import write_file
 from chexnet_deploy.images import read_image
 from chexnet_deploy.metrics.auroc import auroc, mean_auroc
@@ -156,6 +156,7 @@ def bench_bundles(
     reference_path: Path | None,
     data_root: Path | None,
     split: Split,
+    image_list: Path | None,
     spec: str | None,
     out: Path,
     *,
@@ -165,6 +166,8 @@ def bench_bundles(
     on_phase: OnPhase,
 ) -> BenchReport:
     """Measure bundles, write report.json, report.html and the logits into `out`, return the report.
+
+    `image_list` narrows the split to the images it names.
 
     Raises:
         ChexnetError: a bundle, the data or the spec can't be used; or an engine refuses to run here.
@@ -176,9 +179,7 @@ def bench_bundles(
     engines = [(bundle, read_spec(spec or bundle.manifest.precision.value)) for bundle in bundles]
     images, data = None, "no labelled images"
     if data_root is not None:
-        dataset = ChestXray14.open(data_root)
-        images = LabelledImages.of(dataset.split(split), reference.manifest.findings)
-        n_absent = len(dataset.listed[split]) - len(images.names)
+        images, n_absent = _label(data_root, split, image_list, reference.manifest.findings)
         data = (
             f"{len(images.names)} {split} images of {len(set(images.patients.tolist()))} patients from {data_root.name}"
         )
@@ -216,12 +217,13 @@ def predict_files(
     return predictions
 
 
-def evaluate_bundle(path: Path, data_root: Path, split: Split, *, threads: int | None, on_phase: OnPhase) -> Evaluation:
-    """Measure a bundle's AUROC on the labelled images of a split that are on disk."""
+def evaluate_bundle(
+    path: Path, data_root: Path, split: Split, image_list: Path | None, *, threads: int | None, on_phase: OnPhase
+) -> Evaluation:
+    """Measure a bundle's AUROC on the labelled images of a split that are on disk, or on those of them a list names."""
     bundle = Bundle.open(path)
-    dataset = ChestXray14.open(data_root)
     findings = bundle.manifest.findings
-    images = LabelledImages.of(dataset.split(split), findings)
+    images, n_absent = _label(data_root, split, image_list, findings)
     session = open_session(bundle, threads=threads)
     n_images = len(images.paths)
     logits = score_files(
@@ -238,7 +240,7 @@ def evaluate_bundle(path: Path, data_root: Path, split: Split, *, threads: int |
         bundle_id=bundle.id,
         n_images=n_images,
         n_patients=len(set(images.patients.tolist())),
-        n_absent=len(dataset.listed[split]) - n_images,
+        n_absent=n_absent,
         findings=tuple(
             FindingScore(
                 finding=name,
@@ -250,6 +252,24 @@ def evaluate_bundle(path: Path, data_root: Path, split: Split, *, threads: int |
         mean_auroc=None if math.isnan(mean.value) else mean.value,
         n_counted=mean.n_counted,
     )
+
+
+def _label(
+    data_root: Path, split: Split, image_list: Path | None, findings: Sequence[str]
+) -> tuple[LabelledImages, int]:
+    """Return a split's images on disk, narrowed to a list if one is given, and how many of the split's are absent."""
+    dataset = ChestXray14.open(data_root)
+    if image_list is None:
+        images = LabelledImages.of(dataset.split(split), findings)
+        return images, len(dataset.listed[split]) - len(images.names)
+    names = read_image_list(image_list)
+    strangers = sorted(set(names) - set(dataset.listed[split]))
+    if strangers:
+        raise DatasetError(
+            f"{image_list} names {len(strangers)} images that are not {split} images, e.g. {strangers[0]}. "
+            f"Measure on the patients of one split only."
+        )
+    return LabelledImages.of(dataset.select(names), findings), 0
 
 
 def _calibration_names(dataset: ChestXray14, out: Path, given: Path | None, n_images: int) -> tuple[str, ...]:

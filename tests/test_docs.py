@@ -12,7 +12,7 @@ import pytest
 
 CHECKOUT = Path(__file__).parents[1]
 README = (CHECKOUT / "README.md").read_text()
-RECIPE = "resize_px = 32\nepochs = 1\nbatch_size = 16\nmax_learning_rate = 1e-3\nweight_decay = 1e-2\nseed = 0\n"
+RECIPE = "resize_px = 32\nepochs = 1\nbatch_size = 16\nmax_learning_rate = 1e-3\nweight_decay = 1e-2\nflip_probability = 0.5\nseed = 0\n"
 
 
 def blocks(language: str) -> list[str]:

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from chexnet_deploy.cli import progress_bar, run_program
-from training.train import METRICS, Progress, read_recipe, train
+from chexnet_deploy.cli import progress, run_program
+from training.train import METRICS, read_recipe, train
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -21,19 +21,8 @@ def main(
 ) -> None:
     """Train CheXNet; writes best.safetensors, metrics.jsonl and resume.pt into the run's folder."""
     chosen = read_recipe(recipe)
-    with progress_bar() as bar:
-        tasks = {phase: bar.add_task(phase, total=None) for phase in ("reading", "training")}
-
-        def report(progress: Progress) -> None:
-            loss = "" if progress.loss is None else f" loss {progress.loss:.3f}"
-            bar.update(
-                tasks[progress.phase],
-                completed=progress.done,
-                total=progress.total,
-                description=f"{progress.phase}{loss}",
-            )
-
-        best = train(root, chosen, run, report)
+    with progress() as on_phase:
+        best = train(root, chosen, run, on_phase)
     typer.echo(f"{best}\n{(run / METRICS).read_text().splitlines()[-1]}")
 
 

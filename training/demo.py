@@ -12,12 +12,12 @@ import typer
 
 from chexnet_deploy.bench import Effort, summary_rows
 from chexnet_deploy.bundle import Precision
-from chexnet_deploy.cli import print_table, progress_bar, run_program
+from chexnet_deploy.cli import print_table, progress, run_program
 from chexnet_deploy.parity import EXIT_CODES
 from chexnet_deploy.pipeline import bench_bundles, export_bundles
 from training.__main__ import RECIPES
 from training.phantom import PhantomSpec, write_phantom
-from training.train import Progress, read_recipe, train
+from training.train import read_recipe, train
 
 # 420 test patients at this prevalence give every finding more than 30 positive ones.
 FULL = PhantomSpec(patients=2300, test_patients=420, side_px=128, seed=2, prevalence=0.20)
@@ -42,19 +42,9 @@ def main(
     if (out / "phantom").exists():
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
-    with progress_bar() as bar:
-        tasks: dict[str, int] = {}
-
-        def on_phase(phase: str, done: int, total: int) -> None:
-            if phase not in tasks:
-                tasks[phase] = bar.add_task(phase, total=total)
-            bar.update(tasks[phase], completed=done, total=total)  # type: ignore[arg-type]
-
-        def on_training(progress: Progress) -> None:
-            on_phase(progress.phase, progress.done, progress.total)
-
+    with progress() as on_phase:
         write_phantom(out / "phantom", spec, on_image=lambda done, total: on_phase("drawing phantoms", done, total))
-        best = train(out / "phantom", read_recipe(recipe), out / "run", on_training)
+        best = train(out / "phantom", read_recipe(recipe), out / "run", on_phase)
         bundles = export_bundles(
             best,
             out / "bundles",
@@ -70,6 +60,7 @@ def main(
             bundles[0].path,
             out / "phantom",
             "test",
+            None,
             None,
             out / "bench",
             effort=Effort(min_runs=30, min_duration_s=1.0),

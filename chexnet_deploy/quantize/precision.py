@@ -75,13 +75,7 @@ def to_int8(
     ranges = activation_ranges(single, tensors, calibration.pixels, on_images=on_images)
     names = [node.output[0] for node in convs]
     single_weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in single.graph.initializer}
-    if dialect == "typed":
-        # The first convolution reads a cast of the tensor whose range was measured.
-        graph = to_float16(single)
-        first = next(node for node in graph.graph.node if node.op_type == "Conv")
-        ranges[first.input[0]] = ranges[next(node for node in single.graph.node if node.op_type == "Conv").input[0]]
-    else:
-        graph = single
+    graph = to_float16(single) if dialect == "typed" else single
     model = insert_qdq(graph, ranges, names, single_weights).SerializeToString()
     record = Calibration(list_sha256=calibration.sha256, n_images=len(calibration.images), estimator=ESTIMATOR)
     return _keep(bundle, model, out, gate, validation, Precision.INT8, dialect, record)

@@ -1,0 +1,121 @@
+"""The trainer: the same run twice gives the same bytes, an interrupted run goes on exactly, and it refuses what it can't use."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from chexnet_deploy.chestxray14 import ChestXray14
+from chexnet_deploy.errors import CheckpointError, SpecError
+from chexnet_deploy.export.checkpoint import read_checkpoint
+from training.train import BEST, METRICS, RESUME, Recipe, read_recipe, train
+
+RECIPE = Recipe(resize_px=32, epochs=3, batch_size=16, max_learning_rate=1e-3, weight_decay=1e-2, flip_probability=0.5, seed=3)
+
+
+def ignore(phase: str, done: int, total: int) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def finished(phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("finished") / "run"
+    assert train(phantom_root, RECIPE, run, ignore) == run / BEST
+    return run
+
+
+def interrupt_at(step: int) -> Callable[[str, int, int], None]:
+    def on_phase(phase: str, done: int, total: int) -> None:
+        if phase == "training" and done == step:
+            raise KeyboardInterrupt
+
+    return on_phase
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on_exactly(finished: Path, phantom_root: Path, tmp_path: Path) -> None:
+    steps = len(ChestXray14.open(phantom_root).split("train")) // RECIPE.batch_size
+    for step in (steps + 2, 2 * steps + 1):  # inside the second epoch, then inside the third
+        with pytest.raises(KeyboardInterrupt):
+            train(phantom_root, RECIPE, tmp_path / "run", interrupt_at(step))
+    train(phantom_root, RECIPE, tmp_path / "run", ignore)
+    # Equal to the last bit: the same seed gives the same weights, and so does a run that was cut twice.
+    for name in (BEST, METRICS):
+        assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_a_finished_run_is_not_run_again(finished: Path, phantom_root: Path) -> None:
+    before = {path.name: path.read_bytes() for path in finished.iterdir()}
+    phases = set()
+    train(phantom_root, RECIPE, finished, lambda phase, done, total: phases.add(phase))
+    assert phases == {"reading"}
+    assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
+
+
+def test_it_learns_and_keeps_its_best_epoch(finished: Path, phantom_root: Path) -> None:
+    epochs = [json.loads(line) for line in (finished / METRICS).read_text().splitlines()]
+    assert [epoch["epoch"] for epoch in epochs] == [1, 2, 3]
+    assert epochs[2]["train_loss"] < epochs[0]["train_loss"]
+    manifest = read_checkpoint(finished / BEST).manifest
+    assert manifest.metrics["val_loss"] == min(epoch["val_loss"] for epoch in epochs)
+    assert manifest.recipe == RECIPE.model_dump()
+    assert manifest.preprocessing.resize_px == 32
+    assert manifest.split_sha256 == ChestXray14.open(phantom_root).split_sha256()
+
+
+def test_test_patients_are_never_read(phantom_root: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(phantom_root, root)
+    for name in (root / "test_list.txt").read_text().split():
+        (root / "images" / name).write_bytes(b"not an image")
+    train(root, RECIPE.model_copy(update={"epochs": 1}), tmp_path / "run", ignore)
+    assert (tmp_path / "run" / BEST).is_file()
+
+
+@pytest.mark.parametrize("change", [{"seed": 4}, {"epochs": 4}, {"max_learning_rate": 2e-3}])
+def test_another_recipe_in_the_same_folder_is_refused(
+    finished: Path, phantom_root: Path, change: dict[str, float]
+) -> None:
+    with pytest.raises(CheckpointError, match="another recipe or split"):
+        train(phantom_root, RECIPE.model_copy(update=change), finished, ignore)
+
+
+def test_a_damaged_resume_file_is_refused(phantom_root: Path, tmp_path: Path) -> None:
+    (tmp_path / RESUME).write_bytes(b"half a file")
+    with pytest.raises(CheckpointError, match="Delete it"):
+        train(phantom_root, RECIPE, tmp_path, ignore)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(phantom_root: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="Lower max_learning_rate"):
+        train(phantom_root, RECIPE.model_copy(update={"max_learning_rate": 1e30}), tmp_path / "run", ignore)
+    assert not (tmp_path / "run" / BEST).exists()
+
+
+def test_fewer_images_than_a_batch_are_refused(phantom_root: Path, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="fewer than one batch of 4096"):
+        train(phantom_root, RECIPE.model_copy(update={"batch_size": 4096}), tmp_path / "run", ignore)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "found"),
+    [
+        ("epochs = 3", "epochs = ", "not TOML"),
+        ("epochs = 3", "epochs = 0", "epochs"),
+        ("epochs = 3", "", "epochs: Field required"),
+        ("epochs = 3", "epochs = 3\nrate = 2", "rate"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_by_field(tmp_path: Path, old: str, new: str, found: str) -> None:
+    text = "".join(f"{name} = {value}\n" for name, value in RECIPE.model_dump().items())
+    assert old in text
+    (tmp_path / "recipe.toml").write_text(text.replace(old, new))
+    with pytest.raises(SpecError, match=found):
+        read_recipe(tmp_path / "recipe.toml")
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "training" / "recipes").iterdir()))
+def test_every_shipped_recipe_parses(path: Path) -> None:
+    assert read_recipe(path).epochs >= 1
