@@ -12,7 +12,9 @@ from chexnet_deploy.errors import CheckpointError, SpecError
 from chexnet_deploy.export.checkpoint import read_checkpoint
 from training.train import BEST, METRICS, RESUME, Recipe, read_recipe, train
 
-RECIPE = Recipe(resize_px=32, epochs=3, batch_size=16, max_learning_rate=1e-3, weight_decay=1e-2, flip_probability=0.5, seed=3)
+RECIPE = Recipe(
+    resize_px=32, epochs=3, batch_size=16, max_learning_rate=1e-3, weight_decay=1e-2, flip_probability=0.5, seed=3
+)
 
 
 def ignore(phase: str, done: int, total: int) -> None:
