@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # saves several GB of CUDA.
 PIP_FLAGS ?=
 
-.PHONY: demo test lint real clean
+.PHONY: demo test lint soak real clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +26,9 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+soak: $(STAMP)  ## the long checks in full, about ten minutes
+	$(BIN)/python -m benchmarks.soak
 
 real: $(STAMP)  ## the chain on real radiographs; CHEXNET_CHESTXRAY14 names their folder
 	$(BIN)/python -m benchmarks.real

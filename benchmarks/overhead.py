@@ -13,7 +13,6 @@ from time import perf_counter
 from typing import Annotated
 
 import numpy as np
-import onnxruntime as ort
 import typer
 from PIL import Image
 
@@ -22,6 +21,7 @@ from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.cli import run_program
 from chexnet_deploy.images import read_image
 from chexnet_deploy.predictor import Predictor
+from chexnet_deploy.sessions.ort import load_onnx
 
 RESULTS = Path(__file__).parent / "results" / "overhead-cpu.json"
 
@@ -37,7 +37,7 @@ def main(
     """Measure both overheads."""
     opened = Bundle.open(bundle)
     side = opened.manifest.preprocessing.resize_px
-    session = ort.InferenceSession(opened.read_model(), providers=["CPUExecutionProvider"])
+    session = load_onnx(opened.read_model())
     gray = np.random.default_rng(0).integers(0, 256, (side, side), np.uint8)
     pixels = gray[None, None]
     with Predictor.open(bundle) as predictor:

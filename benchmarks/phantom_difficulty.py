@@ -13,6 +13,7 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import BaseModel, ConfigDict
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
@@ -30,23 +31,38 @@ RESULTS = Path(__file__).parent / "results" / "phantom-difficulty.json"
 app = typer.Typer(add_completion=False)
 
 
+class Difficulty(BaseModel):
+    """CheXNet and thumbnails on the same test images; AUROCs are means over the findings."""
+
+    model_config = ConfigDict(frozen=True)
+
+    n_test_images: int
+    fewest_positive_patients: int
+    thumbnail_mean_auroc: float
+    thumbnail_auroc: dict[str, float]
+    chexnet_mean_auroc: dict[str, float]
+
+
 @app.command()
 def main(demo: Annotated[Path, typer.Argument(help="The folder `make demo` wrote.")] = Path("demo")) -> None:
     """Measure and write the result."""
+    RESULTS.write_text(measure_difficulty(demo).model_dump_json(indent=1) + "\n")
+    typer.echo(RESULTS.read_text())
+
+
+def measure_difficulty(demo: Path) -> Difficulty:
+    """Measure thumbnails on the test patients of a demo, and read what its CheXNet reached there."""
     dataset = ChestXray14.open(demo / "phantom")
     train, test = (LabelledImages.of(dataset.split(name), FINDINGS) for name in ("train", "test"))
     areas = thumbnail_areas(train, test)
     report = json.loads((demo / "bench" / "report.json").read_text())
-    positives = [len(np.unique(test.patients[test.truth[:, c]])) for c in range(len(FINDINGS))]
-    results = {
-        "test_images": len(test.names),
-        "fewest_positive_patients_of_a_finding": min(positives),
-        "thumbnail_mean_auroc": mean_auroc(areas).value,
-        "thumbnail_auroc": areas,
-        "chexnet_mean_auroc": {e["name"]: e["parity"]["mean_auroc_candidate"] for e in report["engines"]},
-    }
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    typer.echo(json.dumps(results, indent=1))
+    return Difficulty(
+        n_test_images=len(test.names),
+        fewest_positive_patients=min(len(np.unique(test.patients[test.truth[:, c]])) for c in range(len(FINDINGS))),
+        thumbnail_mean_auroc=mean_auroc(areas).value,
+        thumbnail_auroc=areas,
+        chexnet_mean_auroc={e["name"]: e["parity"]["mean_auroc_candidate"] for e in report["engines"]},
+    )
 
 
 def thumbnail_areas(train: LabelledImages, test: LabelledImages) -> dict[str, float]:

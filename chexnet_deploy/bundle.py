@@ -213,7 +213,8 @@ class Bundle:
         try:
             write_directory(path, files)
         except FileExistsError as err:
-            raise BundleError(f"{path} is there already. Choose another place, or delete it first.") from err
+            taken = path if path.exists() else path.parent  # a file where a folder is needed
+            raise BundleError(f"{taken} is there already. Choose another place, or delete it first.") from err
         except OSError as err:
             needed_mib = sum(map(len, files.values())) / 2**20
             hint = f" It needs {needed_mib:.0f} MiB." if err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from chexnet_deploy.bench import BenchReport, Effort, find_reference, run_bench, write_predictions
 from chexnet_deploy.bundle import Bundle, Precision
-from chexnet_deploy.chestxray14 import ChestXray14, read_image_list
+from chexnet_deploy.chestxray14 import ChestXray14
 from chexnet_deploy.errors import BundleError, CalibrationError, DatasetError, MissingPackageError, SpecError
 from chexnet_deploy.files import write_file
 from chexnet_deploy.images import read_image
@@ -23,6 +23,7 @@ from chexnet_deploy.predictor import Prediction, Predictor, draw_cam, sigmoid
 from chexnet_deploy.scoring import LabelledImages, score_files
 from chexnet_deploy.sessions import open_session
 from chexnet_deploy.spec import read_spec
+from chexnet_deploy.tables import read_image_list
 
 OnPhase = Callable[[str, int, int], None]
 Split = Literal["train", "val", "test"]

@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from chexnet_deploy.chestxray14 import Radiograph, truth
+from chexnet_deploy.chestxray14 import truth
 from chexnet_deploy.errors import DatasetError
 from chexnet_deploy.findings import FINDINGS
 from chexnet_deploy.images import read_image
 from chexnet_deploy.preprocessing import Pixels, Preprocessing
 from chexnet_deploy.sessions import Logits, Session
+from chexnet_deploy.tables import Radiograph
 
 READERS = 2  # Pillow decodes without the GIL; more threads than this wait for the session on small machines
 BATCH_SIZE = 16

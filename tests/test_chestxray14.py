@@ -10,9 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from chexnet_deploy.chestxray14 import Box, ChestXray14, is_validation_patient, read_image_list, truth
+from chexnet_deploy.chestxray14 import ChestXray14, is_validation_patient, truth
 from chexnet_deploy.errors import DatasetError
 from chexnet_deploy.findings import FINDINGS
+from chexnet_deploy.tables import Box, read_image_list
 
 V2020 = "Data_Entry_2017_v2020.csv"
 V2017 = "Data_Entry_2017.csv"

@@ -1,9 +1,12 @@
 """Every mistake a user can make at the command line: one line with the next step, the right exit code, nothing half-written."""
 
 import json
+import resource
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +61,113 @@ def test_a_bundle_with_a_flipped_byte(bundles: dict[str, Bundle], phantom_root: 
     (broken / "model.onnx").write_bytes(content)
     image = next((phantom_root / "images").iterdir())
     assert_one_line_error(chexnet("predict", broken, image), 2, "model.onnx does not match its manifest")
+
+
+def replace_in(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+def link_model(bundle: Path) -> None:
+    target = bundle.parent / "elsewhere.onnx"
+    (bundle / "model.onnx").rename(target)
+    (bundle / "model.onnx").symlink_to(target)
+
+
+@pytest.mark.parametrize(
+    ("damage", "found"),
+    [
+        (lambda bundle: replace_in(bundle / "manifest.json", "Hernia", "Hernias"), "manifest.json"),
+        (lambda bundle: replace_in(bundle / "manifest.json", "{", '{"surprise": 1, '), "manifest.json"),
+        (lambda bundle: (bundle / "probe.npz").unlink(), "probe.npz"),
+        (link_model, "not a plain file"),
+    ],
+    ids=["edited", "unknown key", "missing file", "symlink"],
+)
+def test_a_bundle_that_is_not_whole(
+    bundles: dict[str, Bundle], tmp_path: Path, damage: Callable[[Path], object], found: str
+) -> None:
+    broken = tmp_path / "fp32"
+    shutil.copytree(bundles["fp32"].path, broken)
+    damage(broken)
+    assert_one_line_error(chexnet("inspect", broken), 2, found)
+
+
+def move_a_test_image_to_train_val(root: Path) -> None:
+    """Of a patient who has another image in the test list."""
+    names = (root / "test_list.txt").read_text().split()
+    patient = next(name[:8] for name in names if sum(other[:8] == name[:8] for other in names) > 1)
+    moved = next(name for name in names if name[:8] == patient)
+    (root / "test_list.txt").write_text("\n".join(name for name in names if name != moved))
+    with (root / "train_val_list.txt").open("a") as file:
+        file.write(f"\n{moved}\n")
+
+
+@pytest.mark.parametrize(
+    ("damage", "found"),
+    [
+        (lambda root: replace_in(root / "Data_Entry_2017_v2020.csv", "Finding Labels", "Labels"), "Finding Labels"),
+        (lambda root: replace_in(root / "Data_Entry_2017_v2020.csv", "Effusion", "Effusions"), "'Effusions'"),
+        (move_a_test_image_to_train_val, "patients"),
+    ],
+    ids=["wrong columns", "unknown finding", "patient in two splits"],
+)
+def test_tables_that_contradict(
+    bundles: dict[str, Bundle], phantom_root: Path, tmp_path: Path, damage: Callable[[Path], object], found: str
+) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(phantom_root, root)
+    damage(root)
+    assert_one_line_error(chexnet("evaluate", bundles["fp32"].path, "--data", root), 2, found)
+
+
+@pytest.mark.parametrize("kind", ["pickle", "nan", "missing key"])
+def test_a_checkpoint_that_can_not_be_used(checkpoint_path: Path, tmp_path: Path, kind: str) -> None:
+    import safetensors.torch
+    import torch
+
+    path = tmp_path / "x.safetensors"
+    weights = safetensors.torch.load_file(checkpoint_path)
+    if kind == "pickle":
+        torch.save(weights, path)
+        found = "pickle"
+    else:
+        if kind == "nan":
+            weights["classifier.bias"][3] = float("nan")
+        else:
+            weights["classifier.offset"] = weights.pop("classifier.bias")
+        with safetensors.safe_open(checkpoint_path, "pt") as original:
+            safetensors.torch.save_file(weights, path, original.metadata())
+        found = "classifier.bias"
+    assert_one_line_error(chexnet("export", path, "--out", tmp_path / "out"), 2, found)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_that_fills_up(checkpoint_path: Path, tmp_path: Path) -> None:
+    def limit_files() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write then fails as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 20, 4 << 20))
+
+    done = subprocess.run(
+        [sys.executable, "-m", "chexnet_deploy", "export", str(checkpoint_path), "--out", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        preexec_fn=limit_files,
+    )
+    assert_one_line_error(done, 2, "File too large", "space")
+    assert not list(tmp_path.rglob("*.onnx"))
+
+
+def test_a_list_of_images_narrows_the_split(bundles: dict[str, Bundle], phantom_root: Path, tmp_path: Path) -> None:
+    names = (phantom_root / "test_list.txt").read_text().split()
+    (tmp_path / "some.txt").write_text("\n".join(names[:7]))
+    command = ("evaluate", bundles["fp32"].path, "--data", phantom_root, "--images", tmp_path / "some.txt", "--json")
+    assert json.loads(chexnet(*command).stdout)["n_images"] == 7
+    stranger = (phantom_root / "train_val_list.txt").read_text().split()[0]
+    (tmp_path / "some.txt").write_text(stranger)
+    assert_one_line_error(chexnet(*command), 2, stranger, "not test images")
 
 
 def test_a_wrong_data_folder(bundles: dict[str, Bundle], tmp_path: Path) -> None:

@@ -12,7 +12,15 @@ import pytest
 
 CHECKOUT = Path(__file__).parents[1]
 README = (CHECKOUT / "README.md").read_text()
-RECIPE = "resize_px = 32\nepochs = 1\nbatch_size = 16\nmax_learning_rate = 1e-3\nweight_decay = 1e-2\nflip_probability = 0.5\nseed = 0\n"
+RECIPE = """
+resize_px = 32
+epochs = 1
+batch_size = 16
+max_learning_rate = 1e-3
+weight_decay = 1e-2
+flip_probability = 0.5
+seed = 0
+"""
 
 
 def blocks(language: str) -> list[str]:
@@ -47,6 +55,13 @@ def test_commands_on_your_own_data_and_the_scanner_example(phantom_root: Path, t
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+def test_the_table_is_made_from_the_committed_results() -> None:
+    from benchmarks.real import markdown_table, read_results
+
+    table = README.split("<!-- python -m benchmarks.real --table -->\n")[1].split("<!-- end -->")[0]
+    assert table.strip() == markdown_table(read_results())
 
 
 def test_every_file_the_readme_names_exists() -> None:

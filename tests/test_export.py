@@ -1,5 +1,4 @@
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -102,10 +101,9 @@ def test_graph_that_answers_otherwise_is_not_kept(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("seed", "how"), [(1, signal.SIGKILL), (2, signal.SIGKILL), (3, signal.SIGINT)])
-def test_killed_export_leaves_nothing_half_written(
-    checkpoint_path: Path, tmp_path: Path, seed: int, how: signal.Signals
-) -> None:
+@pytest.mark.parametrize("after_s", [0.7, 2.5])  # while torch is imported; while it exports
+def test_interrupted_export_leaves_nothing_behind(checkpoint_path: Path, tmp_path: Path, after_s: float) -> None:
+    # SIGKILL at many moments: tests/test_soak.py.
     out, temporary = tmp_path / "out", tmp_path / "tmp"
     temporary.mkdir()
     program = "from chexnet_deploy.cli import main; print('ready', flush=True); main()"
@@ -116,16 +114,11 @@ def test_killed_export_leaves_nothing_half_written(
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
-        time.sleep(random.Random(seed).uniform(0.5, 5.0))
-        process.send_signal(how)
+        time.sleep(after_s)
+        process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
-    finished = process.returncode == 0
-    assert finished or process.returncode == (130 if how is signal.SIGINT else -how), errors
-    entries = list(out.iterdir()) if out.exists() else []
-    for entry in entries:
-        if not entry.name.startswith("."):
-            Bundle.open(entry)
-    if how is signal.SIGINT:
-        assert [entry.name for entry in entries] in ([], ["fp32"])
-        assert not list(temporary.iterdir())
-        assert finished or "Traceback" not in errors
+    finished = process.returncode == 0  # on a fast machine
+    assert finished or process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert [entry.name for entry in out.glob("*")] == (["fp32"] if finished else [])
+    assert not list(temporary.iterdir())

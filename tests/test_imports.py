@@ -52,6 +52,17 @@ print(len(prediction.probabilities), [m for m in {HEAVY} if m in sys.modules])
     assert done.stdout.strip() == "14 []", done.stderr
 
 
+def test_onnx_runtime_does_not_call_home(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+    # Its telemetry leaves a file in the temporary folder as soon as it starts. CI switches it off by itself.
+    environment = {name: value for name, value in os.environ.items() if name not in ("CI", "ORT_DISABLE_TELEMETRY")}
+    code = f"from chexnet_deploy import Predictor; Predictor.open({str(bundles['int8'].path)!r}).close()"
+    for module in (code, "import chexnet_deploy.quantize.precision, chexnet_deploy.export.to_onnx"):
+        subprocess.run(
+            [sys.executable, "-c", module], check=True, timeout=120, env={**environment, "TMPDIR": str(tmp_path)}
+        )
+    assert not list(tmp_path.iterdir())
+
+
 def test_all_public_names_exist() -> None:
     import chexnet_deploy
 

@@ -291,13 +291,14 @@ def _pleural_thickening(c: Chest, rng: np.random.Generator) -> Map:
 
 
 def _hernia(c: Chest, rng: np.random.Generator) -> Map:
-    radius = rng.uniform(0.055, 0.08)
+    radius = rng.uniform(0.035, 0.07)
+    strength = rng.uniform(0.25, 1.0)  # most lie behind the heart and are hard to see
     x, y = rng.uniform(-0.01, 0.06), c.anatomy.diaphragm_y[1] - rng.uniform(0.03, 0.07)
     r2 = _ellipse(c, (x, y), radius * rng.uniform(1.0, 1.25), radius)
     wall = bell(np.sqrt(r2) - 0.95, 0.12)
     level = y + rng.uniform(-0.1, 0.5) * radius
     gas = step(1.0 - r2, 0.1) * step(level - c.y, 0.004)
-    c.path += 0.7 * wall + 0.4 * step(1.0 - r2, 0.1) * step(c.y - level, 0.004) - 1.0 * gas
+    c.path += strength * (0.7 * wall + 0.4 * step(1.0 - r2, 0.1) * step(c.y - level, 0.004) - 1.0 * gas)
     return step(1.1 - r2, 0.05)
 
 

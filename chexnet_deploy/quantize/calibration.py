@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from chexnet_deploy.chestxray14 import ChestXray14, Radiograph
+from chexnet_deploy.chestxray14 import ChestXray14
 from chexnet_deploy.errors import CalibrationError
 from chexnet_deploy.files import sha256_hex
 from chexnet_deploy.findings import FINDINGS, NO_FINDING
 from chexnet_deploy.preprocessing import Pixels, Preprocessing
 from chexnet_deploy.scoring import iter_pixels
+from chexnet_deploy.tables import Radiograph
 
 MIN_IMAGES = 100  # below this the largest activations of rare findings are a matter of luck
 DEFAULT_IMAGES = 512

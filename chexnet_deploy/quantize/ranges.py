@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from chexnet_deploy.errors import CalibrationError
 from chexnet_deploy.preprocessing import Pixels
 from chexnet_deploy.scoring import iter_batches
-from chexnet_deploy.sessions.ort import PROVIDERS
+from chexnet_deploy.sessions.ort import load_onnx
 
 INT8_MAX = 127  # symmetric: -128 is left out, so that negation stays exact and TensorRT takes it
 ESTIMATOR = "least squared error over 2048 bins"
@@ -87,7 +86,7 @@ def _open_with_outputs(model: onnx.ModelProto, tensors: Sequence[str]) -> Any:
     observed.CopyFrom(model)
     del observed.graph.output[:]
     observed.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in tensors)
-    return ort.InferenceSession(observed.SerializeToString(), providers=PROVIDERS)
+    return load_onnx(observed.SerializeToString())
 
 
 def _run(session: Any, tensors: Sequence[str], pixels: Pixels) -> Iterator[list[NDArray[np.float32]]]:

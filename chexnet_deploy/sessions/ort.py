@@ -1,6 +1,10 @@
-"""A Session on ONNX Runtime's CPU provider: the fp32 reference everywhere, and a backend for boxes without a GPU."""
+"""A Session on ONNX Runtime's CPU provider: the fp32 reference everywhere, and a backend for boxes without a GPU.
+
+The only room that imports onnxruntime, because of what must happen before it does.
+"""
 
 import json
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
@@ -8,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+# From 1.29 on ONNX Runtime reports models and machines to its maker, unless told not to before it is first imported
+# (microsoft/onnxruntime#27379). A scanner does not call home.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime as ort
 
 from chexnet_deploy.bundle import Bundle
@@ -15,7 +23,7 @@ from chexnet_deploy.errors import SessionError
 from chexnet_deploy.preprocessing import Pixels
 from chexnet_deploy.sessions.base import Logits, Maps, check_finite, check_pixels
 
-PROVIDERS = ["CPUExecutionProvider"]
+_PROVIDERS = ["CPUExecutionProvider"]
 MAX_BATCH = 256  # 256 x 224 x 224 takes about 3 GB of activations; nobody gains from more on a CPU
 _LOG_ERRORS_ONLY = 3
 _TYPE_NAMES = {"float": "float32", "float16": "float16", "int8": "int8", "uint8": "int8"}
@@ -37,7 +45,7 @@ class OrtSession:
         self.batch_range = (1, MAX_BATCH)
         self._model = model
         self._resize_px = resize_px
-        self._session: Any = _load(model, _options(threads))
+        self._session: Any = load_onnx(model, _options(threads))
 
     @classmethod
     def open(cls, bundle: Bundle, *, threads: int | None = None) -> "OrtSession":
@@ -62,7 +70,7 @@ class OrtSession:
             options = _options(1)
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(folder) / "profile")
-            session = _load(self._model, options)
+            session = load_onnx(self._model, options)
             session.run(None, {"pixels": np.zeros((1, 1, self._resize_px, self._resize_px), np.uint8)})
             events = json.loads(Path(session.end_profiling()).read_text())
         counts: Counter[str] = Counter()
@@ -87,8 +95,17 @@ def _options(threads: int | None) -> Any:
     return options
 
 
-def _load(model: bytes, options: Any) -> Any:
+def load_onnx(model: bytes, options: Any = None) -> Any:
+    """Return a bare onnxruntime.InferenceSession.
+
+    Args:
+        model: the ONNX file's bytes.
+        options: onnxruntime.SessionOptions; None for this project's own.
+
+    Raises:
+        SessionError: ONNX Runtime refuses the model.
+    """
     try:
-        return ort.InferenceSession(model, options, providers=PROVIDERS)
+        return ort.InferenceSession(model, options or _options(None), providers=_PROVIDERS)
     except Exception as err:
         raise SessionError(f"ONNX Runtime {ort.__version__} refuses this model: {err}") from err

@@ -1,0 +1,223 @@
+"""One file of ChestX-ray14's tables and lists -> checked rows: labels, boxes, image names.
+
+Knows nothing of splits or of what is on disk beside the file: see chestxray14.py. Repairs nothing: a row that can't be
+right is refused with its number.
+"""
+
+import csv
+import io
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final, Literal, cast
+
+from chexnet_deploy.errors import DatasetError
+from chexnet_deploy.findings import FINDINGS, NO_FINDING
+
+_IMAGE_NAME: Final = re.compile(r"(\d{8})_\d{3}\.png", re.ASCII)
+_PATIENT: Final = re.compile(r"\d{1,8}", re.ASCII)
+_AGE: Final = re.compile(r"(\d{1,4})([YMD]?)", re.ASCII)
+# NIH renamed the sex column between downloads of the same table.
+_COLUMNS: Final = (
+    ("Image Index",),
+    ("Finding Labels",),
+    ("Patient ID",),
+    ("Patient Age",),
+    ("Patient Gender", "Patient Sex"),
+    ("View Position",),
+)
+_BOX_COLUMNS: Final = (("Image Index",), ("Finding Label",), ("Bbox [x",), ("y",), ("w",), ("h]",))
+_BOX_FINDING_NAMES: Final = MappingProxyType({"Infiltrate": "Infiltration"})  # the box list's own spelling
+
+
+@dataclass(frozen=True, slots=True)
+class Radiograph:
+    """One row of the table.
+
+    Attributes:
+        image: file name, "00000002_000.png".
+        patient: the number in the name and in the Patient ID column.
+        findings: names out of FINDINGS; empty for "No Finding".
+        age_years: as the table says, even 411: the first release has such ages, and nothing here computes with them.
+        sex: as the table says.
+        view: both are frontal: AP is taken lying or sitting, PA standing.
+        path: None where the table lists an image that is not on disk.
+    """
+
+    image: str
+    patient: int
+    findings: frozenset[str]
+    age_years: int
+    sex: Literal["F", "M"]
+    view: Literal["AP", "PA"]
+    path: Path | None
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """Where a radiologist saw one finding; pixels of the 1024 x 1024 image, origin at the top left."""
+
+    finding: str
+    x_px: float
+    y_px: float
+    width_px: float
+    height_px: float
+
+
+def read_table(path: Path, images: Mapping[str, Path]) -> dict[str, Radiograph]:
+    """Return image name -> its row of Data_Entry_2017*.csv, in the table's order.
+
+    Args:
+        path: of the table.
+        images: image name -> path, of the images on disk.
+
+    Raises:
+        DatasetError: the file can't be read, a column is missing or a row can't be right.
+    """
+    radiographs: dict[str, Radiograph] = {}
+    findings_of: dict[str, frozenset[str]] = {}  # the same few hundred label fields come again and again
+    for row, (image, labels, patient, age, sex, view) in _read_rows(path, _COLUMNS):
+        name = _IMAGE_NAME.fullmatch(image)
+        if not name:
+            raise _row_error(path, row, f"{image!r}", "an image name like 00000002_000.png")
+        if image in radiographs:
+            raise _row_error(path, row, f"{image} a second time", "one row an image")
+        if not _PATIENT.fullmatch(patient) or int(patient) != int(name[1]):
+            raise _row_error(path, row, f"Patient ID {patient!r} for {image}", f"the same patient, {int(name[1])}")
+        if labels not in findings_of:
+            findings_of[labels] = _parse_findings(path, row, labels)
+        if sex not in ("F", "M"):
+            raise _row_error(path, row, f"sex {sex!r}", "F or M")
+        if view not in ("AP", "PA"):
+            raise _row_error(path, row, f"view {view!r}", "AP or PA")
+        radiographs[image] = Radiograph(
+            image=image,
+            patient=int(patient),
+            findings=findings_of[labels],
+            age_years=_parse_age_years(path, row, age),
+            sex=cast(Literal["F", "M"], sex),
+            view=cast(Literal["AP", "PA"], view),
+            path=images.get(image),
+        )
+    return radiographs
+
+
+def read_boxes(path: Path, by_image: Mapping[str, Radiograph]) -> Mapping[str, tuple[Box, ...]]:
+    """Return image name -> its boxes, in the order of BBox_List_2017.csv; empty where there is no such file.
+
+    Raises:
+        DatasetError: as read_table; or a box is of an image that the table lacks.
+    """
+    boxes: dict[str, tuple[Box, ...]] = {}
+    if not path.exists():
+        return MappingProxyType(boxes)
+    for row, (image, label, *numbers) in _read_rows(path, _BOX_COLUMNS):
+        finding = _BOX_FINDING_NAMES.get(label, label)
+        if image not in by_image:
+            raise _row_error(path, row, f"{image!r}, which has no row in the table", "an image of the table")
+        if finding not in FINDINGS:
+            raise _row_error(path, row, f"finding {label!r}", f"a name out of {', '.join(FINDINGS)}")
+        try:
+            x_px, y_px, width_px, height_px = (float(number) for number in numbers)
+        except ValueError as err:
+            raise _row_error(path, row, f"box {numbers}", "four numbers x, y, w, h") from err
+        if not (0 <= x_px < math.inf and 0 <= y_px < math.inf and 0 < width_px < math.inf and 0 < height_px < math.inf):
+            raise _row_error(path, row, f"box {numbers}", "x and y of at least 0, w and h above 0, all finite")
+        box = Box(finding, x_px, y_px, width_px, height_px)
+        if box in boxes.get(image, ()):
+            raise _row_error(path, row, f"the same box of {image} a second time", "each box once")
+        boxes[image] = (*boxes.get(image, ()), box)
+    return MappingProxyType(boxes)
+
+
+def read_image_list(path: Path) -> tuple[str, ...]:
+    """Return the names in a list, in its order.
+
+    One name a line; blank lines, blanks around a name, a byte order mark and CRLF are allowed.
+
+    Raises:
+        DatasetError: the file can't be read, names no image, names one twice, or a line is not an image name.
+    """
+    rows: dict[str, int] = {}
+    for row, line in enumerate(_read_text(path).splitlines(), start=1):
+        name = line.strip()
+        if not name:
+            continue
+        if not _IMAGE_NAME.fullmatch(name):
+            raise _row_error(path, row, f"{name!r}", "an image name like 00000002_000.png")
+        if name in rows:
+            raise _row_error(path, row, f"{name} again (first in row {rows[name]})", "each name once")
+        rows[name] = row
+    if not rows:
+        raise DatasetError(f"{path}: found no image name; needed at least one. Next: copy the list again.")
+    return tuple(rows)
+
+
+def _parse_findings(path: Path, row: int, labels: str) -> frozenset[str]:
+    names = labels.split("|")
+    if names == [NO_FINDING]:
+        return frozenset()
+    for name in names:
+        if name == NO_FINDING:
+            raise _row_error(path, row, f"{labels!r}", f"{NO_FINDING} alone or findings alone")
+        if name not in FINDINGS:
+            raise _row_error(path, row, f"finding {name!r}", f"{NO_FINDING} or names out of {', '.join(FINDINGS)}")
+    if len(set(names)) < len(names):
+        raise _row_error(path, row, f"{labels!r}", "each finding once")
+    return frozenset(names)
+
+
+def _parse_age_years(path: Path, row: int, age: str) -> int:
+    """Return whole years of "58", "058Y", "018M" (months) or "011D" (days), as the two releases write them."""
+    match = _AGE.fullmatch(age)
+    if not match:
+        raise _row_error(path, row, f"age {age!r}", "an age like 58 or 058Y")
+    return int(match[1]) // {"": 1, "Y": 1, "M": 12, "D": 365}[match[2]]
+
+
+def _read_rows(path: Path, columns: Sequence[Sequence[str]]) -> Iterator[tuple[int, list[str]]]:
+    """Yield (row number, values of the columns) for every row that is not blank."""
+    reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
+    try:
+        header = next(reader, [])
+        places = []
+        for names in columns:
+            place = next((header.index(name) for name in names if name in header), None)
+            if place is None:
+                found = "columns " + ", ".join(filter(None, header)) if any(header) else "no column names"
+                raise _row_error(path, 1, found, f"a column {' or '.join(names)}, separated by commas")
+            places.append(place)
+        # The first release ends its header, its rows or both with a comma; such empty fields mean nothing.
+        width = len(header)
+        while not header[width - 1]:
+            width -= 1
+        n_rows = 0
+        for fields in reader:
+            if not fields:
+                continue
+            if len(fields) < width or any(fields[width:]):
+                raise _row_error(path, reader.line_num, f"{len(fields)} fields", f"{width}, as the header has")
+            n_rows += 1
+            yield reader.line_num, [fields[place] for place in places]
+    except csv.Error as err:
+        raise _row_error(path, reader.line_num, f"a broken row ({err})", "comma-separated values") from err
+    if not n_rows:
+        raise DatasetError(f"{path}: found a header and no row; needed at least one. Next: copy the file again.")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        if not path.is_file():
+            raise DatasetError(f"{path}: found no such file; needed a text file. Next: check the path.")
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as err:
+        raise DatasetError(f"{path}: found {err}; needed readable UTF-8 text. Next: copy the file again.") from err
+
+
+def _row_error(path: Path, row: int, found: str, needed: str) -> DatasetError:
+    """Row 1 is the first line of the file, as editors and spreadsheets count."""
+    found = found if len(found) <= 200 else f"{found[:200]}..."
+    return DatasetError(f"{path}, row {row}: found {found}; needed {needed}. Next: correct the row or copy it again.")
