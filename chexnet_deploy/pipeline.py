@@ -146,7 +146,7 @@ def export_bundles(
                 read_spec("int8").gate,
                 validation,
                 dialect=dialect,
-                on_images=lambda done: on_phase("quantise int8", done, 2 * n_names),
+                on_images=lambda done: on_phase("quantise int8", done, n_names),
             )
         )
     return bundles

@@ -162,10 +162,11 @@ def _infiltration(c: Chest, rng: np.random.Generator) -> Map:
 
 def _pneumonia(c: Chest, rng: np.random.Generator) -> Map:
     region, center = _patch(c, rng, 0.35, 0.8)
-    clumps = step(smooth_noise(rng, 17, c.side_px), 0.25)
-    air = _bronchogram(c, rng, center, 0.10, 0.011)
+    clumps = smooth_step(smooth_noise(rng, 17, c.side_px), 0.6)
+    air = _bronchogram(c, rng, center, 0.10, 0.009)
     _opacify(c, region * clumps, 0.85)
-    c.path -= region * (0.7 * air + 0.25)
+    # Air shows only where the lung round it does not.
+    c.path -= region * (0.6 * air * clumps + 0.22)
     return region
 
 
@@ -176,43 +177,48 @@ def _consolidation(c: Chest, rng: np.random.Generator) -> Map:
     # A lobe ends at its fissure in a straight line: an upper lobe below, a lower lobe above.
     tilt = rng.uniform(-0.3, 0.3)
     fissure = ((c.y - y) + tilt * (c.x - x)) * (1.0 if upper else -1.0)
-    r2 = _ellipse(c, (x, y), 0.12, 0.13) * (1.0 + 0.12 * smooth_noise(rng, 8, c.side_px))
-    region = step(0.055 - fissure, 0.004) * step(1.0 - r2, 0.15) * _only(c, left=left)
-    air = _bronchogram(c, rng, (x, y - 0.04 if upper else y + 0.04), 0.10, 0.015)
-    _opacify(c, region, 0.85)
-    c.path -= region * (1.2 * air + 0.18)
+    rough = 1.0 + 0.22 * smooth_noise(rng, 7, c.side_px) + 0.10 * smooth_noise(rng, 20, c.side_px)
+    r2 = _ellipse(c, (x, y), rng.uniform(0.11, 0.14), rng.uniform(0.12, 0.15)) * rough
+    region = step(0.055 - fissure, 0.007) * smooth_step(1.0 - r2, 0.45) * _only(c, left=left)
+    # Some acini still hold air: the opacity is uneven.
+    _opacify(c, region * (0.8 + 0.08 * smooth_noise(rng, 40, c.side_px)), 0.85)
+    air = _bronchogram(c, rng, (x, y - 0.04 if upper else y + 0.04), 0.10, 0.010)
+    c.path -= region * (0.65 * air + 0.10)
     return region
 
 
 def _mass(c: Chest, rng: np.random.Generator) -> Map:
-    radius = rng.uniform(0.055, 0.075)
-    region, center = _ball(c, rng, radius, 2.0)
-    # Spicules: strands that pull the lung towards a malignant mass.
+    radius = rng.uniform(0.05, 0.075)
+    region, center = _ball(c, rng, radius, 1.8, roughness=0.22)
+    # Spicules: fine strands that a malignant mass pulls out of the lung.
     strokes: list[Stroke] = []
-    for turn in rng.uniform(0.0, 2 * math.pi, 14):
-        bend = turn + np.cumsum(rng.normal(0.0, 0.15, 3))
+    for turn in rng.uniform(0.0, 2 * math.pi, 16):
+        bend = turn + np.cumsum(rng.normal(0.0, 0.3, 3))
         ray = (
             np.stack([np.cos(bend), np.sin(bend)], axis=1)
-            * (np.array([0.8, 1.1, rng.uniform(1.2, 1.8)]) * radius)[:, None]
+            * (np.array([0.7, 1.0, rng.uniform(1.1, 1.6)]) * radius)[:, None]
         )
-        strokes += [(center + ray, 0.004, 0.6), (center + ray[:2], 0.009, 1.0)]
-    c.path += 0.8 * c.lines(strokes, blur=0.0015) * c.clear * (1.0 - region)
+        strokes += [(center + ray, 0.002, 0.5), (center + ray[:2], 0.005, 0.8)]
+    c.path += 0.5 * c.lines(strokes, blur=0.003) * c.clear * (1.0 - region)
     return region
 
 
 def _nodule(c: Chest, rng: np.random.Generator) -> Map:
-    region, _ = _ball(c, rng, rng.uniform(0.024, 0.033), 1.8)
+    region, _ = _ball(c, rng, rng.uniform(0.024, 0.033), 1.8, roughness=0.08)
     for _ in range(int(rng.integers(1, 4))):
-        region = np.maximum(region, _ball(c, rng, rng.uniform(0.021, 0.032), 1.8)[0])
+        region = np.maximum(region, _ball(c, rng, rng.uniform(0.021, 0.032), 1.8, roughness=0.08)[0])
     return region
 
 
-def _ball(c: Chest, rng: np.random.Generator, radius: float, density: float) -> tuple[Map, Point]:
-    """Add a roughly round lesion of `density` at a random place; return its region and centre."""
+def _ball(c: Chest, rng: np.random.Generator, radius: float, density: float, *, roughness: float) -> tuple[Map, Point]:
+    """Add a roughly round lesion of `density` at a random place; return its region and centre.
+
+    `roughness` is how far its outline wanders, as a share of the squared radius.
+    """
     left = _side(rng)
     center = c.anatomy.lung_point(rng.uniform(0.12, 0.88), rng.uniform(0.4, 0.8), left=left)
     r2 = _ellipse(c, center, radius * rng.uniform(0.9, 1.1), radius * rng.uniform(0.9, 1.1))
-    region = np.minimum(1.6 * dome(r2 * (1.0 + 0.08 * smooth_noise(rng, 12, c.side_px))), 1.0)
+    region = np.minimum(1.6 * dome(r2 * (1.0 + roughness * smooth_noise(rng, 12, c.side_px))), 1.0)
     c.path += density * region
     outline: Map = np.minimum(region * 2.0, 1.0)
     return outline, center
@@ -236,13 +242,13 @@ def _edema(c: Chest, rng: np.random.Generator) -> Map:
     # Bat wings: both hila, clear periphery.
     r2 = ((c.x_abs - 0.13) / 0.13) ** 2 + ((c.y - 0.45) / 0.17) ** 2
     wings = smooth_step(1.0 - r2, 0.5) * c.lung
-    c.path += wings * (0.04 + 0.30 * smooth_noise(rng, 22, c.side_px))
+    c.path += wings * (0.09 + 0.30 * smooth_noise(rng, 22, c.side_px))
     strokes: list[Stroke] = []
     for left in (False, True):
         down = np.arange(0.5, 0.97, 0.055) + rng.normal(0.0, 0.012, 9)
         for outer in c.anatomy.lung_points(down, np.full(9, 0.99), left=left):
-            inner = outer + np.array([rng.uniform(0.035, 0.085) * (-1 if left else 1), rng.normal(0.0, 0.006)])
-            strokes.append((np.array([outer, inner]), rng.uniform(0.008, 0.013), rng.uniform(0.7, 1.0)))
+            inner = outer + np.array([rng.uniform(0.025, 0.075) * (-1 if left else 1), rng.normal(0.0, 0.010)])
+            strokes.append((np.array([outer, inner]), rng.uniform(0.005, 0.009), rng.uniform(0.4, 1.0)))
     kerley = c.lines(strokes, blur=0.001) * c.lung
     c.path += 1.0 * kerley
     return np.maximum(wings, kerley)
@@ -267,9 +273,9 @@ def _fibrosis(c: Chest, rng: np.random.Generator) -> Map:
     edge = c.y - c.anatomy.diaphragm_y[0] + 0.25 if basal else c.anatomy.apex_y + 0.26 - c.y
     zone = step(edge + 0.04 * smooth_noise(rng, 8, c.side_px), 0.04) * c.clear
     # Reticulation: the level lines of a random field are a net of curved walls round unequal cells.
-    net = bell(smooth_noise(rng, 30, c.side_px), 0.28)
+    net = 0.65 * bell(smooth_noise(rng, 30, c.side_px), 0.28) + 0.45 * bell(smooth_noise(rng, 58, c.side_px), 0.4)
     # Fibrous lung holds less blood between its walls: the zone is coarser, hardly denser.
-    c.path += zone * (1.1 * net - 0.38 - 0.5 * c.vessel_path)
+    c.path += zone * (1.0 * net - 0.40 - 0.5 * c.vessel_path)
     return step(edge, 0.01) * c.lung
 
 
@@ -291,8 +297,8 @@ def _pleural_thickening(c: Chest, rng: np.random.Generator) -> Map:
 
 
 def _hernia(c: Chest, rng: np.random.Generator) -> Map:
-    radius = rng.uniform(0.035, 0.07)
-    strength = rng.uniform(0.25, 1.0)  # most lie behind the heart and are hard to see
+    radius = rng.uniform(0.05, 0.078)
+    strength = rng.uniform(0.5, 1.0)  # most lie behind the heart and are hard to see
     x, y = rng.uniform(-0.01, 0.06), c.anatomy.diaphragm_y[1] - rng.uniform(0.03, 0.07)
     r2 = _ellipse(c, (x, y), radius * rng.uniform(1.0, 1.25), radius)
     wall = bell(np.sqrt(r2) - 0.95, 0.12)

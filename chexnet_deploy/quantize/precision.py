@@ -62,7 +62,7 @@ def to_int8(
         gate: what the int8 model must pass.
         validation: labelled images of validation patients.
         dialect: see the module.
-        on_images: called with the images done, of twice the calibration images.
+        on_images: called with the calibration images done.
 
     Raises:
         GateError: it answers too differently; nothing is kept.

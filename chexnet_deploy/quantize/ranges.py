@@ -1,6 +1,8 @@
-"""How large each tensor gets on the calibration images, and the int8 range that loses least.
+"""How large each tensor gets on the calibration images: the int8 range that clips none of them (min-max calibration).
 
-Reads the fp32 graph through ONNX Runtime; changes nothing.
+Reads the fp32 graph through ONNX Runtime; changes nothing. Clipping was measured against it on three trained networks:
+the magnitude of least squared error per tensor lost 0.7 to 3 dB of the logits' signal to noise and made the largest
+probability difference 1.5 to 3 times larger. What it clips are the strongest activations, and those decide.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,24 +18,20 @@ from chexnet_deploy.scoring import iter_batches
 from chexnet_deploy.sessions.ort import load_onnx
 
 INT8_MAX = 127  # symmetric: -128 is left out, so that negation stays exact and TensorRT takes it
-ESTIMATOR = "least squared error over 2048 bins"
-_BINS = 2048
-_CANDIDATES = np.linspace(0.25, 1.0, 76)  # shares of the largest magnitude; 1.0 is min-max
-_BATCH_SIZE = 8  # all 121 tensors of 8 images at 224 px take about 0.8 GB
+ESTIMATOR = "largest magnitude"
+_BATCH_SIZE = 8  # all 119 tensors of 8 images at 224 px take about 0.8 GB
 
 
 def activation_ranges(
     model: onnx.ModelProto, tensors: Sequence[str], pixels: Pixels, *, on_images: Callable[[int], None] | None = None
 ) -> dict[str, float]:
-    """Return for each tensor the magnitude that int8's 127 should stand for.
-
-    Two passes over the images: the first finds each tensor's largest magnitude, the second its histogram.
+    """Return for each tensor the magnitude that int8's 127 should stand for: its largest on these images.
 
     Args:
         model: fp32 graph.
         tensors: names of activations.
         pixels: uint8 [N, 1, S, S].
-        on_images: called after each batch with the images done, of 2 N.
+        on_images: called after each batch with the images done.
 
     Raises:
         CalibrationError: a tensor is zero on every image, or not finite on one.
@@ -43,7 +41,8 @@ def activation_ranges(
     largest = dict.fromkeys(tensors, 0.0)
     for values in _run(session, tensors, pixels):
         for name, value in zip(tensors, values, strict=True):
-            largest[name] = max(largest[name], float(np.abs(value).max()))
+            # np.maximum, not max: it keeps a NaN.
+            largest[name] = float(np.maximum(largest[name], np.abs(value).max()))
         done += len(values[0])
         if on_images is not None:
             on_images(done)
@@ -52,33 +51,7 @@ def activation_ranges(
             raise CalibrationError(
                 f"tensor {name} has magnitude {magnitude} on the calibration images. Check the weights."
             )
-    counts = {name: np.zeros(_BINS, np.int64) for name in tensors}
-    for values in _run(session, tensors, pixels):
-        for name, value in zip(tensors, values, strict=True):
-            bins = np.minimum((np.abs(value).ravel() * (_BINS / largest[name])).astype(np.int64), _BINS - 1)
-            counts[name] += np.bincount(bins, minlength=_BINS)
-        done += len(values[0])
-        if on_images is not None:
-            on_images(done)
-    return {name: best_range(counts[name], largest[name]) for name in tensors}
-
-
-def best_range(counts: NDArray[np.int64], largest: float) -> float:
-    """Return the clipping magnitude with the least squared rounding and clipping error.
-
-    Args:
-        counts: [B] values in each of B equal bins of magnitude between 0 and `largest`.
-        largest: magnitude of the last bin's end.
-    """
-    centres = (np.arange(counts.size) + 0.5) * (largest / counts.size)
-    # Bin 0 is mostly ReLU's exact zeros, which int8 keeps without error.
-    centres[0] = 0.0
-    errors = []
-    for magnitude in _CANDIDATES * largest:
-        step = magnitude / INT8_MAX
-        rounded = np.minimum(np.round(centres / step), INT8_MAX) * step
-        errors.append(float((counts * (rounded - centres) ** 2).sum()))
-    return float(_CANDIDATES[int(np.argmin(errors))] * largest)
+    return largest
 
 
 def _open_with_outputs(model: onnx.ModelProto, tensors: Sequence[str]) -> Any:
