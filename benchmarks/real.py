@@ -116,7 +116,8 @@ def read_results() -> dict[str, Any]:
 def markdown_table(results: dict[str, Any]) -> str:
     """Return the README's table of results."""
     report = BenchReport.model_validate_json(json.dumps(results["report"]))
-    rows = summary_rows(report)
+    # A bar inside a cell would end it.
+    rows = [{name.replace("|", "\\|"): value for name, value in row.items()} for row in summary_rows(report)]
     lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
     lines += ["| " + " | ".join(row.values()) + " |" for row in rows]
     lines.append("")
