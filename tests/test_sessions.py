@@ -118,3 +118,16 @@ def test_all_convolutions_of_fp32_run_in_float32(bundles: dict[str, Bundle]) -> 
     # 121 convolutions; ONNX Runtime runs some of the 62 BatchNorms as convolutions too.
     assert set(types) == {"float32"}
     assert 121 <= types["float32"] <= 183
+
+
+@pytest.mark.parametrize(("version", "is_refused"), [("1.23.2", True), ("1.29.0", True), ("1.30.0", False)])
+def test_typed_int8_needs_an_onnx_runtime_that_rounds(
+    bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch, version: str, is_refused: bool
+) -> None:
+    monkeypatch.setattr("chexnet_deploy.sessions.ort.ort.__version__", version)
+    OrtSession.open(bundles["fp16"]).close()
+    if is_refused:
+        with pytest.raises(SessionError, match=r"onnxruntime 1\.30 or later"):
+            OrtSession.open(bundles["int8"])
+    else:
+        OrtSession.open(bundles["int8"]).close()

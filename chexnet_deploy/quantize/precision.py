@@ -21,7 +21,7 @@ from chexnet_deploy.quantize.calibration import CalibrationSet
 from chexnet_deploy.quantize.graphs import insert_qdq, quantizable_convs, to_float16
 from chexnet_deploy.quantize.ranges import ESTIMATOR, activation_ranges
 from chexnet_deploy.scoring import LabelledImages, score_files
-from chexnet_deploy.sessions.ort import OrtSession
+from chexnet_deploy.sessions.ort import OrtSession, require_float16_rounding
 from chexnet_deploy.spec import Gate
 
 
@@ -67,8 +67,11 @@ def to_int8(
     Raises:
         GateError: it answers too differently; nothing is kept.
         CalibrationError: a tensor has no range on these images.
+        SessionError: this ONNX Runtime can't check the typed dialect.
     """
     _require_fp32(bundle)
+    if dialect == "typed":
+        require_float16_rounding()
     single = onnx.load_from_string(bundle.read_model())
     convs = quantizable_convs(single)
     tensors = sorted({node.input[0] for node in convs})
