@@ -131,3 +131,9 @@ def test_typed_int8_needs_an_onnx_runtime_that_rounds(
             OrtSession.open(bundles["int8"])
     else:
         OrtSession.open(bundles["int8"]).close()
+
+
+@pytest.mark.parametrize("threads", [0, 100_000])
+def test_more_threads_than_cores_are_refused(bundles: dict[str, Bundle], threads: int) -> None:
+    with pytest.raises(SessionError, match="cores of this machine"):
+        OrtSession.open(bundles["fp32"], threads=threads)

@@ -38,7 +38,7 @@ class OrtSession:
         threads: threads for one call; None lets ONNX Runtime take all cores.
 
     Raises:
-        SessionError: ONNX Runtime refuses the model.
+        SessionError: ONNX Runtime refuses the model, or there are fewer cores than threads.
     """
 
     def __init__(self, model: bytes, resize_px: int, *, threads: int | None = None) -> None:
@@ -97,6 +97,9 @@ def _options(threads: int | None) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = _LOG_ERRORS_ONLY
     if threads is not None:
+        cores = os.cpu_count() or 1
+        if not 1 <= threads <= cores:
+            raise SessionError(f"got {threads} threads, needed 1 to {cores}, the cores of this machine.")
         options.intra_op_num_threads = threads
     return options
 
