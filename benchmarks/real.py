@@ -78,7 +78,7 @@ def _run(data: Path, recipe: Path, folder: Path) -> BenchReport:
             test_list,
             None,
             folder / "bench",
-            effort=Effort(min_runs=30, min_duration_s=2.0),
+            effort=Effort(min_runs=100, min_duration_s=2.0),
             threads=None,
             with_html=True,
             on_phase=on_phase,

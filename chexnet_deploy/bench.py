@@ -7,14 +7,16 @@ import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, computed_field
 
 from chexnet_deploy.bundle import Bundle, Precision
 from chexnet_deploy.errors import BundleError, SpecError
+from chexnet_deploy.files import sha256_hex
 from chexnet_deploy.latency import LatencyReport, measure_latency
 from chexnet_deploy.parity import ParityReport, Verdict, compare
 from chexnet_deploy.probe import N_PROBES
@@ -26,8 +28,12 @@ REFERENCE = "reference"
 _TYPES = {Precision.FP32: "float32", Precision.FP16: "float16", Precision.INT8: "int8"}
 
 
+MIN_RUNS_FOR_P99 = 100  # a 99th percentile of fewer is their maximum, and says nothing of the hundredth
+
+
 class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # "ignore", as computed fields are written too and must not stop a report from being read again.
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
 
 class Machine(_Record):
@@ -46,6 +52,7 @@ class EngineResult(_Record):
         conv_types: convolutions by the type they really ran in.
         is_emulated: fewer than half of them ran in the engine's own precision, so its speed says nothing of that precision.
         known_answer_error: largest |logit difference| to the fp32 model on all 32 probes.
+        spec: what it had to pass, with every limit.
         parity: None where no labelled images were given; the verdict is then never PASS.
     """
 
@@ -57,6 +64,7 @@ class EngineResult(_Record):
     conv_types: dict[str, int]
     is_emulated: bool
     known_answer_error: float
+    spec: EngineSpec
     parity: ParityReport | None
     single_stream: LatencyReport
     offline: LatencyReport
@@ -65,16 +73,25 @@ class EngineResult(_Record):
 
 
 class BenchReport(_Record):
-    """All engines of one run, measured in turns on one machine."""
+    """All engines of one run, measured in turns on one machine.
+
+    Attributes:
+        finished_utc: when, ISO 8601.
+        data: what the images are, in words.
+        images_sha256: hash of the names of the images, one a line, in the order they were run; None without images.
+    """
 
     schema_version: int = 1
+    finished_utc: str
     machine: Machine
     data: str
+    images_sha256: str | None
     threads: int | None
     reference_id: str
     findings: tuple[str, ...]
     engines: tuple[EngineResult, ...]
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def verdict(self) -> Verdict:
         """The worst of the engines'."""
@@ -95,7 +112,7 @@ class BenchRun:
 class Effort:
     """How long to measure: rounds and seconds at the least, for each scenario and engine."""
 
-    min_runs: int = 50
+    min_runs: int = 100
     min_duration_s: float = 3.0
 
 
@@ -110,11 +127,15 @@ def find_reference(engine: Bundle) -> Bundle:
     wanted = engine.manifest.ancestors[0]
     for folder in sorted(engine.path.resolve().parent.iterdir()):
         if (folder / "manifest.json").is_file():
-            bundle = Bundle.open(folder)
+            try:
+                bundle = Bundle.open(folder)
+            except BundleError:
+                continue  # a damaged neighbour is nobody's ancestor
             if bundle.id == wanted:
                 return bundle
     raise BundleError(
-        f"the fp32 bundle that {engine.path} came from (id {wanted[:12]}…) does not lie beside it. Give it by --reference."
+        f"the fp32 bundle that {engine.path} came from (id {wanted[:12]}…) does not lie whole beside it. "
+        f"Give it by --reference."
     )
 
 
@@ -170,6 +191,8 @@ def run_bench(
         for session in sessions.values():
             session.close()
     report = BenchReport(
+        finished_utc=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        images_sha256=None if images is None else sha256_hex("".join(f"{n}\n" for n in images.names).encode()),
         machine=describe_machine(),
         data=data,
         threads=threads,
@@ -298,6 +321,8 @@ def _judge(
             ("p50", speed[0].p50_ms, spec.gate.latency.p50_ms),
             ("p99", speed[0].p99_ms, spec.gate.latency.p99_ms),
         )
+        if len(speed[0].samples_ms) < MIN_RUNS_FOR_P99:
+            doubts.append(f"p99 of {len(speed[0].samples_ms)} runs; needed {MIN_RUNS_FOR_P99}. Give --min-runs")
         failures += [
             f"{which} {value:.2f} ms, limit {limit} ms" for which, value, limit in limits if not value <= limit
         ]
@@ -312,6 +337,7 @@ def _judge(
         conv_types=conv_types,
         is_emulated=2 * native < sum(conv_types.values()),
         known_answer_error=check_known_answers(session, bundle, n_probes=N_PROBES),
+        spec=spec,
         parity=parity,
         single_stream=speed[0],
         offline=speed[1],
@@ -333,7 +359,7 @@ def summary_rows(report: BenchReport) -> list[dict[str, str]]:
                 f"{mean} over {parity.n_counted}",
                 f"{parity.max_abs_probability_difference:.4f}",
                 f"{parity.n_flips} of {parity.n_decisions}",
-                f"{engine.verdict} on {parity.n_assessable} of {len(parity.findings)}",
+                parity.summary if engine.verdict == parity.verdict else engine.verdict,
             )
         rows.append(
             {

@@ -17,7 +17,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from chexnet_deploy.errors import BundleError
 from chexnet_deploy.files import Sha256, sha256_hex, write_directory
@@ -73,13 +73,36 @@ class Check(_Record):
 
 
 class Target(_Record):
-    """Where a plan is valid; read from the machine it was built on."""
+    """Where a plan is valid; read from the machine it was built on.
+
+    Attributes:
+        tensorrt: its version.
+        driver: the CUDA version that the driver supports, e.g. "12.4".
+    """
 
     gpu: str
     compute_capability: str
+    backend: Literal["tensorrt", "tensorrt_rtx"]
     tensorrt: str
-    driver: str
+    driver: Annotated[str, StringConstraints(pattern=r"^\d+\.\d+$")]
     platform: str
+
+
+class EngineCard(_Record):
+    """What the builder made, read from TensorRT's own layer table.
+
+    Attributes:
+        batch: smallest, tuned-for and largest batch of the plan's profile.
+        conv_types: how many of the model's convolutions run in each type.
+        warnings: what TensorRT warned of while it built.
+    """
+
+    build_s: float
+    plan_bytes: int
+    batch: tuple[int, int, int]
+    conv_types: dict[str, int]
+    n_layers: int
+    warnings: tuple[str, ...]
 
 
 class Manifest(_Record):
@@ -95,7 +118,9 @@ class Manifest(_Record):
         probe_max_abs_logit_error: largest |logit difference| to the fp32 model on the probe, when it was kept.
         checks: what was measured before the bundle was kept.
         tools: version of each tool that took part.
+        float_convolutions: ONNX node names of the convolutions of an int8 model that stay in floating point.
         target: for plans only.
+        engine: for plans only.
     """
 
     schema_version: Literal[1] = 1
@@ -112,13 +137,17 @@ class Manifest(_Record):
     probe_max_abs_logit_error: Annotated[float, Field(ge=0.0)]
     checks: tuple[Check, ...] = ()
     tools: dict[str, str]
+    float_convolutions: tuple[str, ...] = ()
     target: Target | None = None
+    engine: EngineCard | None = None
 
     @model_validator(mode="after")
     def _is_consistent(self) -> "Manifest":
         model_name = ONNX_MODEL if self.target is None else PLAN_MODEL
         if set(self.files) != {model_name, PROBE}:
             raise ValueError(f"files must be {model_name} and {PROBE}, got {sorted(self.files)}")
+        if (self.target is None) != (self.engine is None):
+            raise ValueError("a plan has a target and an engine card, and no other model has either")
         if len(set(self.findings)) != len(self.findings):
             raise ValueError("a finding is named twice")
         if len(self.head_bias) != len(self.findings):
@@ -130,6 +159,8 @@ class Manifest(_Record):
             raise ValueError("an int8 model has a calibration and no other model has one")
         if (self.precision is Precision.INT8) != (self.dialect != "float"):
             raise ValueError("an int8 model has dialect typed or trt8; other models have dialect float")
+        if self.float_convolutions and self.precision is not Precision.INT8:
+            raise ValueError("only an int8 model names the convolutions that stay in floating point")
         if not all(math.isfinite(bias) for bias in self.head_bias):
             raise ValueError("a head bias is not finite")
         return self
@@ -166,9 +197,16 @@ class Bundle:
             BundleError: a file is missing, extra, not a plain file, or doesn't match its hash; or the manifest is not
                 one this version understands.
         """
-        if not path.is_dir():
+        try:
+            is_folder = path.is_dir()
+        except OSError as err:  # e.g. a name longer than the system allows
+            raise BundleError(f"{path} is no bundle: {err.strerror}. Check the path.") from err
+        if not is_folder:
             found = "a file" if path.exists() else "nothing"
             raise BundleError(f"{path} is no bundle: found {found}, needed a directory that `export` wrote.")
+        inside = sorted(str(file.parent) for file in path.glob(f"*/{MANIFEST}"))
+        if inside and not (path / MANIFEST).exists():
+            raise BundleError(f"{path} is a folder of bundles. Give one of them: {', '.join(inside)}.")
         raw = _read_plain_file(path / MANIFEST, limit_bytes=MAX_MANIFEST_BYTES)
         stated = _read_plain_file(path / MANIFEST_SHA256, limit_bytes=256).decode("ascii", "replace").strip()
         actual = sha256_hex(raw)

@@ -12,11 +12,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from chexnet_deploy.errors import ChexnetError, GateError
+
+if TYPE_CHECKING:
+    from chexnet_deploy.bench import BenchReport
 
 app = typer.Typer(
     add_completion=False,
@@ -25,8 +28,11 @@ app = typer.Typer(
     help="Take CheXNet from PyTorch weights to a scanner and prove at every step that nothing was lost.",
 )
 
-# What a full, read-only or foreign disk answers: the user's to mend, wherever it happens.
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS}
+# What a full, read-only or foreign disk or a wrong path answers: the user's to mend, wherever it happens.
+_DISK_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP),
+}
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 DataOption = Annotated[Path | None, typer.Option("--data", help="ChestX-ray14: tables, split lists and images.")]
@@ -82,7 +88,7 @@ def export(
     for bundle in bundles:
         typer.echo(f"{bundle.path}  {bundle.manifest.precision.value}  id {bundle.id[:12]}")
         for check in bundle.manifest.checks:
-            typer.echo(f"  {check.name}: {check.value:.2e} (limit {check.limit:.0e})")
+            typer.echo(f"  {check.name}: {check.value:.3g} (limit {check.limit:g})")
 
 
 @app.command()
@@ -95,15 +101,15 @@ def bench(
     split: Annotated[SplitName, typer.Option(help="Whose images.")] = SplitName.TEST,
     images: ImagesOption = None,
     spec: Annotated[str | None, typer.Option(help="A spec's name or .toml; default: that of the precision.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for report.json, report.html and the logits.")] = Path("bench"),
+    out: Annotated[Path, typer.Option(help="New folder for report.json, report.html and the logits.")] = Path("bench"),
     html: Annotated[bool, typer.Option(help="Write report.html too.")] = True,
-    min_runs: Annotated[int, typer.Option(min=1, help="Rounds at the least.")] = 50,
+    min_runs: Annotated[int, typer.Option(min=1, help="Rounds at the least.")] = 100,
     min_duration_s: Annotated[float, typer.Option(min=0.0, help="Seconds for each engine and scenario.")] = 3.0,
     threads: Threads = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Prove an engine on this machine: accuracy beside its fp32 model, and latency; PASS, FAIL or INCONCLUSIVE."""
-    from chexnet_deploy.bench import Effort, summary_rows
+    from chexnet_deploy.bench import Effort
     from chexnet_deploy.parity import EXIT_CODES
     from chexnet_deploy.pipeline import bench_bundles
 
@@ -124,11 +130,7 @@ def bench(
     if as_json:
         typer.echo(report.model_dump_json())
     else:
-        print_table(summary_rows(report))
-        for result in report.engines:
-            for reason in result.reasons:
-                typer.echo(f"{result.name}: {reason}")
-        typer.echo(f"{report.verdict}  {out / ('report.html' if html else 'report.json')}")
+        print_bench(report, out / ("report.html" if html else "report.json"))
     raise typer.Exit(EXIT_CODES[report.verdict])
 
 
@@ -136,7 +138,7 @@ def bench(
 def predict(
     bundle: Annotated[Path, typer.Argument(help="A bundle.")],
     images: Annotated[list[Path], typer.Argument(help="PNG or JPEG radiographs.")],
-    cam: Annotated[Path | None, typer.Option(help="Folder for pictures of where the model looked.")] = None,
+    cam: Annotated[Path | None, typer.Option(help="New folder for pictures of where the model looked.")] = None,
     threads: Threads = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -181,11 +183,7 @@ def evaluate(
         ]
     )
     mean = "undefined" if result.mean_auroc is None else f"{result.mean_auroc:.4f}"
-    typer.echo(
-        f"mean {mean} over {result.n_counted} findings, {result.n_images} images of {result.n_patients} patients"
-    )
-    if result.n_absent:
-        typer.echo(f"{result.n_absent} listed {split.value} images are not on disk and were left out")
+    typer.echo(f"mean {mean} over {result.n_counted} findings, {result.data}")
 
 
 @app.command()
@@ -240,7 +238,9 @@ def run_program(program: typer.Typer) -> None:
             traceback.print_exc()
             sys.exit(70)
         where = f" {err.filename}" if err.filename else ""
-        _fail(f"error: could not write{where}: {err.strerror}. Free some space or give a folder you may write to.", 2)
+        _fail(
+            f"error: could not read or write{where}: {err.strerror}. Check the path, its permissions and the space.", 2
+        )
     except Exception:  # noqa: BLE001 - the last door: everything else is a bug, and its traceback is wanted
         traceback.print_exc()
         sys.exit(70)
@@ -279,6 +279,17 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
             bars.update(tasks[phase], completed=done, total=total)
 
         yield on_phase
+
+
+def print_bench(report: "BenchReport", page: Path) -> None:
+    """Print the table, every reason why not PASS, and where the whole report lies."""
+    from chexnet_deploy.bench import summary_rows
+
+    print_table(summary_rows(report))
+    for result in report.engines:
+        for reason in result.reasons:
+            typer.echo(f"{result.name}: {reason}")
+    typer.echo(f"{report.verdict}  {page}")
 
 
 def print_table(rows: list[dict[str, str]]) -> None:

@@ -10,7 +10,7 @@ from time import perf_counter
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, computed_field
 
 from chexnet_deploy.preprocessing import Pixels
 from chexnet_deploy.sessions import Session
@@ -25,7 +25,8 @@ class LatencyReport(BaseModel):
         samples_ms: every run, in the order they were made; a run answers a whole batch.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # "ignore", as what is computed is written too and must not stop the report from being read again.
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
     scenario: Literal["single_stream", "offline"]
     batch_size: Annotated[int, Field(ge=1)]
@@ -36,21 +37,25 @@ class LatencyReport(BaseModel):
         """Return the q-th percentile, 0..100, by linear interpolation."""
         return float(np.percentile(self.samples_ms, q))
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def p50_ms(self) -> float:
         """Median."""
         return self.percentile_ms(50)
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def p90_ms(self) -> float:
         """What MLPerf's single-stream scenario reports."""
         return self.percentile_ms(90)
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def p99_ms(self) -> float:
         """What a radiographer waits for once in a hundred images."""
         return self.percentile_ms(99)
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def images_per_s(self) -> float:
         """All images over all time."""

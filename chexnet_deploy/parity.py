@@ -77,7 +77,10 @@ class ParityReport(_Record):
 
     @property
     def summary(self) -> str:
-        """The verdict with how much of the model it covers, e.g. `PASS on 12 of 14`."""
+        """The verdict with how much of the model it covers, e.g. `PASS on 12 of 14` or `FAIL, 1 of 12 findings`."""
+        if self.verdict == "FAIL":
+            n_failed = sum(finding.verdict == "fail" for finding in self.findings)
+            return f"FAIL, {n_failed} of {self.n_assessable} findings"
         return f"{self.verdict} on {self.n_assessable} of {len(self.findings)}"
 
 

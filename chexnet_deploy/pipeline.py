@@ -4,7 +4,8 @@ The command line, the demo and the benchmarks call these.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
@@ -15,8 +16,15 @@ from pydantic import BaseModel, ConfigDict
 from chexnet_deploy.bench import BenchReport, Effort, find_reference, run_bench, write_predictions
 from chexnet_deploy.bundle import Bundle, Precision
 from chexnet_deploy.chestxray14 import ChestXray14
-from chexnet_deploy.errors import BundleError, CalibrationError, DatasetError, MissingPackageError, SpecError
-from chexnet_deploy.files import write_file
+from chexnet_deploy.errors import (
+    BundleError,
+    CalibrationError,
+    DatasetError,
+    ImageError,
+    MissingPackageError,
+    SpecError,
+)
+from chexnet_deploy.files import new_directory, write_file
 from chexnet_deploy.images import read_image
 from chexnet_deploy.metrics.auroc import auroc, mean_auroc
 from chexnet_deploy.predictor import Prediction, Predictor, draw_cam, sigmoid
@@ -46,7 +54,7 @@ class Evaluation(BaseModel):
 
     Attributes:
         n_counted: findings whose AUROC is defined; the mean is over those.
-        n_absent: images the split lists that are not on disk.
+        data: what the images are, in words; also how many that the split lists are not on disk.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -54,7 +62,7 @@ class Evaluation(BaseModel):
     bundle_id: str
     n_images: int
     n_patients: int
-    n_absent: int
+    data: str
     findings: tuple[FindingScore, ...]
     mean_auroc: float | None
     n_counted: int
@@ -106,6 +114,10 @@ def export_bundles(
     to_onnx = open_torch_room()
     if Precision.INT8 in precisions and data_root is None:
         raise CalibrationError("int8 needs calibration images. Give ChestX-ray14 by --data.")
+    if Precision.INT8 not in precisions and calibration_list is not None:
+        raise CalibrationError(
+            "a calibration list is for int8 alone. Add it by --precision int8, or leave the list away."
+        )
     taken = [out / precision.value for precision in precisions if (out / precision.value).exists()]
     if taken:
         raise BundleError(f"{taken[0]} is there already. Choose another --out, or delete it first.")
@@ -113,9 +125,11 @@ def export_bundles(
     dataset = None if data_root is None else ChestXray14.open(data_root)
     names: tuple[str, ...] | None = None
     if dataset is not None and Precision.INT8 in precisions:
-        names = _calibration_names(dataset, out, calibration_list, n_calibration_images)
+        names = _calibration_names(dataset, calibration_list, n_calibration_images)
     on_phase("export fp32", 0, 1)
     fp32: Bundle = to_onnx.export_onnx(checkpoint, out / Precision.FP32.value)
+    if names is not None and calibration_list is None:
+        write_file(out / CHOSEN_LIST, "".join(f"{name}\n" for name in names).encode())
     on_phase("export fp32", 1, 1)
     bundles = [fp32]
     if len(precisions) == 1:
@@ -173,48 +187,62 @@ def bench_bundles(
     Raises:
         ChexnetError: a bundle, the data or the spec can't be used; or an engine refuses to run here.
     """
-    if with_html:
-        _open_report_room()
+    report_room = _open_report_room() if with_html else None
+    if image_list is not None and data_root is None:
+        raise SpecError("a list of images needs the data they are in. Give ChestX-ray14 by --data.")
     bundles = [Bundle.open(path) for path in engine_paths]
     reference = find_reference(bundles[0]) if reference_path is None else Bundle.open(reference_path)
-    engines = [(bundle, read_spec(spec or bundle.manifest.precision.value)) for bundle in bundles]
+    specs = [read_spec(bundle.manifest.precision.value if spec is None else spec) for bundle in bundles]
     images, data = None, "no labelled images"
     if data_root is not None:
-        images, n_absent = _label(data_root, split, image_list, reference.manifest.findings)
-        data = (
-            f"{len(images.names)} {split} images of {len(set(images.patients.tolist()))} patients from {data_root.name}"
+        images, data = _label(data_root, split, image_list, reference.manifest.findings)
+    # The folder is made first and shown last: a place that can't be written costs no measurement, and a report is whole.
+    with _new_folder(out) as partial:
+        run = run_bench(
+            list(zip(bundles, specs, strict=True)),
+            reference,
+            images,
+            data=data,
+            effort=effort,
+            threads=threads,
+            on_phase=on_phase,
         )
-        data += f"; {n_absent} listed images are not on disk" if n_absent else ""
-    run = run_bench(engines, reference, images, data=data, effort=effort, threads=threads, on_phase=on_phase)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_file(out / "report.json", (run.report.model_dump_json(indent=1) + "\n").encode())
+        (partial / "report.json").write_text(run.report.model_dump_json(indent=1) + "\n")
         if images is not None:
             for name, logits in run.logits.items():
-                write_predictions(out / f"logits-{name}.csv", images, reference.manifest.findings, logits)
-        if with_html:
+                write_predictions(partial / f"logits-{name}.csv", images, reference.manifest.findings, logits)
+        if report_room is not None:
             with Predictor.open(engine_paths[-1], threads=threads) as predictor:
-                _open_report_room().write_html(out / "report.html", run, predictor)
-    except OSError as err:
-        raise BundleError(f"the report could not be written into {out}: {err.strerror}.") from err
+                report_room.write_html(partial / "report.html", run, predictor)
     return run.report
 
 
 def predict_files(
     bundle: Path, images: Sequence[Path], cam_folder: Path | None, *, threads: int | None
 ) -> dict[Path, Prediction]:
-    """Predict each file, and draw the map of each finding called present (or of the likeliest) into `cam_folder`."""
-    predictions = {}
-    with Predictor.open(bundle, threads=threads) as predictor:
+    """Predict each file, and draw the map of each finding called present (or of the likeliest) into a new folder.
+
+    Raises:
+        ChexnetError: the bundle or an image can't be used, or two images would draw the same picture.
+    """
+    stems = [path.stem for path in images]
+    twice = sorted({stem for stem in stems if stems.count(stem) > 1})
+    if cam_folder is not None and twice:
+        raise ImageError(
+            f"{len(twice)} names are given twice, e.g. {twice[0]}: their pictures would be one. Run them apart."
+        )
+    with ExitStack() as stack:
+        partial = None if cam_folder is None else stack.enter_context(_new_folder(cam_folder))
+        predictor = stack.enter_context(Predictor.open(bundle, threads=threads))
+        predictions = {}
         for path in images:
             gray = read_image(path)
             predictions[path] = prediction = predictor.predict(gray)
-            if cam_folder is not None:
-                cam_folder.mkdir(parents=True, exist_ok=True)
+            if partial is not None:
                 likeliest = max(prediction.probabilities, key=prediction.probabilities.__getitem__)
                 for finding in [name for name, is_there in prediction.present.items() if is_there] or [likeliest]:
                     picture = Image.fromarray(draw_cam(gray, prediction.maps[finding]))
-                    picture.save(cam_folder / f"{path.stem}_{finding}.png")
+                    picture.save(partial / f"{path.stem}_{finding}.png")
     return predictions
 
 
@@ -224,7 +252,7 @@ def evaluate_bundle(
     """Measure a bundle's AUROC on the labelled images of a split that are on disk, or on those of them a list names."""
     bundle = Bundle.open(path)
     findings = bundle.manifest.findings
-    images, n_absent = _label(data_root, split, image_list, findings)
+    images, words = _label(data_root, split, image_list, findings)
     session = open_session(bundle, threads=threads)
     n_images = len(images.paths)
     logits = score_files(
@@ -241,7 +269,7 @@ def evaluate_bundle(
         bundle_id=bundle.id,
         n_images=n_images,
         n_patients=len(set(images.patients.tolist())),
-        n_absent=n_absent,
+        data=words,
         findings=tuple(
             FindingScore(
                 finding=name,
@@ -257,33 +285,53 @@ def evaluate_bundle(
 
 def _label(
     data_root: Path, split: Split, image_list: Path | None, findings: Sequence[str]
-) -> tuple[LabelledImages, int]:
-    """Return a split's images on disk, narrowed to a list if one is given, and how many of the split's are absent."""
+) -> tuple[LabelledImages, str]:
+    """Return a split's images on disk, narrowed to a list if one is given, and what they are in words."""
     dataset = ChestXray14.open(data_root)
-    if image_list is None:
-        images = LabelledImages.of(dataset.split(split), findings)
-        return images, len(dataset.listed[split]) - len(images.names)
-    names = read_image_list(image_list)
-    strangers = sorted(set(names) - set(dataset.listed[split]))
-    if strangers:
+    radiographs, source = dataset.split(split), data_root.resolve().name
+    n_absent = len(dataset.listed[split]) - len(radiographs)
+    if image_list is not None:
+        names = read_image_list(image_list)
+        strangers = sorted(set(names) - set(dataset.listed[split]))
+        if strangers:
+            raise DatasetError(
+                f"{image_list} names {len(strangers)} images that are not {split} images, e.g. {strangers[0]}. "
+                f"Measure on the patients of one split only."
+            )
+        radiographs, n_absent, source = dataset.select(names), 0, f"{source}, those of {image_list.name}"
+    if not radiographs:
         raise DatasetError(
-            f"{image_list} names {len(strangers)} images that are not {split} images, e.g. {strangers[0]}. "
-            f"Measure on the patients of one split only."
+            f"{data_root} has no {split} image on disk, needed at least one. Put them into {data_root}/images."
         )
-    return LabelledImages.of(dataset.select(names), findings), 0
+    images = LabelledImages.of(radiographs, findings)
+    words = f"{len(images.names)} {split} images of {len(set(images.patients.tolist()))} patients from {source}"
+    return images, words + (f"; {n_absent} listed images are not on disk" if n_absent else "")
 
 
-def _calibration_names(dataset: ChestXray14, out: Path, given: Path | None, n_images: int) -> tuple[str, ...]:
-    if given is not None:
-        return read_image_list(given)
-    from chexnet_deploy.quantize.calibration import choose_calibration
+@contextmanager
+def _new_folder(path: Path) -> Iterator[Path]:
+    """Yield a hidden folder that becomes `path` at the end.
 
-    names = choose_calibration(dataset, n_images)
+    Raises:
+        BundleError: something is there already, or it can't be written.
+    """
+    if path.exists() or path.is_symlink():
+        raise BundleError(f"{path} is there already. Choose another folder, or delete it first.")
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_file(out / CHOSEN_LIST, "".join(f"{name}\n" for name in names).encode())
+        with new_directory(path) as partial:
+            yield partial
     except OSError as err:
-        raise CalibrationError(f"the calibration list could not be written into {out}: {err.strerror}.") from err
+        raise BundleError(f"{path} can't be written: {err.strerror}. Choose another folder.") from err
+
+
+def _calibration_names(dataset: ChestXray14, given: Path | None, n_images: int) -> tuple[str, ...]:
+    """Return the names to calibrate on, checked against the data set; their pixels are checked when they are read."""
+    from chexnet_deploy.quantize.calibration import check_names, choose_calibration
+
+    if given is None:
+        return choose_calibration(dataset, n_images)
+    names = read_image_list(given)
+    check_names(dataset, names)
     return names
 
 

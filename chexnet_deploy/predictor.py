@@ -84,6 +84,8 @@ class Predictor:
             ImageError: an image can't be read without guessing.
             SessionError: none or more images than the session takes.
         """
+        if isinstance(images, str | Path | np.ndarray):
+            raise SessionError(f"got one {type(images).__name__}, needed a list of images. For one image: predict.")
         if not images:
             raise SessionError("got no images, needed at least one.")
         pixels = [self._preprocessing(_to_gray(image)) for image in images]

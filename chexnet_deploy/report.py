@@ -127,11 +127,15 @@ text-align: left; font-variant-numeric: tabular-nums } .PASS, .pass { color: #12
 figcaption { font-size: 13px } code { font-size: 13px } .small { color: #555; font-size: 13px }
 </style></head><body>
 <h1>Bench: <span class="{{ report.verdict }}">{{ report.verdict }}</span></h1>
-<p>{{ report.data }}. {{ report.machine.processor }}, {{ report.machine.cores }} cores, {{ report.machine.system }};
+<p>{{ report.finished_utc }}. {{ report.data }}{% if report.images_sha256 %} (names' sha256
+<code>{{ report.images_sha256[:16] }}</code>){% endif %}.
+{{ report.machine.processor }}, {{ report.machine.cores }} cores, {{ report.machine.system }};
 {% for name, number in report.machine.packages.items() %}{{ name }} {{ number }}{{ ", " if not loop.last }}{% endfor %}.</p>
 <table><tr>{% for name in rows[0] %}<th>{{ name }}</th>{% endfor %}</tr>
 {% for row in rows %}<tr>{% for value in row.values() %}<td>{{ value }}</td>{% endfor %}</tr>{% endfor %}</table>
-<p class="small">p50 and p99: batch 1. images/s: batch {{ report.engines[0].offline.batch_size }}. "emulated": the backend
+<p class="small">p50 and p99: batch 1, {{ report.engines[0].single_stream.samples_ms|length }} runs each,
+{{ report.threads or "all" }} threads. images/s: batch {{ report.engines[0].offline.batch_size }}.
+"PASS on k of n": k findings had enough positive patients to be judged. "emulated": the backend
 runs this precision's convolutions as float, so the speed says nothing of the precision. max |Δp|: largest probability
 difference to the fp32 reference over all images and findings. flips: decisions that differ at the operating points.</p>
 {% for engine in report.engines %}
@@ -139,9 +143,14 @@ difference to the fp32 reference over all images and findings. flips: decisions 
 {% for reason in engine.reasons %}<p>{{ reason }}</p>{% endfor %}
 <p class="small">bundle <code>{{ engine.bundle_id[:16] }}</code>, model <code>{{ engine.model_sha256[:16] }}</code>;
 convolutions run in {% for type, n in engine.conv_types.items() %}{{ type }}: {{ n }} {% endfor %};
-known answers within {{ "%.5f"|format(engine.known_answer_error) }} logits.</p>
+known answers within {{ "%.2g"|format(engine.known_answer_error) }} logits.
+Had to pass: {{ engine.spec.description }} max |Δp| at most {{ engine.spec.gate.max_abs_probability_difference }}, 99.9 % of
+|Δp| at most {{ engine.spec.gate.p999_abs_probability_difference }}, findings with at least
+{{ engine.spec.gate.min_positive_patients }} positive patients within their margins; latency: {{ engine.spec.gate.latency }}.
+A convolution count above 121 holds BatchNorms that the backend runs as convolutions.</p>
 {% if engine.parity %}
-<table><tr><th>finding</th><th>positives</th><th>positive patients</th><th>AUROC fp32</th><th>AUROC</th><th>difference</th>
+<table><tr><th>finding</th><th>positives</th><th>positive patients</th>
+<th>AUROC fp32</th><th>AUROC {{ engine.name }}</th><th>difference</th>
 <th>margin</th><th>flips</th><th>verdict</th></tr>
 {% for f in engine.parity.findings %}
 <tr><td>{{ f.finding }}</td><td>{{ f.n_positive }}</td><td>{{ f.n_positive_patients }}</td>
@@ -151,7 +160,7 @@ known answers within {{ "%.5f"|format(engine.known_answer_error) }} logits.</p>
 <td>{{ "no operating point" if f.n_flips is none else f.n_flips }}</td><td class="{{ f.verdict }}">{{ f.verdict }}</td></tr>
 {% endfor %}</table>
 <p class="small">{{ engine.parity.n_images }} images of {{ engine.parity.n_patients }} patients.
-max |Δlogit| {{ "%.4f"|format(engine.parity.max_abs_logit_difference) }},
+max |Δlogit| {{ "%.2g"|format(engine.parity.max_abs_logit_difference) }},
 99.9 % of |Δp| within {{ "%.4f"|format(engine.parity.p999_abs_probability_difference) }}.
 AUROC differences are points without intervals.</p>
 {% endif %}{% endfor %}

@@ -119,15 +119,15 @@ def read_toml(path: Path) -> Mapping[str, object]:
         content: Mapping[str, object] = tomllib.loads(path.read_text(encoding="utf-8"))
         return content
     except OSError as err:
-        raise SpecError(f"{path} can't be read: {err.strerror}.") from err
+        raise SpecError(f"{path} can't be read: {err.strerror}. Check the path.") from err
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
-        raise SpecError(f"{path} is not TOML: {err}.") from err
+        raise SpecError(f"{path} is not TOML: {err}. Correct that line.") from err
 
 
 def describe(err: ValidationError) -> str:
-    """Return pydantic's first complaint as `field: reason`."""
-    first = err.errors()[0]
-    return f"{'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}"
+    """Return pydantic's complaints as `field: reason`, the first three of them."""
+    complaints = [f"{'.'.join(map(str, error['loc'])) or 'file'}: {error['msg']}" for error in err.errors()]
+    return "; ".join(complaints[:3]) + (f"; and {len(complaints) - 3} more" if len(complaints) > 3 else "")
 
 
 def _parse(path: Path) -> EngineSpec:

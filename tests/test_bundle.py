@@ -20,6 +20,7 @@ from chexnet_deploy.bundle import (
     Bundle,
     Calibration,
     Check,
+    EngineCard,
     Manifest,
     Precision,
     Target,
@@ -324,7 +325,27 @@ def manifests(draw: st.DrawFn) -> Manifest:
     findings = tuple(draw(st.lists(_text, min_size=1, max_size=5, unique=True)))
     precision = draw(st.sampled_from(Precision))
     is_int8 = precision is Precision.INT8
-    target = draw(st.none() | st.builds(Target, **dict.fromkeys(Target.model_fields, _text)))
+    target = draw(
+        st.none()
+        | st.builds(
+            Target,
+            gpu=_text,
+            compute_capability=_text,
+            backend=st.sampled_from(("tensorrt", "tensorrt_rtx")),
+            tensorrt=_text,
+            driver=st.from_regex(r"[0-9]{1,2}\.[0-9]", fullmatch=True),
+            platform=_text,
+        )
+    )
+    card = st.builds(
+        EngineCard,
+        build_s=_finite,
+        plan_bytes=st.integers(0, 2**40),
+        batch=st.tuples(*[st.integers(1, 512)] * 3),
+        conv_types=st.dictionaries(_text, st.integers(0, 200), max_size=3),
+        n_layers=st.integers(0, 500),
+        warnings=st.lists(_text, max_size=2).map(tuple),
+    )
     return Manifest(
         precision=precision,
         dialect=draw(st.sampled_from(("typed", "trt8"))) if is_int8 else "float",
@@ -347,7 +368,9 @@ def manifests(draw: st.DrawFn) -> Manifest:
         probe_max_abs_logit_error=draw(st.floats(0.0, allow_infinity=False)),
         checks=tuple(draw(st.lists(st.builds(Check, name=_text, value=_finite, limit=_finite), max_size=3))),
         tools=draw(st.dictionaries(_text, _text, max_size=3)),
+        float_convolutions=tuple(draw(st.lists(_text, max_size=2))) if is_int8 else (),
         target=target,
+        engine=None if target is None else draw(card),
     )
 
 

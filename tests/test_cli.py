@@ -217,6 +217,9 @@ def test_bench_judges_three_engines_and_writes_its_report(
     assert "emulated" in done.stdout
     report = json.loads((tmp_path / "b" / "report.json").read_text())
     assert [engine["name"] for engine in report["engines"]] == ["fp32", "fp16", "int8"]
+    assert report["verdict"] == "INCONCLUSIVE"
+    assert report["engines"][2]["spec"]["gate"]["max_abs_probability_difference"] == 0.15
+    assert report["engines"][0]["single_stream"]["p50_ms"] > 0
     page = (tmp_path / "b" / "report.html").read_text()
     assert page.count("data:image/") >= 3
     assert "http" not in page  # self-contained: nothing is fetched
@@ -253,6 +256,66 @@ def test_doctor_names_what_is_missing() -> None:
     abilities = json.loads(chexnet("doctor", "--json").stdout)
     assert [a["is_ready"] for a in abilities if a["name"].startswith("run ONNX")] == [True]
     assert all(a["next_step"] for a in abilities if not a["is_ready"])
+
+
+@pytest.mark.parametrize("kind", ["there already", "a file above it"])
+def test_results_go_to_a_new_place_or_nowhere(bundles: dict[str, Bundle], tmp_path: Path, kind: str) -> None:
+    taken = tmp_path / "taken"
+    if kind == "there already":
+        taken.mkdir()
+        out = taken
+    else:
+        taken.write_text("mine")
+        out = taken / "below"
+    image = tmp_path / "x.png"
+    Image.fromarray(np.arange(64 * 64, dtype=np.uint32).reshape(64, 64).astype(np.uint8)).save(image)
+    engine = bundles["fp32"].path
+    for command in (
+        ("bench", "--engine", bundles["fp32"].path, "--out", out),
+        ("predict", bundles["fp32"].path, image, "--cam", out),
+    ):
+        assert_one_line_error(chexnet(*command), 2, str(taken), "another folder")
+    assert taken.is_file() or not list(taken.iterdir())
+
+
+def test_two_images_of_one_name_would_share_a_picture(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+    images = [tmp_path / folder / "a.png" for folder in ("first", "second")]
+    done = chexnet("predict", bundles["fp32"].path, *images, "--cam", tmp_path / "cam")
+    assert_one_line_error(done, 2, "given twice, e.g. a")
+    assert not (tmp_path / "cam").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (("bench", "--engine", "FP32", "--images", "x.txt"), "--data"),
+        (("inspect", "PARENT"), "folder of bundles"),
+        (("inspect", "a" * 300), "too long"),
+        (("predict", "FP32", "x.png", "--threads", "100000"), "cores of this machine"),
+    ],
+)
+def test_likely_slips(bundles: dict[str, Bundle], arguments: tuple[str, ...], found: str) -> None:
+    places = {"FP32": bundles["fp32"].path, "PARENT": bundles["fp32"].path.parent}
+    assert_one_line_error(chexnet(*(places.get(word, word) for word in arguments)), 2, found)
+
+
+def test_a_calibration_list_is_checked_before_anything_is_made(
+    checkpoint_path: Path, phantom_root: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "list.txt").write_text((phantom_root / "train_val_list.txt").read_text().split()[0])
+    command = (
+        "export",
+        checkpoint_path,
+        "--out",
+        tmp_path / "out",
+        "--data",
+        phantom_root,
+        "--calibration",
+        tmp_path / "list.txt",
+    )
+    assert_one_line_error(chexnet(*command, "--precision", "int8"), 2, "needed at least 100")
+    assert_one_line_error(chexnet(*command, "--precision", "fp16"), 2, "for int8 alone")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_option_exits_2() -> None:

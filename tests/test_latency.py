@@ -139,12 +139,17 @@ def test_too_slow_fails_by_percentile(bundles: dict[str, Bundle], images: Labell
     spec = with_gate("fp32", min_positive_patients=1, latency=LatencyGate(p50_ms=1e-6, p99_ms=1e6))
     report = bench(bundles["fp32"], spec, bundles["fp32"], images)
     assert report.verdict == "FAIL"
-    assert [reason.split()[0] for reason in report.engines[0].reasons] == ["p50"]
+    failure, doubt = report.engines[0].reasons
+    assert failure.startswith("p50")
+    # A 99th percentile of so few runs proves nothing; it is said even where it is within its limit.
+    assert doubt.startswith("p99 of ")
 
 
 def test_fast_enough_passes(bundles: dict[str, Bundle], images: LabelledImages) -> None:
     spec = with_gate("fp32", min_positive_patients=1, latency=LatencyGate(p50_ms=1e6, p99_ms=1e6))
-    assert bench(bundles["fp32"], spec, bundles["fp32"], images).verdict == "PASS"
+    effort = Effort(min_runs=100, min_duration_s=0.0)
+    run = run_bench([(bundles["fp32"], spec)], bundles["fp32"], images, data="phantom", effort=effort)
+    assert (run.report.verdict, run.report.engines[0].reasons) == ("PASS", ())
 
 
 def test_a_stranger_is_no_reference(bundles: dict[str, Bundle]) -> None:

@@ -208,6 +208,7 @@ def test_int8_records_its_calibration(bundles: dict[str, Bundle], calibration: C
     assert manifest.calibration is not None
     assert (manifest.calibration.list_sha256, manifest.calibration.n_images) == (calibration.sha256, 100)
     assert manifest.ancestors == (bundles["fp32"].id,)
+    assert manifest.float_convolutions == ("/features/conv0/Conv", "/Conv")  # the first and the head
     assert bundles["int8"].read_probe_bytes() == bundles["fp32"].read_probe_bytes()
     assert all(check.value <= check.limit for check in manifest.checks)
 

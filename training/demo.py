@@ -10,9 +10,10 @@ from typing import Annotated
 
 import typer
 
-from chexnet_deploy.bench import Effort, summary_rows
+from chexnet_deploy.bench import Effort
 from chexnet_deploy.bundle import Precision
-from chexnet_deploy.cli import print_table, progress, run_program
+from chexnet_deploy.cli import print_bench, progress, run_program
+from chexnet_deploy.errors import SpecError
 from chexnet_deploy.parity import EXIT_CODES
 from chexnet_deploy.pipeline import bench_bundles, export_bundles
 from training.__main__ import RECIPES
@@ -22,6 +23,8 @@ from training.train import read_recipe, train
 # 420 test patients at this prevalence give every finding more than 30 positive ones.
 FULL = PhantomSpec(patients=2300, test_patients=420, side_px=128, seed=2, prevalence=0.20)
 SMALL = PhantomSpec(patients=320, test_patients=120, side_px=64, seed=2, prevalence=0.20)
+MARKER = "demo.txt"
+PARTS = ("phantom", "run", "bundles", "bench")
 CALIBRATION_IMAGES = {FULL: 256, SMALL: 100}
 
 app = typer.Typer(add_completion=False)
@@ -34,14 +37,15 @@ def main(
     ),
     recipe: Annotated[Path, typer.Option(help="A TOML recipe.")] = RECIPES / "demo.toml",
     small: Annotated[
-        bool, typer.Option(help="Few phantoms: the same steps in half a minute, and a poor model.")
+        bool,
+        typer.Option(
+            help="Few phantoms: the same steps in a minute, a poor model, and too few patients to pass every gate."
+        ),
     ] = False,
 ) -> None:
     """Train on phantoms, export, quantise and bench; ends with a table and the path of the report."""
     spec = SMALL if small else FULL
-    if (out / "phantom").exists():
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
+    _make_room(out)
     with progress() as on_phase:
         write_phantom(out / "phantom", spec, on_image=lambda done, total: on_phase("drawing phantoms", done, total))
         best = train(out / "phantom", read_recipe(recipe), out / "run", on_phase)
@@ -68,9 +72,19 @@ def main(
             with_html=True,
             on_phase=on_phase,
         )
-    print_table(summary_rows(report))
-    typer.echo(f"{report.verdict}  {out / 'bench' / 'report.html'}")
+    print_bench(report, out / "bench" / "report.html")
     raise typer.Exit(EXIT_CODES[report.verdict])
+
+
+def _make_room(out: Path) -> None:
+    """Make the folder, or clear it of what an earlier demo left, and of nothing else."""
+    if out.is_dir() and any(out.iterdir()):
+        if not (out / MARKER).is_file():
+            raise SpecError(f"{out} holds something that is not a demo's. Give another folder by --out.")
+        for name in PARTS:
+            shutil.rmtree(out / name, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MARKER).write_text("Written by `python -m training.demo`, which clears its parts when run here again.\n")
 
 
 if __name__ == "__main__":

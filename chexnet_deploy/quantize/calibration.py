@@ -60,13 +60,7 @@ class CalibrationSet:
             DatasetError: a name is not in the data set.
             ImageError: an image can't be read.
         """
-        if len(names) < MIN_IMAGES:
-            raise CalibrationError(
-                f"got {len(names)} calibration images, needed at least {MIN_IMAGES}. Add images or build fp16."
-            )
-        _refuse_repeated(names, "the list names {} twice. Remove the repeats.")
-        radiographs = dataset.select(names)
-        _refuse_evaluation_patients(dataset, radiographs)
+        radiographs = check_names(dataset, names)
         arrays = []
         for radiograph, pixels in zip(
             radiographs, iter_pixels([r.path for r in radiographs if r.path is not None], preprocessing), strict=True
@@ -80,6 +74,23 @@ class CalibrationSet:
         _refuse_repeated(hashes, "two images have the same pixels, sha256 {}. Keep one of them.")
         listing = "".join(f"{name} {digest}\n" for name, digest in zip(names, hashes, strict=True))
         return cls(tuple(names), np.concatenate(arrays), sha256_hex(listing.encode()))
+
+
+def check_names(dataset: ChestXray14, names: Sequence[str]) -> tuple[Radiograph, ...]:
+    """Return the named images, as far as they can be judged without reading one.
+
+    Raises:
+        CalibrationError: too few, one twice, or a patient kept for validation or test.
+        DatasetError: a name is not in the data set, or its image is not on disk.
+    """
+    radiographs = dataset.select(names)
+    if len(names) < MIN_IMAGES:
+        raise CalibrationError(
+            f"got {len(names)} calibration images, needed at least {MIN_IMAGES}. Add images or build fp16."
+        )
+    _refuse_repeated(names, "the list names {} twice. Remove the repeats.")
+    _refuse_evaluation_patients(dataset, radiographs)
+    return radiographs
 
 
 def choose_calibration(dataset: ChestXray14, n_images: int) -> tuple[str, ...]:
@@ -96,7 +107,7 @@ def choose_calibration(dataset: ChestXray14, n_images: int) -> tuple[str, ...]:
     if not MIN_IMAGES <= n_images <= len(train):
         raise CalibrationError(
             f"asked for {n_images} calibration images; at least {MIN_IMAGES} are needed and the training split holds "
-            f"{len(train)} on disk. Ask for a number between."
+            f"{len(train)} on disk. Give --calibration-images with a number between, or use fp16 where there is none."
         )
     counts = Counter(finding for radiograph in train for finding in _groups(radiograph))
     chosen: dict[str, None] = {}

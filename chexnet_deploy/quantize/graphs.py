@@ -37,7 +37,8 @@ def to_float16(model: onnx.ModelProto) -> onnx.ModelProto:
     Raises:
         ExportError: a weight is beyond float16.
     """
-    typed = version_converter.convert_version(model, TYPED_OPSET)
+    typed = onnx.ModelProto()
+    typed.CopyFrom(model)
     graph = typed.graph
     weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     first_conv = next(node for node in graph.node if node.op_type == "Conv")
@@ -82,8 +83,9 @@ def insert_qdq(
         conv_names: output names of the convolutions.
         single_weights: the convolutions' weights before any rounding to float16, by name; both dialects quantise these.
     """
+    is_half = TensorProto.FLOAT16 in {tensor.data_type for tensor in model.graph.initializer}
     quantised = onnx.ModelProto()
-    quantised.CopyFrom(model)
+    quantised.CopyFrom(version_converter.convert_version(model, TYPED_OPSET) if is_half else model)
     graph = quantised.graph
     weights = {tensor.name: tensor for tensor in graph.initializer}
     nodes: list[onnx.NodeProto] = []

@@ -40,7 +40,7 @@ def to_fp16(bundle: Bundle, out: Path, gate: Gate, validation: LabelledImages | 
     """
     _require_fp32(bundle)
     model = to_float16(onnx.load_from_string(bundle.read_model())).SerializeToString()
-    return _keep(bundle, model, out, gate, validation, Precision.FP16, "float", None)
+    return _keep(bundle, model, out, gate, validation, Precision.FP16, "float", None, ())
 
 
 def to_int8(
@@ -81,7 +81,8 @@ def to_int8(
     graph = to_float16(single) if dialect == "typed" else single
     model = insert_qdq(graph, ranges, names, single_weights).SerializeToString()
     record = Calibration(list_sha256=calibration.sha256, n_images=len(calibration.images), estimator=ESTIMATOR)
-    return _keep(bundle, model, out, gate, validation, Precision.INT8, dialect, record)
+    left_alone = tuple(node.name for node in single.graph.node if node.op_type == "Conv" and node not in convs)
+    return _keep(bundle, model, out, gate, validation, Precision.INT8, dialect, record, left_alone)
 
 
 def _keep(
@@ -93,6 +94,7 @@ def _keep(
     precision: Precision,
     dialect: Literal["float", "typed", "trt8"],
     calibration: Calibration | None,
+    float_convolutions: tuple[str, ...],
 ) -> Bundle:
     """Run the new model beside its parent, and write it as a bundle if it passes."""
     old = parent.manifest
@@ -147,6 +149,7 @@ def _keep(
         probe_max_abs_logit_error=float(np.abs(logits - probe.logits).max()),
         checks=tuple(checks),
         tools={name: version(name) for name in ("chexnet-deploy", "onnx", "onnxruntime")},
+        float_convolutions=float_convolutions,
     )
     return Bundle.write(out, manifest, model, parent.read_probe_bytes())
 

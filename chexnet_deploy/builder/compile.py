@@ -1,0 +1,188 @@
+"""ONNX -> plan bytes on whichever TensorRT is installed. Writes no file, runs nothing, needs a GPU where TensorRT does.
+
+Precision comes from the ONNX alone: strongly typed networks, and on TensorRT 8.6 flags that its typed parts be obeyed.
+"""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+from types import ModuleType
+from typing import Any
+
+from chexnet_deploy.builder.layers import Layer, conv_types, parse_log
+from chexnet_deploy.errors import ExportError
+from chexnet_deploy.sessions.tensorrt_versions import Family
+from chexnet_deploy.spec import BatchProfile
+
+INPUT = "pixels"
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class CompileOptions:
+    """How to compile; see EngineSpec.
+
+    Attributes:
+        workspace_mib: scratch memory that a kernel may take on the GPU.
+        optimization_level: 0 to 5, TensorRT's own scale of effort.
+        compute_capability: e.g. "8.9", for a TensorRT that compiles for a GPU that is not there; None for the one here.
+    """
+
+    batch: BatchProfile
+    workspace_mib: int = 1024
+    optimization_level: int = 3
+    compute_capability: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """A plan and what is known of it.
+
+    Attributes:
+        layers: TensorRT's own table of what it made.
+        conv_types: the type that each of the model's convolutions runs in, by its ONNX node's name; read from the table.
+        warnings: what TensorRT warned of, each message once, in order.
+    """
+
+    plan: bytes
+    layers: tuple[Layer, ...]
+    conv_types: dict[str, str]
+    build_s: float
+    warnings: tuple[str, ...]
+
+
+def compile_onnx(
+    trt: ModuleType,
+    family: Family,
+    model: bytes,
+    options: CompileOptions,
+    *,
+    cancelled: threading.Event | None = None,
+    on_phase: Callable[[str, int, int], None] | None = None,
+) -> Compiled:
+    """Compile an ONNX model.
+
+    Args:
+        trt: the module, from open_tensorrt.
+        family: what it is.
+        model: the ONNX file's bytes.
+        options: batch profile and limits.
+        cancelled: set it from another thread to stop; needs IProgressMonitor, so not on 8.6.
+        on_phase: called with TensorRT's phase, what is done and of how much.
+
+    Raises:
+        ExportError: TensorRT can't parse the model (naming the node), refuses to build it, or was cancelled.
+    """
+    log = _make_log(trt)
+    start = perf_counter()
+    builder = trt.Builder(log)
+    network = builder.create_network(_flags(trt.NetworkDefinitionCreationFlag, family.creation_flags))
+    _parse(trt, network, log, model, family)
+    config = builder.create_builder_config()
+    _configure(trt, builder, network, config, family, options)
+    if family.has_progress_monitor:
+        # Kept in a variable: the config does not keep it alive.
+        monitor = _make_monitor(trt, cancelled, on_phase)
+        config.progress_monitor = monitor
+    network_layers = (network.get_layer(i) for i in range(network.num_layers))
+    conv_names = [layer.name for layer in network_layers if layer.type == trt.LayerType.CONVOLUTION]
+    plan = builder.build_serialized_network(network, config)
+    if cancelled is not None and cancelled.is_set():
+        raise ExportError("the build was cancelled; nothing was kept.")
+    if plan is None:
+        raise ExportError(f"{family.name} built nothing: {_last_error(log)}. Nothing was kept.")
+    layers = parse_log(log.lines)
+    warnings = tuple(dict.fromkeys(log.warnings))
+    return Compiled(bytes(plan), layers, conv_types(layers, conv_names), perf_counter() - start, warnings)
+
+
+def _parse(trt: ModuleType, network: Any, log: Any, model: bytes, family: Family) -> None:
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse(model):
+        problems = [parser.get_error(i) for i in range(parser.num_errors)]
+        first = problems[0]
+        raise ExportError(
+            f"{family.name} can't parse this model: node {first.node()}: {first.desc()} ({len(problems)} problems)."
+        )
+    inputs = [network.get_input(i).name for i in range(network.num_inputs)]
+    if inputs != [INPUT]:
+        raise ExportError(f"the model takes {inputs}, needed {INPUT} alone. Export it with this package.")
+
+
+def _configure(
+    trt: ModuleType, builder: Any, network: Any, config: Any, family: Family, options: CompileOptions
+) -> None:
+    for name in family.precision_flags:
+        config.set_flag(getattr(trt.BuilderFlag, name))
+    # TF32 would round the fp32 reference to ten bits of mantissa, silently.
+    config.clear_flag(trt.BuilderFlag.TF32)
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib * _MIB)
+    config.builder_optimization_level = options.optimization_level
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if options.compute_capability is not None:
+        if not family.compiles_without_gpu:
+            raise ExportError(f"{family.name} builds on the GPU it will run on; don't name another one.")
+        name = "SM" + options.compute_capability.replace(".", "")
+        if not hasattr(trt.ComputeCapability, name):
+            known = sorted(n for n in dir(trt.ComputeCapability) if n.startswith("SM"))
+            raise ExportError(f"{family.name} does not compile for {name}. It knows {', '.join(known)}.")
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(getattr(trt.ComputeCapability, name), 0)
+    profile = builder.create_optimization_profile()
+    _, *sides = tuple(network.get_input(0).shape)
+    low, best, high = ((n, *sides) for n in (options.batch.min, options.batch.opt, options.batch.max))
+    profile.set_shape(INPUT, low, best, high)
+    config.add_optimization_profile(profile)
+
+
+def _flags(enum: Any, names: tuple[str, ...]) -> int:
+    """By name: the integers differ between versions."""
+    return sum(1 << int(getattr(enum, name)) for name in names)
+
+
+def _last_error(log: Any) -> str:
+    return str(log.errors[-1]) if log.errors else "and gave no reason"
+
+
+def _make_log(trt: ModuleType) -> Any:
+    class Log(trt.ILogger):  # type: ignore[name-defined,misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.lines: list[str] = []
+            self.warnings: list[str] = []
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            # An exception in here would cross C++ and end the process.
+            self.lines.extend(message.splitlines())
+            if severity == trt.ILogger.WARNING:
+                self.warnings.append(message.strip())
+            elif severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                self.errors.append(message.strip())
+
+    return Log()
+
+
+def _make_monitor(
+    trt: ModuleType, cancelled: threading.Event | None, on_phase: Callable[[str, int, int], None] | None
+) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined,misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.totals: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self.totals[phase_name] = num_steps
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            if on_phase is not None:
+                on_phase(phase_name, step + 1, max(self.totals.get(phase_name, 1), step + 1))
+            return cancelled is None or not cancelled.is_set()
+
+        def phase_finish(self, phase_name: str) -> None:
+            if on_phase is not None:
+                total = self.totals.get(phase_name, 1)
+                on_phase(phase_name, total, total)
+
+    return Monitor()

@@ -1,0 +1,86 @@
+"""What an engine is really made of: TensorRT's own layer table, parsed; which convolutions run in which type.
+
+A builder may drop a precision with a log line or none at all, so the table is read and never assumed. Measures nothing.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from chexnet_deploy.errors import ExportError
+
+# One line a layer in the VERBOSE log of TensorRT for RTX 1.7 with ProfilingVerbosity.DETAILED; it has no inspector
+# without a GPU.
+_LINE = re.compile(
+    r"^Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\], Constants: \[.*?\], "
+    r"Outputs: \[(?P<outputs>.*?)\], TacticName: .*?Metadata: (?P<origin>.*)$"
+)
+_TYPE = re.compile(r"Datatype: (\w+)")
+_ORIGIN = re.compile(r"\[ONNX Layer: (.*?)\]")
+_TYPES = {"Float": "float32", "Half": "float16", "Int8": "int8", "UInt8": "uint8"}
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One row of the table.
+
+    Attributes:
+        input_types: of its activations, e.g. ("int8",).
+        origins: names of the ONNX nodes it was made from.
+    """
+
+    name: str
+    kind: str
+    input_types: tuple[str, ...]
+    output_types: tuple[str, ...]
+    origins: tuple[str, ...]
+
+
+def parse_log(lines: Iterable[str]) -> tuple[Layer, ...]:
+    """Return the layer table that a builder logged.
+
+    Raises:
+        ExportError: there is none, so nothing is known of the engine.
+    """
+    layers = []
+    for line in lines:
+        match = _LINE.match(line)
+        if match:
+            layers.append(
+                Layer(
+                    match["name"],
+                    match["kind"],
+                    _types(match["inputs"]),
+                    _types(match["outputs"]),
+                    tuple(_ORIGIN.findall(match["origin"])),
+                )
+            )
+    if not layers:
+        raise ExportError("TensorRT logged no layer table, so what the engine runs in is unknown. Don't use it.")
+    return tuple(layers)
+
+
+def conv_types(layers: Sequence[Layer], conv_names: Sequence[str]) -> dict[str, str]:
+    """Return the type that each ONNX convolution's activations come in, by its node's name.
+
+    Raises:
+        ExportError: no layer, or more than one, was made from a convolution.
+    """
+    made_from: dict[str, list[Layer]] = {name: [] for name in conv_names}
+    for layer in layers:
+        # A point-wise kernel carries the names of convolutions it was fused from only where it is not one itself.
+        if layer.kind in ("correlation", "gemm", "convolution"):
+            for origin in layer.origins:
+                if origin in made_from:
+                    made_from[origin].append(layer)
+    wrong = [name for name, found in made_from.items() if len(found) != 1]
+    if wrong:
+        raise ExportError(
+            f"{len(wrong)} convolutions do not appear once in TensorRT's layer table, e.g. {wrong[0]}. "
+            f"This TensorRT fuses them in a way this version does not know; don't trust its precision."
+        )
+    return {name: found[0].input_types[0] for name, found in made_from.items()}
+
+
+def _types(tensors: str) -> tuple[str, ...]:
+    return tuple(_TYPES.get(name, name) for name in _TYPE.findall(tensors))

@@ -1,0 +1,127 @@
+"""Which TensorRT this is, and how the supported ones differ: one table, checked against the real names of each version.
+
+Imports TensorRT by name and nothing of this package but errors. Nothing is feature-sniffed: what the table does not
+list is refused by name.
+"""
+
+import importlib
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Literal
+
+from chexnet_deploy.errors import MissingPackageError, SessionError
+
+Backend = Literal["tensorrt", "tensorrt_rtx"]
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """TensorRT versions that are built for alike.
+
+    Attributes:
+        name: for messages.
+        backend: the Python module.
+        majors: major versions; for 8 only 8.6.
+        creation_flags: names in NetworkDefinitionCreationFlag that the network is made with.
+        precision_flags: names in BuilderFlag without which the ONNX's own float16 and int8 are run as float32; empty where
+            the network is strongly typed.
+        max_opset: newest ONNX opset its parser reads.
+        has_progress_monitor: IProgressMonitor came with 10.0.
+        compiles_without_gpu: the GPU is named, not looked for.
+        tensors_key: where the engine inspector's JSON lists an engine's inputs and outputs.
+    """
+
+    name: str
+    backend: Backend
+    majors: tuple[int, ...]
+    creation_flags: tuple[str, ...]
+    precision_flags: tuple[str, ...]
+    max_opset: int
+    has_progress_monitor: bool
+    compiles_without_gpu: bool
+    tensors_key: str
+
+
+FAMILIES = (
+    # 8.6 is weakly typed: float16 and int8 must be allowed, and obeyed.
+    Family(
+        "TensorRT 8.6",
+        "tensorrt",
+        (8,),
+        ("EXPLICIT_BATCH",),
+        ("FP16", "INT8", "OBEY_PRECISION_CONSTRAINTS"),
+        17,
+        has_progress_monitor=False,
+        compiles_without_gpu=False,
+        tensors_key="Bindings",
+    ),
+    Family(
+        "TensorRT 10",
+        "tensorrt",
+        (10,),
+        ("STRONGLY_TYPED",),
+        (),
+        19,
+        has_progress_monitor=True,
+        compiles_without_gpu=False,
+        tensors_key="Bindings",
+    ),
+    # 11 knows no other networks and ignores the flag; BuilderFlag.FP16 and INT8 are gone.
+    Family(
+        "TensorRT 11",
+        "tensorrt",
+        (11,),
+        ("STRONGLY_TYPED",),
+        (),
+        19,
+        has_progress_monitor=True,
+        compiles_without_gpu=False,
+        tensors_key="I/O Tensors",
+    ),
+    Family(
+        "TensorRT for RTX 1",
+        "tensorrt_rtx",
+        (1,),
+        ("STRONGLY_TYPED",),
+        (),
+        19,
+        has_progress_monitor=True,
+        compiles_without_gpu=True,
+        tensors_key="Bindings",
+    ),
+)
+
+
+def open_tensorrt(backend: Backend) -> tuple[ModuleType, Family]:
+    """Import TensorRT and say which it is.
+
+    Raises:
+        MissingPackageError: it is not installed.
+        SessionError: this version is not supported.
+    """
+    try:
+        module = importlib.import_module(backend)
+    except ModuleNotFoundError as err:
+        extra = "gpu" if backend == "tensorrt" else "rtx"
+        raise MissingPackageError(
+            f"{err.name} is not installed. Run: pip install 'chexnet-deploy[{extra}]'. NVIDIA's licence applies: see README."
+        ) from err
+    return module, family_of(backend, str(module.__version__))
+
+
+def family_of(backend: Backend, version: str) -> Family:
+    """Return the family a version belongs to.
+
+    Raises:
+        SessionError: it is not supported; the message says which are.
+    """
+    major, minor = (int(part) for part in version.split(".")[:2])
+    if backend == "tensorrt" and (major, minor) < (8, 6):
+        raise SessionError(
+            f"TensorRT {version} is not supported: JetPack 5 and older end at 8.5. Needed: 8.6 (JetPack 6.0), 10.x or 11.x."
+        )
+    for family in FAMILIES:
+        if family.backend == backend and major in family.majors:
+            return family
+    known = ", ".join(family.name for family in FAMILIES if family.backend == backend)
+    raise SessionError(f"{backend} {version} is not supported. Supported: {known}.")
