@@ -269,7 +269,6 @@ def test_results_go_to_a_new_place_or_nowhere(bundles: dict[str, Bundle], tmp_pa
         out = taken / "below"
     image = tmp_path / "x.png"
     Image.fromarray(np.arange(64 * 64, dtype=np.uint32).reshape(64, 64).astype(np.uint8)).save(image)
-    engine = bundles["fp32"].path
     for command in (
         ("bench", "--engine", bundles["fp32"].path, "--out", out),
         ("predict", bundles["fp32"].path, image, "--cam", out),

@@ -102,8 +102,10 @@ def _parse(trt: ModuleType, network: Any, log: Any, model: bytes, family: Family
     if not parser.parse(model):
         problems = [parser.get_error(i) for i in range(parser.num_errors)]
         first = problems[0]
+        node = f"{first.node_operator()} {first.node_name()}" if family.names_nodes else f"number {first.node()}"
         raise ExportError(
-            f"{family.name} can't parse this model: node {first.node()}: {first.desc()} ({len(problems)} problems)."
+            f"{family.name} can't parse this model: node {node}: {first.desc()} ({len(problems)} problems). "
+            f"Export it with this package; for TensorRT 8.6 use fp32, fp16 or int8 of the trt8 dialect."
         )
     inputs = [network.get_input(i).name for i in range(network.num_inputs)]
     if inputs != [INPUT]:

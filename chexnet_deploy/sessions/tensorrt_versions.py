@@ -27,6 +27,7 @@ class Family:
             the network is strongly typed.
         max_opset: newest ONNX opset its parser reads.
         has_progress_monitor: IProgressMonitor came with 10.0.
+        names_nodes: its parser's errors name the ONNX node, from 10.0 on; before, they number it.
         compiles_without_gpu: the GPU is named, not looked for.
         tensors_key: where the engine inspector's JSON lists an engine's inputs and outputs.
     """
@@ -38,6 +39,7 @@ class Family:
     precision_flags: tuple[str, ...]
     max_opset: int
     has_progress_monitor: bool
+    names_nodes: bool
     compiles_without_gpu: bool
     tensors_key: str
 
@@ -52,6 +54,7 @@ FAMILIES = (
         ("FP16", "INT8", "OBEY_PRECISION_CONSTRAINTS"),
         17,
         has_progress_monitor=False,
+        names_nodes=False,
         compiles_without_gpu=False,
         tensors_key="Bindings",
     ),
@@ -63,6 +66,7 @@ FAMILIES = (
         (),
         19,
         has_progress_monitor=True,
+        names_nodes=True,
         compiles_without_gpu=False,
         tensors_key="Bindings",
     ),
@@ -75,6 +79,7 @@ FAMILIES = (
         (),
         19,
         has_progress_monitor=True,
+        names_nodes=True,
         compiles_without_gpu=False,
         tensors_key="I/O Tensors",
     ),
@@ -86,6 +91,7 @@ FAMILIES = (
         (),
         19,
         has_progress_monitor=True,
+        names_nodes=True,
         compiles_without_gpu=True,
         tensors_key="Bindings",
     ),

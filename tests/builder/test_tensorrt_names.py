@@ -1,0 +1,108 @@
+"""Every TensorRT name the compiler uses exists in every version it claims to support.
+
+tensorrt_names.json was read from the binding wheels of each version: class -> its methods, properties and members.
+"""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+
+from chexnet_deploy.builder import compile as compiler
+from chexnet_deploy.errors import MissingPackageError, SessionError
+from chexnet_deploy.sessions.tensorrt_versions import FAMILIES, Family, family_of, open_tensorrt
+
+NAMES: dict[str, dict[str, list[str]]] = json.loads((Path(__file__).parent / "tensorrt_names.json").read_text())
+# What the compiler calls its objects.
+CLASS_OF = {
+    "builder": "Builder",
+    "network": "INetworkDefinition",
+    "config": "IBuilderConfig",
+    "parser": "OnnxParser",
+    "first": "ParserError",
+    "profile": "IOptimizationProfile",
+    "layer": "ILayer",
+}
+# Names behind a question to the family's table.
+GUARDED = {
+    ("IProgressMonitor", None): "has_progress_monitor",
+    ("IBuilderConfig", "progress_monitor"): "has_progress_monitor",
+    ("ParserError", "node_name"): "names_nodes",
+    ("ParserError", "node_operator"): "names_nodes",
+    ("ComputeCapability", None): "compiles_without_gpu",
+    ("IBuilderConfig", "num_compute_capabilities"): "compiles_without_gpu",
+    ("IBuilderConfig", "set_compute_capability"): "compiles_without_gpu",
+}
+
+
+def used_names() -> set[tuple[str, str | None]]:
+    """(class, member) of everything the compiler takes from TensorRT; member None where only the class is named."""
+    used: set[tuple[str, str | None]] = set()
+    for node in ast.walk(ast.parse(Path(compiler.__file__).read_text())):
+        if not isinstance(node, ast.Attribute):
+            continue
+        owner = node.value
+        if isinstance(owner, ast.Name) and owner.id == "trt":
+            used.add((node.attr, None))
+        elif isinstance(owner, ast.Name) and owner.id in CLASS_OF:
+            used.add((CLASS_OF[owner.id], node.attr))
+        elif isinstance(owner, ast.Attribute) and isinstance(owner.value, ast.Name) and owner.value.id == "trt":
+            used.add((owner.attr, node.attr))
+    return used
+
+
+def family_of_table(version: str) -> Family:
+    return family_of("tensorrt_rtx", version[4:]) if version.startswith("rtx-") else family_of("tensorrt", version)
+
+
+def test_the_walk_finds_what_the_compiler_uses() -> None:
+    used = used_names()
+    assert len(used) > 25
+    assert {("Builder", "build_serialized_network"), ("MemoryPoolType", "WORKSPACE"), ("ILogger", None)} <= used
+
+
+@pytest.mark.parametrize("version", NAMES)
+def test_every_name_exists(version: str) -> None:
+    family, names = family_of_table(version), NAMES[version]
+    missing = []
+    for owner, member in sorted(used_names(), key=str):
+        guard = GUARDED.get((owner, member)) or GUARDED.get((owner, None))
+        if guard is not None and not getattr(family, guard):
+            continue
+        exists = owner in names and (member is None or member in names[owner] or member == "__init__")
+        if not exists:
+            missing.append((owner, member))
+    assert missing == []
+
+
+@pytest.mark.parametrize("version", NAMES)
+def test_flags_taken_from_the_table_exist(version: str) -> None:
+    family, names = family_of_table(version), NAMES[version]
+    assert set(family.creation_flags) <= set(names["NetworkDefinitionCreationFlag"])
+    assert set(family.precision_flags) <= set(names["BuilderFlag"])
+    # A guard that says no must say so because the name is not there, or it hides a feature.
+    assert family.has_progress_monitor == ("IProgressMonitor" in names)
+    assert family.names_nodes == ("node_name" in names["ParserError"])
+    assert family.compiles_without_gpu == ("ComputeCapability" in names)
+
+
+@pytest.mark.parametrize(
+    ("version", "found"),
+    [("8.5.2", "JetPack 5"), ("7.1.3", "JetPack 5"), ("9.2.0", "not supported"), ("12.0.1", "not supported")],
+)
+def test_other_versions_are_refused_by_name(version: str, found: str) -> None:
+    with pytest.raises(SessionError, match=found) as caught:
+        family_of("tensorrt", version)
+    assert version in str(caught.value)
+
+
+def test_families_do_not_overlap() -> None:
+    claims = [(family.backend, major) for family in FAMILIES for major in family.majors]
+    assert len(set(claims)) == len(claims)
+
+
+def test_a_missing_tensorrt_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
+    with pytest.raises(MissingPackageError, match=r"chexnet-deploy\[gpu\]"):
+        open_tensorrt("tensorrt")
