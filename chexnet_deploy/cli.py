@@ -91,6 +91,36 @@ def export(
             typer.echo(f"  {check.name}: {check.value:.3g} (limit {check.limit:g})")
 
 
+class BackendName(str, Enum):
+    """Which TensorRT."""
+
+    TENSORRT = "tensorrt"
+    TENSORRT_RTX = "tensorrt_rtx"
+
+
+@app.command()
+def build(
+    bundle: Annotated[Path, typer.Argument(help="An fp32, fp16 or int8 bundle that export wrote.")],
+    out: Annotated[Path, typer.Option(help="New folder for the plan's bundle.")],
+    spec: Annotated[str | None, typer.Option(help="A spec's name or .toml; default: that of the precision.")] = None,
+    backend: Annotated[BackendName, typer.Option(help="Which TensorRT builds it.")] = BackendName.TENSORRT,
+    device: Annotated[int, typer.Option(min=0, help="The GPU's number.")] = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Build a TensorRT plan of a bundle on the GPU it will run on; kept only if it gives the known answers."""
+    from chexnet_deploy.pipeline import build_bundle
+
+    with progress() as on_phase:
+        made = build_bundle(bundle, out, spec, backend=backend.value, device=device, on_phase=on_phase)
+    if as_json:
+        typer.echo(made.manifest.model_dump_json())
+        return
+    card = made.manifest.engine
+    assert card is not None  # a plan's manifest has one
+    typer.echo(f"{made.path}  {made.manifest.precision.value}  id {made.id[:12]}  built in {card.build_s:.1f} s")
+    typer.echo(f"  convolutions: {', '.join(f'{n} in {kind}' for kind, n in card.conv_types.items())}")
+
+
 @app.command()
 def bench(
     engine: Annotated[list[Path], typer.Option(help="A bundle; give the option again to measure several in turns.")],

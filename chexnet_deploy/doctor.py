@@ -40,12 +40,20 @@ def _needs(name: str, packages: tuple[str, ...], extra: str) -> Ability:
 def _tensorrt() -> Ability:
     gpus = Path("/proc/driver/nvidia/gpus")
     n_gpus = len(list(gpus.iterdir())) if gpus.is_dir() else 0
-    found = f"{n_gpus} NVIDIA GPU(s), TensorRT {_version('tensorrt') or 'not installed'}"
+    found = {package: _version(package) for package in ("tensorrt", "tensorrt_rtx_cu13", "pycuda")}
+    have = ", ".join(f"{package} {number}" for package, number in found.items() if number is not None)
+    steps = []
+    if not n_gpus:
+        steps.append("an NVIDIA GPU and its driver")
+    if found["tensorrt"] is None and found["tensorrt_rtx_cu13"] is None:
+        steps.append("pip install 'chexnet-deploy[gpu]'")
+    elif found["pycuda"] is None:
+        steps.append("pip install pycuda")
     return Ability(
         "build and run TensorRT engines",
-        is_ready=False,
-        found=found,
-        next_step="not in this version; the fp16 and int8 bundles are made for it, and run in ONNX Runtime until then",
+        is_ready=not steps,
+        found=f"{n_gpus} NVIDIA GPU(s)" + (f", {have}" if have else ""),
+        next_step=f"needs {' and '.join(steps)}" if steps else "",
     )
 
 

@@ -30,6 +30,7 @@ from chexnet_deploy.metrics.auroc import auroc, mean_auroc
 from chexnet_deploy.predictor import Prediction, Predictor, draw_cam, sigmoid
 from chexnet_deploy.scoring import LabelledImages, score_files
 from chexnet_deploy.sessions import open_session
+from chexnet_deploy.sessions.tensorrt_versions import Backend
 from chexnet_deploy.spec import read_spec
 from chexnet_deploy.tables import read_image_list
 
@@ -164,6 +165,21 @@ def export_bundles(
             )
         )
     return bundles
+
+
+def build_bundle(
+    path: Path, out: Path, spec: str | None, *, backend: Backend, device: int, on_phase: OnPhase
+) -> Bundle:
+    """Build a plan bundle; the spec is that of the bundle's precision where none is named.
+
+    Raises:
+        ChexnetError: no GPU or TensorRT, or a step refused; nothing is kept.
+    """
+    from chexnet_deploy.builder.engine import build_engine
+
+    bundle = Bundle.open(path)
+    chosen = read_spec(bundle.manifest.precision.value if spec is None else spec)
+    return build_engine(bundle, chosen, out, backend=backend, device=device, on_phase=on_phase)
 
 
 def bench_bundles(

@@ -25,6 +25,32 @@ def real_root() -> Path:
 
 
 @pytest.fixture(scope="session")
+def gpu_backends() -> list[str]:
+    """Every TensorRT installed on this GPU machine; without one the test is reported as not run, or fails if required."""
+    from chexnet_deploy.errors import ChexnetError
+    from chexnet_deploy.sessions.target import open_driver
+    from chexnet_deploy.sessions.tensorrt_versions import open_tensorrt
+
+    missing, backends = [], []
+    try:
+        open_driver()
+        for backend in ("tensorrt", "tensorrt_rtx"):
+            try:
+                open_tensorrt(backend)  # type: ignore[arg-type]
+                backends.append(backend)
+            except ChexnetError as err:
+                missing.append(str(err))
+    except ChexnetError as err:
+        missing.append(str(err))
+    if not backends:
+        reason = f"NOT RUN on a GPU: {'; '.join(missing)}"
+        if os.environ.get("CHEXNET_REQUIRE_GPU") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return backends
+
+
+@pytest.fixture(scope="session")
 def phantom_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """About 230 phantom images of 150 patients, 40 of them test patients, at 32 px."""
     from training.phantom import PhantomSpec, write_phantom

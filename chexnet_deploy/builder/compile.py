@@ -10,7 +10,7 @@ from time import perf_counter
 from types import ModuleType
 from typing import Any
 
-from chexnet_deploy.builder.layers import Layer, conv_types, parse_log
+from chexnet_deploy.builder.layers import Layer, conv_types, parse_inspector, parse_log
 from chexnet_deploy.errors import ExportError
 from chexnet_deploy.sessions.tensorrt_versions import Family
 from chexnet_deploy.spec import BatchProfile
@@ -92,7 +92,7 @@ def compile_onnx(
         raise ExportError("the build was cancelled; nothing was kept.")
     if plan is None:
         raise ExportError(f"{family.name} built nothing: {_last_error(log)}. Nothing was kept.")
-    layers = parse_log(log.lines)
+    layers = parse_log(log.lines) if family.compiles_without_gpu else _inspect(trt, log, plan)
     warnings = tuple(dict.fromkeys(log.warnings))
     return Compiled(bytes(plan), layers, conv_types(layers, conv_names), perf_counter() - start, warnings)
 
@@ -136,6 +136,13 @@ def _configure(
     low, best, high = ((n, *sides) for n in (options.batch.min, options.batch.opt, options.batch.max))
     profile.set_shape(INPUT, low, best, high)
     config.add_optimization_profile(profile)
+
+
+def _inspect(trt: ModuleType, log: Any, plan: Any) -> tuple[Layer, ...]:
+    runtime = trt.Runtime(log)
+    engine = runtime.deserialize_cuda_engine(plan)
+    inspector = engine.create_engine_inspector()
+    return parse_inspector(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
 
 def _flags(enum: Any, names: tuple[str, ...]) -> int:

@@ -20,21 +20,24 @@ def open_session(bundle: Bundle, *, threads: int | None = None) -> Session:
 
     Args:
         bundle: verified.
-        threads: CPU threads for one call; None takes all cores.
+        threads: CPU threads for one call, for ONNX bundles; None takes all cores.
 
     Raises:
         MissingPackageError: the backend is not installed.
-        SessionError: the backend refuses the model, or answers otherwise than when the bundle was made.
+        SessionError: the plan is for another machine, the backend refuses the model, or it answers otherwise than when
+            the bundle was made.
     """
+    session: Session
     if bundle.manifest.target is not None:
-        raise SessionError(
-            f"{bundle.path} is a TensorRT plan; this version runs ONNX bundles. Open {bundle.path}'s parent."
-        )
-    try:
-        from chexnet_deploy.sessions.ort import OrtSession
-    except ModuleNotFoundError as err:
-        raise MissingPackageError("onnxruntime is not installed. Run: pip install 'chexnet-deploy[cpu]'") from err
-    session = OrtSession.open(bundle, threads=threads)
+        from chexnet_deploy.sessions.trt import TrtSession
+
+        session = TrtSession.open(bundle)
+    else:
+        try:
+            from chexnet_deploy.sessions.ort import OrtSession
+        except ModuleNotFoundError as err:
+            raise MissingPackageError("onnxruntime is not installed. Run: pip install 'chexnet-deploy[cpu]'") from err
+        session = OrtSession.open(bundle, threads=threads)
     check_known_answers(session, bundle, n_probes=N_STARTUP_PROBES)
     return session
 

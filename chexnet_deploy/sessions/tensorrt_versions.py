@@ -28,8 +28,7 @@ class Family:
         max_opset: newest ONNX opset its parser reads.
         has_progress_monitor: IProgressMonitor came with 10.0.
         names_nodes: its parser's errors name the ONNX node, from 10.0 on; before, they number it.
-        compiles_without_gpu: the GPU is named, not looked for.
-        tensors_key: where the engine inspector's JSON lists an engine's inputs and outputs.
+        compiles_without_gpu: the GPU is named, not looked for, and the layer table is logged, not inspected.
     """
 
     name: str
@@ -41,7 +40,6 @@ class Family:
     has_progress_monitor: bool
     names_nodes: bool
     compiles_without_gpu: bool
-    tensors_key: str
 
 
 FAMILIES = (
@@ -56,7 +54,6 @@ FAMILIES = (
         has_progress_monitor=False,
         names_nodes=False,
         compiles_without_gpu=False,
-        tensors_key="Bindings",
     ),
     Family(
         "TensorRT 10",
@@ -68,7 +65,6 @@ FAMILIES = (
         has_progress_monitor=True,
         names_nodes=True,
         compiles_without_gpu=False,
-        tensors_key="Bindings",
     ),
     # 11 knows no other networks and ignores the flag; BuilderFlag.FP16 and INT8 are gone.
     Family(
@@ -81,7 +77,6 @@ FAMILIES = (
         has_progress_monitor=True,
         names_nodes=True,
         compiles_without_gpu=False,
-        tensors_key="I/O Tensors",
     ),
     Family(
         "TensorRT for RTX 1",
@@ -93,7 +88,6 @@ FAMILIES = (
         has_progress_monitor=True,
         names_nodes=True,
         compiles_without_gpu=True,
-        tensors_key="Bindings",
     ),
 )
 

@@ -1,5 +1,6 @@
 """TensorRT for RTX really compiles what this package exports; it needs no GPU for that."""
 
+import json
 import threading
 from collections import Counter
 from types import ModuleType
@@ -9,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from chexnet_deploy.builder.compile import CompileOptions, compile_onnx
-from chexnet_deploy.builder.layers import Layer, conv_types, parse_log
+from chexnet_deploy.builder.layers import Layer, conv_types, parse_inspector, parse_log
 from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.errors import ExportError
 from chexnet_deploy.sessions.tensorrt_versions import Family, open_tensorrt
@@ -104,6 +105,33 @@ def test_a_line_of_the_layer_table_by_hand() -> None:
         Layer("/a/Conv_myl0_2", "correlation", ("int8",), ("float32",), ("/a/Conv", "/a/Relu")),
     )
     assert conv_types(parse_log([LINE]), ["/a/Conv"]) == {"/a/Conv": "int8"}
+
+
+@pytest.mark.parametrize(
+    ("prose", "kind"),
+    [
+        ("Thirty-two wide channel vectorized row major Int8 format.", "int8"),
+        ("Channel major FP16 format where channel % 8 == 0", "float16"),
+        ("Half", "float16"),
+        ("Row major linear FP32", "float32"),
+    ],
+)
+def test_an_entry_of_the_inspector_by_hand(prose: str, kind: str) -> None:
+    entry = {
+        "Name": "/a/Conv + /a/Relu",
+        "LayerType": "CaskConvolution",
+        "Inputs": [{"Name": "x", "Format/Datatype": prose}],
+        "Outputs": [{"Name": "y", "Format/Datatype": "Half"}],
+        "Metadata": "[ONNX Layer: /a/Conv]\x1f[ONNX Layer: /a/Relu]",
+    }
+    copy = {**entry, "Name": "Reformatting CopyNode for Input Tensor 0 to /a/Conv", "LayerType": "Reformat"}
+    layers = parse_inspector(json.dumps({"Layers": [copy, entry]}))
+    assert conv_types(layers, ["/a/Conv"]) == {"/a/Conv": kind}
+
+
+def test_names_alone_are_no_layer_table() -> None:
+    with pytest.raises(ExportError, match="names alone"):
+        parse_inspector(json.dumps({"Layers": ["/a/Conv + /a/Relu"]}))
 
 
 def test_an_unknown_engine_is_not_trusted() -> None:

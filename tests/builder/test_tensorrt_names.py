@@ -1,4 +1,4 @@
-"""Every TensorRT name the compiler uses exists in every version it claims to support.
+"""Every TensorRT name the compiler and the session use exists in every version it claims to support.
 
 tensorrt_names.json was read from the binding wheels of each version: class -> its methods, properties and members.
 """
@@ -14,8 +14,15 @@ from chexnet_deploy.errors import MissingPackageError, SessionError
 from chexnet_deploy.sessions.tensorrt_versions import FAMILIES, Family, family_of, open_tensorrt
 
 NAMES: dict[str, dict[str, list[str]]] = json.loads((Path(__file__).parent / "tensorrt_names.json").read_text())
-# What the compiler calls its objects.
+SOURCES = (Path(compiler.__file__), Path(compiler.__file__).parents[1] / "sessions" / "trt.py")
+# What they call their objects.
 CLASS_OF = {
+    "runtime": "Runtime",
+    "_runtime": "Runtime",
+    "engine": "ICudaEngine",
+    "_engine": "ICudaEngine",
+    "_execution": "IExecutionContext",
+    "inspector": "EngineInspector",
     "builder": "Builder",
     "network": "INetworkDefinition",
     "config": "IBuilderConfig",
@@ -37,19 +44,27 @@ GUARDED = {
 
 
 def used_names() -> set[tuple[str, str | None]]:
-    """(class, member) of everything the compiler takes from TensorRT; member None where only the class is named."""
+    """(class, member) of everything taken from TensorRT; member None where only the class is named."""
     used: set[tuple[str, str | None]] = set()
-    for node in ast.walk(ast.parse(Path(compiler.__file__).read_text())):
-        if not isinstance(node, ast.Attribute):
-            continue
-        owner = node.value
-        if isinstance(owner, ast.Name) and owner.id == "trt":
-            used.add((node.attr, None))
-        elif isinstance(owner, ast.Name) and owner.id in CLASS_OF:
-            used.add((CLASS_OF[owner.id], node.attr))
-        elif isinstance(owner, ast.Attribute) and isinstance(owner.value, ast.Name) and owner.value.id == "trt":
-            used.add((owner.attr, node.attr))
+    for source in SOURCES:
+        for node in ast.walk(ast.parse(source.read_text())):
+            if not isinstance(node, ast.Attribute):
+                continue
+            owner = name_of(node.value)
+            if node.attr == "__version__":
+                continue
+            if owner in ("trt", "_trt"):
+                used.add((node.attr, None))
+            elif owner in CLASS_OF:
+                used.add((CLASS_OF[owner], node.attr))
+            elif isinstance(node.value, ast.Attribute) and name_of(node.value.value) in ("trt", "_trt"):
+                used.add((node.value.attr, node.attr))
     return used
+
+
+def name_of(node: ast.expr) -> str:
+    """The last word of `trt` and of `self._trt`."""
+    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
 
 
 def family_of_table(version: str) -> Family:
@@ -60,6 +75,7 @@ def test_the_walk_finds_what_the_compiler_uses() -> None:
     used = used_names()
     assert len(used) > 25
     assert {("Builder", "build_serialized_network"), ("MemoryPoolType", "WORKSPACE"), ("ILogger", None)} <= used
+    assert {("IExecutionContext", "execute_async_v3"), ("ICudaEngine", "get_tensor_profile_shape")} <= used
 
 
 @pytest.mark.parametrize("version", NAMES)

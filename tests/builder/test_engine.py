@@ -1,0 +1,75 @@
+"""What can be refused before a GPU is touched. Building and running on one: tests marked gpu."""
+
+from pathlib import Path
+
+import pytest
+
+from chexnet_deploy.builder.compile import Compiled
+from chexnet_deploy.builder.engine import build_engine, refuse_dropped_precision, refuse_other_dialect
+from chexnet_deploy.bundle import Bundle, Target
+from chexnet_deploy.errors import BundleError, ExportError, MissingPackageError, SessionError, SpecError
+from chexnet_deploy.sessions.target import refuse_other_target
+from chexnet_deploy.sessions.tensorrt_versions import family_of
+from chexnet_deploy.spec import read_spec
+
+HERE = Target(
+    gpu="NVIDIA L4",
+    compute_capability="8.9",
+    backend="tensorrt",
+    tensorrt="10.3.0",
+    driver="12.4",
+    platform="Linux x86_64",
+)
+
+
+def test_the_same_machine_and_a_newer_driver_are_taken() -> None:
+    refuse_other_target(HERE, HERE, "x")
+    refuse_other_target(HERE, HERE.model_copy(update={"driver": "12.10"}), "x")  # 12.10 is newer than 12.4
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("gpu", "NVIDIA T4"),
+        ("compute_capability", "7.5"),
+        ("backend", "tensorrt_rtx"),
+        ("tensorrt", "10.8.0"),
+        ("driver", "12.3"),
+        ("platform", "Linux aarch64"),
+    ],
+)
+def test_another_machine_is_refused_with_both_named(field: str, value: str) -> None:
+    with pytest.raises(SessionError, match="do not move between machines") as caught:
+        refuse_other_target(HERE, HERE.model_copy(update={field: value}), "plans/int8")
+    for word in (getattr(HERE, field), value, "plans/int8"):
+        assert word in str(caught.value)
+
+
+def test_each_tensorrt_takes_its_own_dialect(bundles: dict[str, Bundle]) -> None:
+    for version in ("10.3.0", "11.0.0"):
+        refuse_other_dialect(bundles["int8"], family_of("tensorrt", version))
+    with pytest.raises(BundleError, match="--dialect trt8"):
+        refuse_other_dialect(bundles["int8"], family_of("tensorrt", "8.6.0"))
+    refuse_other_dialect(bundles["fp16"], family_of("tensorrt", "8.6.0"))
+
+
+def test_a_convolution_that_fell_back_is_named(bundles: dict[str, Bundle]) -> None:
+    manifest = bundles["int8"].manifest
+    types = {"/features/conv0/Conv": "float16", "/a/Conv": "int8", "/b/Conv": "int8", "/Conv": "float32"}
+    refuse_dropped_precision(manifest, Compiled(b"", (), types, 0.0, ()))
+    with pytest.raises(ExportError, match=r"1 convolutions do not run in int8, e\.g\. /b/Conv in float32"):
+        refuse_dropped_precision(manifest, Compiled(b"", (), {**types, "/b/Conv": "float32"}, 0.0, ()))
+
+
+def test_wrong_requests_are_refused_before_a_gpu_is_looked_for(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="Give its own spec"):
+        build_engine(bundles["fp16"], read_spec("int8"), tmp_path / "out")
+    with pytest.raises(BundleError, match="there already"):
+        build_engine(bundles["fp16"], read_spec("fp16"), tmp_path)
+
+
+@pytest.mark.skipif(Path("/proc/driver/nvidia/gpus").is_dir(), reason="there is a GPU here")
+def test_without_a_gpu_one_line_says_so(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+    with pytest.raises((SessionError, MissingPackageError), match=r"pycuda|driver|GPU"):
+        build_engine(bundles["fp16"], read_spec("fp16"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
