@@ -66,11 +66,16 @@ def export(
     calibration_images: Annotated[int, typer.Option(help="How many to choose, where no list is given.")] = 512,
     data: DataOption = None,
     dialect: Annotated[Dialect, typer.Option(help="The form of int8.")] = Dialect.TYPED,
+    engine: Annotated[
+        bool, typer.Option("--engine", help="Build a TensorRT plan of each too, on the GPU here.")
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Make fp32, fp16 and int8 bundles of a checkpoint; each is kept only if it answers as the one before."""
-    from chexnet_deploy.pipeline import export_bundles, parse_precisions
+    from chexnet_deploy.pipeline import build_bundle, export_bundles, parse_precisions, require_tensorrt
 
+    if engine:
+        require_tensorrt("tensorrt")
     with progress() as on_phase:
         bundles = export_bundles(
             checkpoint,
@@ -82,8 +87,13 @@ def export(
             dialect=dialect.value,
             on_phase=on_phase,
         )
+        if engine:
+            bundles += [
+                build_bundle(b.path, out / f"{b.path.name}-plan", None, backend="tensorrt", device=0, on_phase=on_phase)
+                for b in bundles
+            ]
     if as_json:
-        _print_json({b.manifest.precision.value: {"path": str(b.path), "id": b.id} for b in bundles})
+        _print_json({b.path.name: {"path": str(b.path), "id": b.id} for b in bundles})
         return
     for bundle in bundles:
         typer.echo(f"{bundle.path}  {bundle.manifest.precision.value}  id {bundle.id[:12]}")

@@ -30,7 +30,8 @@ from chexnet_deploy.metrics.auroc import auroc, mean_auroc
 from chexnet_deploy.predictor import Prediction, Predictor, draw_cam, sigmoid
 from chexnet_deploy.scoring import LabelledImages, score_files
 from chexnet_deploy.sessions import open_session
-from chexnet_deploy.sessions.tensorrt_versions import Backend
+from chexnet_deploy.sessions.target import open_driver
+from chexnet_deploy.sessions.tensorrt_versions import Backend, open_tensorrt
 from chexnet_deploy.spec import read_spec
 from chexnet_deploy.tables import read_image_list
 
@@ -165,6 +166,16 @@ def export_bundles(
             )
         )
     return bundles
+
+
+def require_tensorrt(backend: Backend) -> None:
+    """Refuse before any work where plans can't be built.
+
+    Raises:
+        MissingPackageError, SessionError: no GPU, driver, pycuda or TensorRT.
+    """
+    open_driver()
+    open_tensorrt(backend)
 
 
 def build_bundle(

@@ -1,5 +1,7 @@
 """What can be refused before a GPU is touched. Building and running on one: tests marked gpu."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,4 +74,13 @@ def test_wrong_requests_are_refused_before_a_gpu_is_looked_for(bundles: dict[str
 def test_without_a_gpu_one_line_says_so(bundles: dict[str, Bundle], tmp_path: Path) -> None:
     with pytest.raises((SessionError, MissingPackageError), match=r"pycuda|driver|GPU"):
         build_engine(bundles["fp16"], read_spec("fp16"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(Path("/proc/driver/nvidia/gpus").is_dir(), reason="there is a GPU here")
+def test_export_engine_looks_for_the_gpu_before_it_works(checkpoint_path: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "chexnet_deploy", "export", str(checkpoint_path), "--out", str(tmp_path / "out")]
+    done = subprocess.run([*command, "--engine"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
