@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from chexnet_deploy.builder.layers import Layer, conv_types, parse_inspector, parse_log
+from chexnet_deploy.bundle import Precision
 from chexnet_deploy.errors import ExportError
 from chexnet_deploy.sessions.tensorrt_versions import Family
 from chexnet_deploy.spec import BatchProfile
@@ -24,11 +25,13 @@ class CompileOptions:
     """How to compile; see EngineSpec.
 
     Attributes:
+        precision: of the bundle; only 8.6 needs telling.
         workspace_mib: scratch memory that a kernel may take on the GPU.
         optimization_level: 0 to 5, TensorRT's own scale of effort.
         compute_capability: e.g. "8.9", for a TensorRT that compiles for a GPU that is not there; None for the one here.
     """
 
+    precision: Precision
     batch: BatchProfile
     workspace_mib: int = 1024
     optimization_level: int = 3
@@ -115,7 +118,7 @@ def _parse(trt: ModuleType, network: Any, log: Any, model: bytes, family: Family
 def _configure(
     trt: ModuleType, builder: Any, network: Any, config: Any, family: Family, options: CompileOptions
 ) -> None:
-    for name in family.precision_flags:
+    for name in family.precision_flags.get(options.precision.value, ()):
         config.set_flag(getattr(trt.BuilderFlag, name))
     # TF32 would round the fp32 reference to ten bits of mantissa, silently.
     config.clear_flag(trt.BuilderFlag.TF32)

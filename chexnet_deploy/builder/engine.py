@@ -63,7 +63,9 @@ def build_engine(
     context = cuda.Device(device).retain_primary_context()
     context.push()
     try:
-        compiled = compile_onnx(trt, family, bundle.read_model(), CompileOptions(batch=spec.batch), on_phase=on_phase)
+        compiled = compile_onnx(
+            trt, family, bundle.read_model(), CompileOptions(manifest.precision, spec.batch), on_phase=on_phase
+        )
     finally:
         cuda.Context.pop()
         context.detach()

@@ -5,8 +5,9 @@ list is refused by name.
 """
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Literal
 
 from chexnet_deploy.errors import MissingPackageError, SessionError
@@ -23,8 +24,9 @@ class Family:
         backend: the Python module.
         majors: major versions; for 8 only 8.6.
         creation_flags: names in NetworkDefinitionCreationFlag that the network is made with.
-        precision_flags: names in BuilderFlag without which the ONNX's own float16 and int8 are run as float32; empty where
-            the network is strongly typed.
+        precision_flags: by a bundle's precision, names in BuilderFlag without which the ONNX's own float16 and int8 are
+            not run as such; empty where the network is strongly typed. Never more than the bundle needs: they would let
+            an fp32 model run in float16.
         max_opset: newest ONNX opset its parser reads.
         has_progress_monitor: IProgressMonitor came with 10.0.
         names_nodes: its parser's errors name the ONNX node, from 10.0 on; before, they number it.
@@ -35,7 +37,7 @@ class Family:
     backend: Backend
     majors: tuple[int, ...]
     creation_flags: tuple[str, ...]
-    precision_flags: tuple[str, ...]
+    precision_flags: Mapping[str, tuple[str, ...]]
     max_opset: int
     has_progress_monitor: bool
     names_nodes: bool
@@ -43,13 +45,13 @@ class Family:
 
 
 FAMILIES = (
-    # 8.6 is weakly typed: float16 and int8 must be allowed, and obeyed.
+    # 8.6 is weakly typed: float16 and int8 must be allowed, and the layer table says whether they were used.
     Family(
         "TensorRT 8.6",
         "tensorrt",
         (8,),
         ("EXPLICIT_BATCH",),
-        ("FP16", "INT8", "OBEY_PRECISION_CONSTRAINTS"),
+        MappingProxyType({"fp16": ("FP16",), "int8": ("FP16", "INT8")}),
         17,
         has_progress_monitor=False,
         names_nodes=False,
@@ -60,7 +62,7 @@ FAMILIES = (
         "tensorrt",
         (10,),
         ("STRONGLY_TYPED",),
-        (),
+        MappingProxyType({}),
         19,
         has_progress_monitor=True,
         names_nodes=True,
@@ -72,7 +74,7 @@ FAMILIES = (
         "tensorrt",
         (11,),
         ("STRONGLY_TYPED",),
-        (),
+        MappingProxyType({}),
         19,
         has_progress_monitor=True,
         names_nodes=True,
@@ -83,7 +85,7 @@ FAMILIES = (
         "tensorrt_rtx",
         (1,),
         ("STRONGLY_TYPED",),
-        (),
+        MappingProxyType({}),
         19,
         has_progress_monitor=True,
         names_nodes=True,

@@ -4,7 +4,9 @@ Raw pixels go up, float32 logits and maps come down. Never builds (see builder/)
 plan that was built for another machine. Not safe to use in a child after fork: CUDA itself is not.
 """
 
+import atexit
 import os
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from queue import LifoQueue
@@ -52,15 +54,20 @@ class TrtSession:
         self._trt, _ = open_tensorrt(backend)
         self._resize_px, self._conv_types, self._pid = resize_px, dict(conv_types), os.getpid()
         self._is_poisoned = False
+        self.batch_range = (0, 0)  # until the plan has been read
         # The primary context is the one that torch and cupy use: a context of its own would not see their memory.
         self._context: Any = self._cuda.Device(device).retain_primary_context()
-        self._lanes: LifoQueue[_Lane] = LifoQueue()
+        self._engine: Any = None
+        self._runtime: Any = None
+        # A session that nobody closed is closed before Python takes the driver's modules apart.
+        atexit.register(_close_if_alive, weakref.ref(self))
+        self._lanes: LifoQueue[_Lane | None] = LifoQueue()
         self._n_lanes = 0
         try:
             with self._current():
                 log = self._trt.Logger(self._trt.Logger.ERROR)
-                self._runtime: Any = self._trt.Runtime(log)
-                engine: Any = self._runtime.deserialize_cuda_engine(plan)
+                self._runtime = self._trt.Runtime(log)
+                engine = self._runtime.deserialize_cuda_engine(plan)
                 if engine is None:
                     raise SessionError("TensorRT refuses this plan. Build it again here: chexnet-deploy build")
                 self._engine = engine
@@ -68,6 +75,12 @@ class TrtSession:
                 for _ in range(lanes):
                     self._lanes.put(_Lane(self._cuda, engine, resize_px, self.batch_range[1]))
                     self._n_lanes += 1
+        except self._cuda.Error as err:
+            self.close()
+            raise SessionError(
+                f"the GPU can't hold this plan of {len(plan) >> 20} MiB with {lanes} lanes of batch {self.batch_range[1]}: "
+                f"{err}. Free its memory or build with a smaller batch."
+            ) from err
         except BaseException:
             self.close()
             raise
@@ -108,6 +121,9 @@ class TrtSession:
             )
         check_pixels(pixels, self._resize_px, self.batch_range)
         lane = self._lanes.get()
+        if lane is None:
+            self._lanes.put(None)  # for the next one who waits
+            raise SessionError("this session was closed while this call waited. Open the bundle again.")
         try:
             with self._current():
                 logits, maps = lane.run(pixels)
@@ -128,15 +144,24 @@ class TrtSession:
         """Free the plan and its memory; closing twice does nothing."""
         if self._context is None or os.getpid() != self._pid:
             return
-        with self._current():
-            # All lanes, so that none is in use: a run in another thread is waited for.
-            for _ in range(self._n_lanes):
-                self._lanes.get().free()
+        context, self._context = self._context, None
+        # All lanes, so that none is in use: a run in another thread is waited for.
+        lanes = [self._lanes.get() for _ in range(self._n_lanes)]
+        self._lanes.put(None)
+        context.push()
+        try:
+            for lane in lanes:
+                if lane is not None:
+                    lane.free()
             # In this order: TensorRT wants the contexts gone before the engine, and the engine before the runtime.
-            self._engine = None
-            self._runtime = None
-        self._context.detach()
-        self._context = None
+            self._engine = self._runtime = None
+        except self._cuda.Error:
+            # After a failure of the GPU nothing can be freed any more; the process has to go.
+            if not self._is_poisoned:
+                raise
+        finally:
+            self._cuda.Context.pop()
+            context.detach()
 
     @contextmanager
     def _current(self) -> Iterator[None]:
@@ -151,12 +176,18 @@ class TrtSession:
         return int(low[0]), int(high[0])
 
 
+def _close_if_alive(reference: "weakref.ref[TrtSession]") -> None:
+    session = reference()
+    if session is not None:
+        session.close()
+
+
 class _Lane:
     """One execution context with its stream and all the memory it will ever need."""
 
     def __init__(self, cuda: ModuleType, engine: Any, resize_px: int, max_batch: int) -> None:
         self._cuda = cuda
-        self._stream = cuda.Stream()
+        self._stream: Any = cuda.Stream()
         self._execution: Any = engine.create_execution_context()
         if self._execution is None:
             raise SessionError(
@@ -189,8 +220,10 @@ class _Lane:
         return self._host["logits"][:n].copy(), self._host["cam"][:n].copy()
 
     def free(self) -> None:
+        """Give everything back while the context is current; what is freed later would find none."""
         self._execution = None
         for memory in self._device.values():
             memory.free()
         self._device.clear()
         self._host.clear()
+        self._stream = None

@@ -3,6 +3,7 @@
 import json
 import threading
 from collections import Counter
+from dataclasses import replace
 from types import ModuleType
 
 import onnx
@@ -11,12 +12,12 @@ from onnx import TensorProto, helper
 
 from chexnet_deploy.builder.compile import CompileOptions, compile_onnx
 from chexnet_deploy.builder.layers import Layer, conv_types, parse_inspector, parse_log
-from chexnet_deploy.bundle import Bundle
+from chexnet_deploy.bundle import Bundle, Precision
 from chexnet_deploy.errors import ExportError
 from chexnet_deploy.sessions.tensorrt_versions import Family, open_tensorrt
 from chexnet_deploy.spec import BatchProfile
 
-AMPERE = CompileOptions(BatchProfile(min=1, opt=4, max=8), compute_capability="8.0")
+AMPERE = CompileOptions(Precision.FP16, BatchProfile(min=1, opt=4, max=8), compute_capability="8.0")
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def test_bytes_that_are_no_model_are_refused(rtx: tuple[ModuleType, Family]) -> 
 def test_a_gpu_it_does_not_compile_for_is_refused_by_name(
     rtx: tuple[ModuleType, Family], bundles: dict[str, Bundle]
 ) -> None:
-    options = CompileOptions(AMPERE.batch, compute_capability="9.0")
+    options = replace(AMPERE, compute_capability="9.0")
     with pytest.raises(ExportError, match=r"SM90.*SM80"):
         compile_onnx(*rtx, bundles["fp32"].read_model(), options)
 

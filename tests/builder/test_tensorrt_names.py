@@ -96,7 +96,8 @@ def test_every_name_exists(version: str) -> None:
 def test_flags_taken_from_the_table_exist(version: str) -> None:
     family, names = family_of_table(version), NAMES[version]
     assert set(family.creation_flags) <= set(names["NetworkDefinitionCreationFlag"])
-    assert set(family.precision_flags) <= set(names["BuilderFlag"])
+    assert {flag for flags in family.precision_flags.values() for flag in flags} <= set(names["BuilderFlag"])
+    assert "fp32" not in family.precision_flags  # a flag would let an fp32 model run in float16
     # A guard that says no must say so because the name is not there, or it hides a feature.
     assert family.has_progress_monitor == ("IProgressMonitor" in names)
     assert family.names_nodes == ("node_name" in names["ParserError"])
