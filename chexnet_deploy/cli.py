@@ -88,10 +88,7 @@ def export(
             on_phase=on_phase,
         )
         if engine:
-            bundles += [
-                build_bundle(b.path, out / f"{b.path.name}-plan", None, backend="tensorrt", device=0, on_phase=on_phase)
-                for b in bundles
-            ]
+            bundles += [build_bundle(b.path, out / f"{b.path.name}-plan", None, on_phase=on_phase) for b in bundles]
     if as_json:
         _print_json({b.path.name: {"path": str(b.path), "id": b.id} for b in bundles})
         return
@@ -115,13 +112,18 @@ def build(
     spec: Annotated[str | None, typer.Option(help="A spec's name or .toml; default: that of the precision.")] = None,
     backend: Annotated[BackendName, typer.Option(help="Which TensorRT builds it.")] = BackendName.TENSORRT,
     device: Annotated[int, typer.Option(min=0, help="The GPU's number.")] = 0,
+    timing_cache: Annotated[
+        Path | None, typer.Option(help="A file that makes the same build quicker next time.")
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Build a TensorRT plan of a bundle on the GPU it will run on; kept only if it gives the known answers."""
     from chexnet_deploy.pipeline import build_bundle
 
     with progress() as on_phase:
-        made = build_bundle(bundle, out, spec, backend=backend.value, device=device, on_phase=on_phase)
+        made = build_bundle(
+            bundle, out, spec, backend=backend.value, device=device, timing_cache=timing_cache, on_phase=on_phase
+        )
     if as_json:
         typer.echo(made.manifest.model_dump_json())
         return

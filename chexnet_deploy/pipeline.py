@@ -179,7 +179,14 @@ def require_tensorrt(backend: Backend) -> None:
 
 
 def build_bundle(
-    path: Path, out: Path, spec: str | None, *, backend: Backend, device: int, on_phase: OnPhase
+    path: Path,
+    out: Path,
+    spec: str | None,
+    *,
+    backend: Backend = "tensorrt",
+    device: int = 0,
+    timing_cache: Path | None = None,
+    on_phase: OnPhase,
 ) -> Bundle:
     """Build a plan bundle; the spec is that of the bundle's precision where none is named.
 
@@ -190,7 +197,9 @@ def build_bundle(
 
     bundle = Bundle.open(path)
     chosen = read_spec(bundle.manifest.precision.value if spec is None else spec)
-    return build_engine(bundle, chosen, out, backend=backend, device=device, on_phase=on_phase)
+    return build_engine(
+        bundle, chosen, out, backend=backend, device=device, timing_cache=timing_cache, on_phase=on_phase
+    )
 
 
 def bench_bundles(

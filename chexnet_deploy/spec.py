@@ -81,12 +81,28 @@ class Gate(_Record):
         return self.auroc_margin.get(finding, self.auroc_margin["default"])
 
 
+class BuildOptions(_Record):
+    """How TensorRT builds; ONNX Runtime has no use for it.
+
+    Attributes:
+        workspace_mib: scratch memory that one kernel may take.
+        optimization_level: TensorRT's own scale of effort.
+        hardware_compatibility: "ampere_plus" gives a slower plan that runs on every GPU from Ampere on. Version
+            compatibility is not offered: such plans hold host code.
+    """
+
+    workspace_mib: Annotated[int, Field(ge=16, le=65536)] = 1024
+    optimization_level: Annotated[int, Field(ge=0, le=5)] = 3
+    hardware_compatibility: Literal["none", "ampere_plus"] = "none"
+
+
 class EngineSpec(_Record):
-    """One engine as promised: precision, batch sizes and the gate it must pass."""
+    """One engine as promised: precision, batch sizes, how it is built and the gate it must pass."""
 
     description: str
     precision: Precision
     batch: BatchProfile = BatchProfile()
+    build: BuildOptions = BuildOptions()
     gate: Gate
 
 

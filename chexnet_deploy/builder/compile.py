@@ -11,10 +11,9 @@ from types import ModuleType
 from typing import Any
 
 from chexnet_deploy.builder.layers import Layer, conv_types, parse_inspector, parse_log
-from chexnet_deploy.bundle import Precision
 from chexnet_deploy.errors import ExportError
 from chexnet_deploy.sessions.tensorrt_versions import Family
-from chexnet_deploy.spec import BatchProfile
+from chexnet_deploy.spec import EngineSpec
 
 INPUT = "pixels"
 _MIB = 1 << 20
@@ -22,20 +21,16 @@ _MIB = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class CompileOptions:
-    """How to compile; see EngineSpec.
+    """What to compile for.
 
     Attributes:
-        precision: of the bundle; only 8.6 needs telling.
-        workspace_mib: scratch memory that a kernel may take on the GPU.
-        optimization_level: 0 to 5, TensorRT's own scale of effort.
         compute_capability: e.g. "8.9", for a TensorRT that compiles for a GPU that is not there; None for the one here.
+        timing_cache: of an earlier build of the same thing; empty for none.
     """
 
-    precision: Precision
-    batch: BatchProfile
-    workspace_mib: int = 1024
-    optimization_level: int = 3
+    spec: EngineSpec
     compute_capability: str | None = None
+    timing_cache: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +39,7 @@ class Compiled:
 
     Attributes:
         layers: TensorRT's own table of what it made.
+        timing_cache: what the next build of the same thing can start from; empty where the family has none.
         conv_types: the type that each of the model's convolutions runs in, by its ONNX node's name; read from the table.
         warnings: what TensorRT warned of, each message once, in order.
     """
@@ -51,6 +47,7 @@ class Compiled:
     plan: bytes
     layers: tuple[Layer, ...]
     conv_types: dict[str, str]
+    timing_cache: bytes
     build_s: float
     warnings: tuple[str, ...]
 
@@ -97,7 +94,14 @@ def compile_onnx(
         raise ExportError(f"{family.name} built nothing: {_last_error(log)}. Nothing was kept.")
     layers = parse_log(log.lines) if family.compiles_without_gpu else _inspect(trt, log, plan)
     warnings = tuple(dict.fromkeys(log.warnings))
-    return Compiled(bytes(plan), layers, conv_types(layers, conv_names), perf_counter() - start, warnings)
+    return Compiled(
+        plan=bytes(plan),
+        layers=layers,
+        conv_types=conv_types(layers, conv_names),
+        timing_cache=bytes(config.get_timing_cache().serialize()) if family.has_timing_cache else b"",
+        build_s=perf_counter() - start,
+        warnings=warnings,
+    )
 
 
 def _parse(trt: ModuleType, network: Any, log: Any, model: bytes, family: Family) -> None:
@@ -118,12 +122,18 @@ def _parse(trt: ModuleType, network: Any, log: Any, model: bytes, family: Family
 def _configure(
     trt: ModuleType, builder: Any, network: Any, config: Any, family: Family, options: CompileOptions
 ) -> None:
-    for name in family.precision_flags.get(options.precision.value, ()):
+    spec = options.spec
+    for name in family.precision_flags.get(spec.precision.value, ()):
         config.set_flag(getattr(trt.BuilderFlag, name))
     # TF32 would round the fp32 reference to ten bits of mantissa, silently.
     config.clear_flag(trt.BuilderFlag.TF32)
-    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib * _MIB)
-    config.builder_optimization_level = options.optimization_level
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, spec.build.workspace_mib * _MIB)
+    config.builder_optimization_level = spec.build.optimization_level
+    if spec.build.hardware_compatibility == "ampere_plus":
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    if family.has_timing_cache:
+        cache = config.create_timing_cache(options.timing_cache)
+        config.set_timing_cache(cache, ignore_mismatch=False)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if options.compute_capability is not None:
         if not family.compiles_without_gpu:
@@ -136,7 +146,7 @@ def _configure(
         config.set_compute_capability(getattr(trt.ComputeCapability, name), 0)
     profile = builder.create_optimization_profile()
     _, *sides = tuple(network.get_input(0).shape)
-    low, best, high = ((n, *sides) for n in (options.batch.min, options.batch.opt, options.batch.max))
+    low, best, high = ((n, *sides) for n in (spec.batch.min, spec.batch.opt, spec.batch.max))
     profile.set_shape(INPUT, low, best, high)
     config.add_optimization_profile(profile)
 

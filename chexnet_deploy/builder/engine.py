@@ -1,23 +1,37 @@
-"""ONNX bundle + spec -> plan bundle, on the GPU it will run on; kept only when it gives the known answers.
+"""ONNX bundle + spec -> plan bundle, on the GPU it will run on; kept only when it gives the known answers."""
 
-Two processes that build into one place: the second finds it there, or waits for nothing and is refused.
-"""
-
+import fcntl
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
 from chexnet_deploy.builder.compile import Compiled, CompileOptions, compile_onnx
-from chexnet_deploy.bundle import PLAN_MODEL, PROBE, Bundle, Check, EngineCard, Manifest, Precision, hash_files
+from chexnet_deploy.builder.timing_cache import cache_key, read_cache, write_cache
+from chexnet_deploy.bundle import (
+    ONNX_MODEL,
+    PLAN_MODEL,
+    PROBE,
+    Bundle,
+    Check,
+    EngineCard,
+    Manifest,
+    Precision,
+    Target,
+    hash_files,
+)
 from chexnet_deploy.errors import BundleError, ExportError, GateError, SpecError
 from chexnet_deploy.predictor import sigmoid
+from chexnet_deploy.sessions import Logits
 from chexnet_deploy.sessions.target import open_driver, this_target
 from chexnet_deploy.sessions.tensorrt_versions import Backend, Family, open_tensorrt
 from chexnet_deploy.sessions.trt import TrtSession
 from chexnet_deploy.spec import EngineSpec
 
+OnPhase = Callable[[str, int, int], None]
 _TYPE_OF = {Precision.FP32: "float32", Precision.FP16: "float16", Precision.INT8: "int8"}
 
 
@@ -28,9 +42,10 @@ def build_engine(
     *,
     backend: Backend = "tensorrt",
     device: int = 0,
-    on_phase: Callable[[str, int, int], None] | None = None,
+    timing_cache: Path | None = None,
+    on_phase: OnPhase | None = None,
 ) -> Bundle:
-    """Build a plan bundle.
+    """Build a plan bundle. Of two processes that build into one place the second waits, and finds it there.
 
     Args:
         bundle: fp32, fp16 or int8 ONNX.
@@ -38,6 +53,7 @@ def build_engine(
         out: where; nothing may be there yet.
         backend: which TensorRT builds it.
         device: the GPU's number.
+        timing_cache: a file to start from and to write; left aside with a warning where it is not of this build.
         on_phase: called with TensorRT's phase, what is done and of how much.
 
     Raises:
@@ -47,57 +63,89 @@ def build_engine(
         ExportError: TensorRT refuses the model, or convolutions do not run in the types the bundle promises.
         GateError: the plan answers otherwise than the fp32 model; nothing is kept.
     """
-    manifest = bundle.manifest
-    if manifest.target is not None:
+    if bundle.manifest.target is not None:
         raise BundleError(f"{bundle.path} is a plan already. Build from the ONNX bundle it came from.")
-    if spec.precision is not manifest.precision:
-        raise SpecError(
-            f"the spec is for {spec.precision.value}, {bundle.path} is {manifest.precision.value}. Give its own spec."
+    if spec.precision is not bundle.manifest.precision:
+        found = bundle.manifest.precision.value
+        raise SpecError(f"the spec is for {spec.precision.value}, {bundle.path} is {found}. Give its own spec.")
+    with one_builder(out):
+        if out.exists():
+            raise BundleError(f"{out} is there already. Choose another place, or delete it first.")
+        cuda = open_driver()
+        trt, family = open_tensorrt(backend)
+        refuse_other_dialect(bundle, family)
+        target = this_target(cuda, backend, str(trt.__version__), device)
+        key = cache_key(bundle.manifest.files[ONNX_MODEL], target, spec)
+        cached, left_aside = (b"", None) if timing_cache is None else read_cache(timing_cache, key)
+        compiled = _compile(cuda, trt, family, device, bundle, CompileOptions(spec, timing_cache=cached), on_phase)
+        refuse_dropped_precision(bundle.manifest, compiled)
+        if timing_cache is not None and compiled.timing_cache:
+            write_cache(timing_cache, key, compiled.timing_cache)
+        types = dict(Counter(compiled.conv_types.values()))
+        logits = _known_answers(bundle, compiled.plan, types, backend, device)
+        card = EngineCard(
+            build_s=compiled.build_s,
+            plan_bytes=len(compiled.plan),
+            batch=(spec.batch.min, spec.batch.opt, spec.batch.max),
+            conv_types=types,
+            n_layers=len(compiled.layers),
+            warnings=compiled.warnings if left_aside is None else (left_aside, *compiled.warnings),
         )
-    if out.exists():
-        raise BundleError(f"{out} is there already. Choose another place, or delete it first.")
-    cuda = open_driver()
-    trt, family = open_tensorrt(backend)
-    refuse_other_dialect(bundle, family)
-    target = this_target(cuda, backend, str(trt.__version__), device)
+        return _keep(bundle, spec, out, compiled.plan, logits, target, card)
+
+
+@contextmanager
+def one_builder(out: Path) -> Iterator[None]:
+    """Hold the lock on a place to build into; the system drops it when its holder dies."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with (out.parent / f".{out.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _compile(
+    cuda: ModuleType,
+    trt: ModuleType,
+    family: Family,
+    device: int,
+    bundle: Bundle,
+    options: CompileOptions,
+    on_phase: OnPhase | None,
+) -> Compiled:
     context = cuda.Device(device).retain_primary_context()
     context.push()
     try:
-        compiled = compile_onnx(
-            trt, family, bundle.read_model(), CompileOptions(manifest.precision, spec.batch), on_phase=on_phase
-        )
+        return compile_onnx(trt, family, bundle.read_model(), options, on_phase=on_phase)
     finally:
         cuda.Context.pop()
         context.detach()
-    refuse_dropped_precision(manifest, compiled)
-    types = dict(Counter(compiled.conv_types.values()))
-    probe = bundle.read_probe()
-    session = TrtSession(
-        compiled.plan, backend=backend, resize_px=manifest.preprocessing.resize_px, conv_types=types, device=device
-    )
+
+
+def _known_answers(bundle: Bundle, plan: bytes, types: dict[str, int], backend: Backend, device: int) -> Logits:
+    pixels = bundle.read_probe().pixels
+    side = bundle.manifest.preprocessing.resize_px
+    session = TrtSession(plan, backend=backend, resize_px=side, conv_types=types, device=device)
     try:
         step = session.batch_range[1]
-        answers = [session.run(probe.pixels[i : i + step])[0] for i in range(0, len(probe.pixels), step)]
+        return np.concatenate([session.run(pixels[i : i + step])[0] for i in range(0, len(pixels), step)])
     finally:
         session.close()
-    logits = np.concatenate(answers)
+
+
+def _keep(
+    bundle: Bundle, spec: EngineSpec, out: Path, plan: bytes, logits: Logits, target: Target, card: EngineCard
+) -> Bundle:
+    """Write the plan bundle, if it answers as the fp32 model."""
+    probe, manifest = bundle.read_probe(), bundle.manifest
     gap = float(np.abs(sigmoid(logits) - sigmoid(probe.logits)).max())
     limit = spec.gate.max_abs_probability_difference
     if not gap <= limit:
         raise GateError(
             f"the plan differs from the fp32 model by {gap:.4f} in probability on the probe, limit {limit}; nothing was kept."
         )
-    card = EngineCard(
-        build_s=compiled.build_s,
-        plan_bytes=len(compiled.plan),
-        batch=(spec.batch.min, spec.batch.opt, spec.batch.max),
-        conv_types=types,
-        n_layers=len(compiled.layers),
-        warnings=compiled.warnings,
-    )
     made = manifest.model_copy(
         update={
-            "files": hash_files({PLAN_MODEL: compiled.plan, PROBE: bundle.read_probe_bytes()}),
+            "files": hash_files({PLAN_MODEL: plan, PROBE: bundle.read_probe_bytes()}),
             "ancestors": (*manifest.ancestors, bundle.id),
             "probe_max_abs_logit_error": float(np.abs(logits - probe.logits).max()),
             "checks": (Check(name="max |probability difference| on the probe", value=gap, limit=limit),),
@@ -106,7 +154,7 @@ def build_engine(
         }
     )
     # Validated again: model_copy does not.
-    return Bundle.write(out, Manifest.model_validate(made.model_dump()), compiled.plan, bundle.read_probe_bytes())
+    return Bundle.write(out, Manifest.model_validate(made.model_dump()), plan, bundle.read_probe_bytes())
 
 
 def refuse_other_dialect(bundle: Bundle, family: Family) -> None:

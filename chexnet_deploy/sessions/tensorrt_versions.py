@@ -30,6 +30,7 @@ class Family:
         max_opset: newest ONNX opset its parser reads.
         has_progress_monitor: IProgressMonitor came with 10.0.
         names_nodes: its parser's errors name the ONNX node, from 10.0 on; before, they number it.
+        has_timing_cache: it times kernels while it builds; RTX chooses them at load.
         compiles_without_gpu: the GPU is named, not looked for, and the layer table is logged, not inspected.
     """
 
@@ -41,6 +42,7 @@ class Family:
     max_opset: int
     has_progress_monitor: bool
     names_nodes: bool
+    has_timing_cache: bool
     compiles_without_gpu: bool
 
 
@@ -55,6 +57,7 @@ FAMILIES = (
         17,
         has_progress_monitor=False,
         names_nodes=False,
+        has_timing_cache=True,
         compiles_without_gpu=False,
     ),
     Family(
@@ -66,6 +69,7 @@ FAMILIES = (
         19,
         has_progress_monitor=True,
         names_nodes=True,
+        has_timing_cache=True,
         compiles_without_gpu=False,
     ),
     # 11 knows no other networks and ignores the flag; BuilderFlag.FP16 and INT8 are gone.
@@ -78,6 +82,7 @@ FAMILIES = (
         19,
         has_progress_monitor=True,
         names_nodes=True,
+        has_timing_cache=True,
         compiles_without_gpu=False,
     ),
     Family(
@@ -89,6 +94,7 @@ FAMILIES = (
         19,
         has_progress_monitor=True,
         names_nodes=True,
+        has_timing_cache=False,
         compiles_without_gpu=True,
     ),
 )

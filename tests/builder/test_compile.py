@@ -12,12 +12,13 @@ from onnx import TensorProto, helper
 
 from chexnet_deploy.builder.compile import CompileOptions, compile_onnx
 from chexnet_deploy.builder.layers import Layer, conv_types, parse_inspector, parse_log
-from chexnet_deploy.bundle import Bundle, Precision
+from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.errors import ExportError
 from chexnet_deploy.sessions.tensorrt_versions import Family, open_tensorrt
-from chexnet_deploy.spec import BatchProfile
+from chexnet_deploy.spec import BatchProfile, BuildOptions, read_spec
 
-AMPERE = CompileOptions(Precision.FP16, BatchProfile(min=1, opt=4, max=8), compute_capability="8.0")
+BATCH = BatchProfile(min=1, opt=4, max=8)
+AMPERE = CompileOptions(read_spec("fp16").model_copy(update={"batch": BATCH}), compute_capability="8.0")
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,14 @@ def test_each_convolution_runs_in_the_type_the_bundle_promises(
         assert in_float == set(bundle.manifest.float_convolutions)
     assert len(compiled.plan) > 1 << 20
     assert phases
+
+
+def test_every_build_option_is_taken(rtx: tuple[ModuleType, Family], bundles: dict[str, Bundle]) -> None:
+    build = BuildOptions(workspace_mib=64, optimization_level=1, hardware_compatibility="ampere_plus")
+    options = replace(AMPERE, spec=AMPERE.spec.model_copy(update={"build": build}))
+    first = compile_onnx(*rtx, bundles["fp16"].read_model(), options)
+    again = compile_onnx(*rtx, bundles["fp16"].read_model(), replace(options, timing_cache=first.timing_cache))
+    assert again.conv_types == first.conv_types
 
 
 def test_a_node_tensorrt_does_not_know_is_named(rtx: tuple[ModuleType, Family]) -> None:
