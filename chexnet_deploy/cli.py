@@ -6,6 +6,7 @@ traceback), 130 interrupted. Rooms with heavy libraries are opened inside the on
 
 import errno
 import json
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -33,6 +34,8 @@ _DISK_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS),
     *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP),
 }
+
+_INTERRUPTED = "interrupted; nothing half-written was left behind"
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 DataOption = Annotated[Path | None, typer.Option("--data", help="ChestX-ray14: tables, split lists and images.")]
@@ -266,6 +269,13 @@ def main() -> None:
 
 def run_program(program: typer.Typer) -> None:
     """Run a typer program with this project's exit codes."""
+    interrupts: list[int] = []
+
+    def on_interrupt(number: int, frame: object) -> None:
+        interrupts.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, on_interrupt)
     try:
         # Typer ends the process itself on usage errors (2) and on typer.Exit, and turns Ctrl-C into exit 130 here.
         program()
@@ -274,7 +284,7 @@ def run_program(program: typer.Typer) -> None:
     except ChexnetError as err:
         _fail(f"error: {err}", 2)
     except KeyboardInterrupt:
-        _fail("interrupted; nothing half-written was left behind", 130)
+        _fail(_INTERRUPTED, 130)
     except OSError as err:
         if err.errno not in _DISK_ERRORS:
             traceback.print_exc()
@@ -284,6 +294,8 @@ def run_program(program: typer.Typer) -> None:
             f"error: could not read or write{where}: {err.strerror}. Check the path, its permissions and the space.", 2
         )
     except Exception:  # noqa: BLE001 - the last door: everything else is a bug, and its traceback is wanted
+        if interrupts:  # compiled code may answer Ctrl-C with an error of its own, e.g. while it is imported
+            _fail(_INTERRUPTED, 130)
         traceback.print_exc()
         sys.exit(70)
 

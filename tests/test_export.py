@@ -117,8 +117,13 @@ def test_interrupted_export_leaves_nothing_behind(checkpoint_path: Path, tmp_pat
         time.sleep(after_s)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
-    finished = process.returncode == 0  # on a fast machine
-    assert finished or process.returncode == 130, errors
-    assert "Traceback" not in errors
-    assert [entry.name for entry in out.glob("*")] == (["fp32"] if finished else [])
+    names = [entry.name for entry in out.glob("*")]
+    # On a fast machine the bundle may be there already, and the signal then meets a Python that is ending.
+    is_finished = names == ["fp32"]
+    assert process.returncode in ((0, 130, -signal.SIGINT) if is_finished else (130,)), errors
+    assert is_finished or names == []
+    if is_finished:
+        Bundle.open(out / "fp32")
+    else:
+        assert "Traceback" not in errors
     assert not list(temporary.iterdir())
