@@ -68,13 +68,15 @@ def build_engine(
     if spec.precision is not bundle.manifest.precision:
         found = bundle.manifest.precision.value
         raise SpecError(f"the spec is for {spec.precision.value}, {bundle.path} is {found}. Give its own spec.")
+    if out.exists():
+        raise BundleError(f"{out} is there already. Choose another place, or delete it first.")
+    cuda = open_driver()
+    trt, family = open_tensorrt(backend)
+    refuse_other_dialect(bundle, family)
+    target = this_target(cuda, backend, str(trt.__version__), device)
     with one_builder(out):
         if out.exists():
-            raise BundleError(f"{out} is there already. Choose another place, or delete it first.")
-        cuda = open_driver()
-        trt, family = open_tensorrt(backend)
-        refuse_other_dialect(bundle, family)
-        target = this_target(cuda, backend, str(trt.__version__), device)
+            raise BundleError(f"another process built {out} meanwhile. Use that one.")
         key = cache_key(bundle.manifest.files[ONNX_MODEL], target, spec)
         cached, left_aside = (b"", None) if timing_cache is None else read_cache(timing_cache, key)
         compiled = _compile(cuda, trt, family, device, bundle, CompileOptions(spec, timing_cache=cached), on_phase)
