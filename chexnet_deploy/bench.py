@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ConfigDict, computed_field
 
-from chexnet_deploy.bundle import Bundle, Precision
+from chexnet_deploy.bundle import Bundle, EngineCard, Precision, Target
 from chexnet_deploy.errors import BundleError, SpecError
 from chexnet_deploy.files import sha256_hex
 from chexnet_deploy.latency import LatencyReport, measure_latency
@@ -52,6 +52,8 @@ class EngineResult(_Record):
         conv_types: convolutions by the type they really ran in.
         is_emulated: fewer than half of them ran in the engine's own precision, so its speed says nothing of that precision.
         known_answer_error: largest |logit difference| to the fp32 model on all 32 probes.
+        target: of a plan, the machine it was built on and for.
+        card: of a plan, what the builder made.
         spec: what it had to pass, with every limit.
         parity: None where no labelled images were given; the verdict is then never PASS.
     """
@@ -64,6 +66,8 @@ class EngineResult(_Record):
     conv_types: dict[str, int]
     is_emulated: bool
     known_answer_error: float
+    target: Target | None = None
+    card: EngineCard | None = None
     spec: EngineSpec
     parity: ParityReport | None
     single_stream: LatencyReport
@@ -162,7 +166,7 @@ def run_bench(
 
     Raises:
         BundleError: the reference is not an engine's ancestor.
-        SpecError: a spec is for another precision.
+        SpecError: a spec is for another precision or GPU.
         SessionError: an engine refuses to run here, or answers otherwise than when it was proven.
     """
     for bundle, spec in engines:
@@ -174,6 +178,11 @@ def run_bench(
             raise SpecError(
                 f"the spec is for {spec.precision.value}, but {bundle.path} is {bundle.manifest.precision.value}. "
                 f"Give the spec of that precision."
+            )
+        here = "ONNX Runtime on the CPU" if bundle.manifest.target is None else bundle.manifest.target.gpu
+        if spec.gpu is not None and spec.gpu not in here:
+            raise SpecError(
+                f"the spec is for a GPU named {spec.gpu}, but {bundle.path} runs on {here}. Give its own spec."
             )
     names = _distinct_names([bundle for bundle, _ in engines])
     sessions: dict[str, Session] = {}
@@ -337,6 +346,8 @@ def _judge(
         conv_types=conv_types,
         is_emulated=2 * native < sum(conv_types.values()),
         known_answer_error=check_known_answers(session, bundle, n_probes=N_PROBES),
+        target=manifest.target,
+        card=manifest.engine,
         spec=spec,
         parity=parity,
         single_stream=speed[0],

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from chexnet_deploy.bundle import Precision
 from chexnet_deploy.errors import SpecError
@@ -97,10 +97,15 @@ class BuildOptions(_Record):
 
 
 class EngineSpec(_Record):
-    """One engine as promised: precision, batch sizes, how it is built and the gate it must pass."""
+    """One engine as promised: precision, batch sizes, how it is built and the gate it must pass.
+
+    Attributes:
+        gpu: words that the GPU's name must hold, e.g. "L4"; None for any. A spec for ONNX Runtime names none.
+    """
 
     description: str
     precision: Precision
+    gpu: Annotated[str, StringConstraints(min_length=1)] | None = None
     batch: BatchProfile = BatchProfile()
     build: BuildOptions = BuildOptions()
     gate: Gate

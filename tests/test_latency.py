@@ -162,6 +162,11 @@ def test_a_spec_of_another_precision_is_refused(bundles: dict[str, Bundle]) -> N
         bench(bundles["fp16"], read_spec("int8"), bundles["fp32"])
 
 
+def test_a_spec_of_a_gpu_is_refused_on_a_cpu(bundles: dict[str, Bundle]) -> None:
+    with pytest.raises(SpecError, match="H200, but .* ONNX Runtime on the CPU"):
+        bench(bundles["int8"], read_spec("h200-int8"), bundles["fp32"])
+
+
 def test_the_reference_is_found_beside_its_engine(bundles: dict[str, Bundle]) -> None:
     assert {find_reference(bundle).id for bundle in bundles.values()} == {bundles["fp32"].id}
 

@@ -58,7 +58,7 @@ def build_engine(
 
     Raises:
         BundleError: it is a plan already, `out` exists, or its dialect is not this TensorRT's.
-        SpecError: the spec is for another precision.
+        SpecError: the spec is for another precision or GPU.
         MissingPackageError, SessionError: no TensorRT, driver or GPU.
         ExportError: TensorRT refuses the model, or convolutions do not run in the types the bundle promises.
         GateError: the plan answers otherwise than the fp32 model; nothing is kept.
@@ -74,6 +74,7 @@ def build_engine(
     trt, family = open_tensorrt(backend)
     refuse_other_dialect(bundle, family)
     target = this_target(cuda, backend, str(trt.__version__), device)
+    refuse_other_gpu(spec, target)
     with one_builder(out):
         if out.exists():
             raise BundleError(f"another process built {out} meanwhile. Use that one.")
@@ -157,6 +158,18 @@ def _keep(
     )
     # Validated again: model_copy does not.
     return Bundle.write(out, Manifest.model_validate(made.model_dump()), plan, bundle.read_probe_bytes())
+
+
+def refuse_other_gpu(spec: EngineSpec, target: Target) -> None:
+    """Refuse a spec whose limits were declared for another GPU.
+
+    Raises:
+        SpecError: names both.
+    """
+    if spec.gpu is not None and spec.gpu not in target.gpu:
+        raise SpecError(
+            f"the spec is for a GPU named {spec.gpu}, here is {target.gpu}. Give that GPU's spec, or one for any."
+        )
 
 
 def refuse_other_dialect(bundle: Bundle, family: Family) -> None:

@@ -9,13 +9,19 @@ from pathlib import Path
 import pytest
 
 from chexnet_deploy.builder.compile import Compiled
-from chexnet_deploy.builder.engine import build_engine, one_builder, refuse_dropped_precision, refuse_other_dialect
+from chexnet_deploy.builder.engine import (
+    build_engine,
+    one_builder,
+    refuse_dropped_precision,
+    refuse_other_dialect,
+    refuse_other_gpu,
+)
 from chexnet_deploy.builder.timing_cache import cache_key, read_cache, write_cache
 from chexnet_deploy.bundle import Bundle, Target
 from chexnet_deploy.errors import BundleError, ExportError, MissingPackageError, SessionError, SpecError
 from chexnet_deploy.sessions.target import refuse_other_target
 from chexnet_deploy.sessions.tensorrt_versions import family_of
-from chexnet_deploy.spec import read_spec
+from chexnet_deploy.spec import read_spec, spec_names
 
 HERE = Target(
     gpu="NVIDIA L4",
@@ -60,6 +66,19 @@ def test_each_tensorrt_takes_its_own_dialect(bundles: dict[str, Bundle]) -> None
     with pytest.raises(BundleError, match="--dialect trt8"):
         refuse_other_dialect(bundles["int8"], family_of("tensorrt", "8.6.0"))
     refuse_other_dialect(bundles["fp16"], family_of("tensorrt", "8.6.0"))
+
+
+def test_a_gpus_spec_is_for_that_gpu() -> None:
+    refuse_other_gpu(read_spec("l4-int8"), HERE)
+    refuse_other_gpu(read_spec("int8"), HERE)
+    with pytest.raises(SpecError, match=r"H200, here is NVIDIA L4"):
+        refuse_other_gpu(read_spec("h200-int8"), HERE)
+
+
+def test_specs_never_measured_promise_no_speed() -> None:
+    for name in spec_names():
+        spec = read_spec(name)
+        assert spec.gate.latency == ("not gated" if spec.gpu is None else "unproven"), name
 
 
 def test_a_convolution_that_fell_back_is_named(bundles: dict[str, Bundle]) -> None:

@@ -1,0 +1,67 @@
+"""The page says what the report says, and needs nothing but itself."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from chexnet_deploy.bench import BenchRun, Effort, run_bench
+from chexnet_deploy.bundle import Bundle, EngineCard, Target
+from chexnet_deploy.chestxray14 import ChestXray14
+from chexnet_deploy.predictor import Predictor
+from chexnet_deploy.report import N_CAM_PICTURES, write_html
+from chexnet_deploy.scoring import LabelledImages
+from chexnet_deploy.spec import read_spec
+
+
+@pytest.fixture(scope="module")
+def run(bundles: dict[str, Bundle], phantom: ChestXray14) -> BenchRun:
+    images = LabelledImages.of(phantom.split("test"), bundles["fp32"].manifest.findings)
+    engines = [(bundles[name], read_spec(name)) for name in ("fp16", "int8")]
+    effort = Effort(min_runs=3, min_duration_s=0.0)
+    return run_bench(engines, bundles["fp32"], images, data="40 <patients>", effort=effort)
+
+
+def page_of(run: BenchRun, bundles: dict[str, Bundle], path: Path) -> str:
+    with Predictor.open(bundles["int8"].path) as predictor:
+        write_html(path, run, predictor)
+    return path.read_text()
+
+
+def test_every_finding_and_limit_is_on_the_page(run: BenchRun, bundles: dict[str, Bundle], tmp_path: Path) -> None:
+    page = page_of(run, bundles, tmp_path / "report.html")
+    for finding in run.report.findings:
+        assert page.count(f"<td>{finding}</td>") == 2  # once an engine
+    assert run.report.verdict in page
+    assert "at most 0.15" in page  # int8's own limit
+    assert bundles["int8"].id[:16] in page
+    assert "40 &lt;patients&gt;" in page  # what users name is escaped
+    assert len(re.findall(r'src="data:image/(?:png|jpeg);base64,', page)) == 2 + N_CAM_PICTURES
+    assert not re.search(r'(?:src|href)="(?!data:)', page)  # nothing is fetched
+
+
+def test_a_plan_shows_its_card(run: BenchRun, bundles: dict[str, Bundle], tmp_path: Path) -> None:
+    target = Target(
+        gpu="NVIDIA L4",
+        compute_capability="8.9",
+        backend="tensorrt",
+        tensorrt="10.3.0",
+        driver="12.4",
+        platform="Linux x86_64",
+    )
+    card = EngineCard(
+        build_s=61.25,
+        plan_bytes=9 << 20,
+        batch=(1, 8, 32),
+        conv_types={"int8": 119},
+        n_layers=187,
+        warnings=("careful",),
+    )
+    engines = (run.report.engines[0], run.report.engines[1].model_copy(update={"target": target, "card": card}))
+    page = page_of(
+        replace(run, report=run.report.model_copy(update={"engines": engines})), bundles, tmp_path / "x.html"
+    )
+    words = " ".join(page.split())
+    assert "Plan for NVIDIA L4 (compute capability 8.9), tensorrt 10.3.0, driver's CUDA 12.4" in words
+    assert "built in 61.2 s, 9.0 MiB, 187 layers, batch 1 / 8 / 32. TensorRT warned: careful." in words
