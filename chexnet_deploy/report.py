@@ -150,9 +150,11 @@ Had to pass: {{ engine.spec.description }} max |Δp| at most {{ engine.spec.gate
 A convolution count above 121 holds BatchNorms that the backend runs as convolutions.</p>
 {% if engine.card and engine.target %}
 <p class="small">Plan for {{ engine.target.gpu }} (compute capability {{ engine.target.compute_capability }}),
-{{ engine.target.backend }} {{ engine.target.tensorrt }}, driver's CUDA {{ engine.target.driver }}, {{ engine.target.platform }}; built in
-{{ "%.1f"|format(engine.card.build_s) }} s, {{ "%.1f"|format(engine.card.plan_bytes / 1048576) }} MiB,
-{{ engine.card.n_layers }} layers, batch {{ engine.card.batch|join(" / ") }}.{% for warning in engine.card.warnings %} TensorRT warned: {{ warning }}.{% endfor %}</p>
+{{ engine.target.backend }} {{ engine.target.tensorrt }}, driver's CUDA {{ engine.target.driver }},
+{{ engine.target.platform }}; built in {{ "%.1f"|format(engine.card.build_s) }} s,
+{{ "%.1f"|format(engine.card.plan_bytes / 1048576) }} MiB, {{ engine.card.n_layers }} layers,
+batch {{ engine.card.batch|join(" / ") }}.
+{%- for warning in engine.card.warnings %} TensorRT warned: {{ warning }}.{% endfor %}</p>
 {% endif %}
 {% if engine.parity %}
 <table><tr><th>finding</th><th>positives</th><th>positive patients</th>
