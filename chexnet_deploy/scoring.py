@@ -112,7 +112,8 @@ def score_files(
     """
     collected: dict[str, list[Logits]] = {name: [] for name in sessions}
     done = 0
-    for batch in iter_batches(iter_pixels(paths, preprocessing)):
+    batch_size = min([BATCH_SIZE, *(session.batch_range[1] for session in sessions.values())])
+    for batch in iter_batches(iter_pixels(paths, preprocessing), batch_size):
         for name, session in sessions.items():
             collected[name].append(session.run(batch)[0])
         done += len(batch)

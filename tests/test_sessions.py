@@ -1,3 +1,4 @@
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -8,9 +9,11 @@ from numpy.typing import NDArray
 
 from chexnet_deploy.bundle import ONNX_MODEL, PROBE, Bundle, hash_files
 from chexnet_deploy.errors import SessionError
+from chexnet_deploy.preprocessing import Pixels
 from chexnet_deploy.probe import Probe
-from chexnet_deploy.sessions import check_known_answers, open_session
-from chexnet_deploy.sessions.base import check_finite
+from chexnet_deploy.scoring import score_files
+from chexnet_deploy.sessions import Logits, Maps, check_known_answers, open_session
+from chexnet_deploy.sessions.base import check_finite, check_pixels
 from chexnet_deploy.sessions.ort import MAX_BATCH, OrtSession
 
 PRECISIONS = ["fp32", "fp16", "int8"]
@@ -137,3 +140,34 @@ def test_typed_int8_needs_an_onnx_runtime_that_rounds(
 def test_more_threads_than_cores_are_refused(bundles: dict[str, Bundle], threads: int) -> None:
     with pytest.raises(SessionError, match="cores of this machine"):
         OrtSession.open(bundles["fp32"], threads=threads)
+
+
+class SmallBatches:
+    """A session that takes at most 4 images, as a plan for a scanner does."""
+
+    batch_range = (1, 4)
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.inner = OrtSession.open(bundle)
+        self.sizes: list[int] = []
+
+    def run(self, pixels: Pixels) -> tuple[Logits, Maps]:
+        check_pixels(pixels, 32, self.batch_range)
+        self.sizes.append(len(pixels))
+        return self.inner.run(pixels)
+
+    def conv_types(self) -> Mapping[str, int]:
+        return self.inner.conv_types()
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+def test_a_session_of_small_batches_gives_all_known_answers(bundles: dict[str, Bundle], phantom_root: Path) -> None:
+    session = SmallBatches(bundles["fp32"])
+    assert check_known_answers(session, bundles["fp32"], n_probes=32) < 1e-4
+    assert session.sizes == [4] * 8
+    paths = sorted((phantom_root / "images").iterdir())[:6]
+    scores = score_files({"small": session}, paths, bundles["fp32"].manifest.preprocessing)
+    assert scores["small"].shape == (6, 14)
+    assert session.sizes[8:] == [4, 2]

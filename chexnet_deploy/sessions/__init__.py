@@ -4,9 +4,9 @@ import numpy as np
 
 from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.errors import MissingPackageError, SessionError
-from chexnet_deploy.sessions.base import Logits, Maps, Session
+from chexnet_deploy.sessions.base import Logits, Maps, Session, run_in_batches
 
-__all__ = ["Logits", "Maps", "Session", "check_known_answers", "open_session"]
+__all__ = ["Logits", "Maps", "Session", "check_known_answers", "open_session", "run_in_batches"]
 
 N_STARTUP_PROBES = 4  # enough to catch a wrong file or backend, few enough for a scanner's start-up
 # What two machines may differ by beyond the error measured when the bundle was kept: other instruction sets round
@@ -49,7 +49,7 @@ def check_known_answers(session: Session, bundle: Bundle, *, n_probes: int) -> f
         SessionError: the answers differ by more than when the bundle was kept, or maps and logits disagree.
     """
     manifest, probe = bundle.manifest, bundle.read_probe()
-    logits, maps = session.run(probe.pixels[:n_probes])
+    logits, maps = run_in_batches(session, probe.pixels[:n_probes])
     if logits.shape != probe.logits[:n_probes].shape or maps.shape != probe.cam[:n_probes].shape:
         raise SessionError(
             f"{bundle.path}: the model answers {logits.shape} and {maps.shape}, not as its manifest says."

@@ -13,6 +13,9 @@ Logits = NDArray[np.float32]  # [N, C], C in manifest order; no sigmoid in any g
 Maps = NDArray[np.float32]  # [N, C, S/32, S/32], class activation maps; mean over space + bias = logits
 
 
+_BATCH_SIZE = 32  # fewer than a session may take, so that activations stay small
+
+
 class Session(Protocol):
     """One loaded model on one backend."""
 
@@ -36,6 +39,17 @@ class Session(Protocol):
     def close(self) -> None:
         """Free the model; a closed session refuses to run."""
         ...
+
+
+def run_in_batches(session: Session, pixels: Pixels) -> tuple[Logits, Maps]:
+    """Return logits and maps of any number of pixels, in batches that the session takes.
+
+    Raises:
+        SessionError: as Session.run.
+    """
+    step = min(_BATCH_SIZE, session.batch_range[1])
+    parts = [session.run(pixels[i : i + step]) for i in range(0, len(pixels), step)]
+    return np.concatenate([logits for logits, _ in parts]), np.concatenate([maps for _, maps in parts])
 
 
 def check_pixels(pixels: Pixels, resize_px: int, batch_range: tuple[int, int]) -> None:
