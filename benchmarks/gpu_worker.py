@@ -51,7 +51,7 @@ def tensorrt(
         precision = opened.manifest.precision.value
         profile = BatchProfile(min=1, opt=max(sizes), max=max(sizes))
         spec = read_spec(precision).model_copy(update={"batch": profile})
-        opened = build_engine(opened, spec, out / "plan", backend=backend)  # type: ignore[arg-type]
+        opened = build_engine(opened, spec, out / "plan", backend=backend)  # type: ignore[arg-type]  # gpu.py names one
         assert opened.manifest.engine is not None
         assert opened.manifest.target is not None
         about = {

@@ -18,12 +18,11 @@ import typer
 from PIL import Image
 
 from chexnet_deploy.bench import BenchReport, Effort, summary_rows
-from chexnet_deploy.bundle import Precision
 from chexnet_deploy.chestxray14 import ChestXray14
 from chexnet_deploy.cli import progress, run_program
-from chexnet_deploy.pipeline import bench_bundles, export_bundles
 from training.__main__ import RECIPES
-from training.train import METRICS, read_recipe, train
+from training.chain import RUN, train_export_bench
+from training.train import METRICS
 
 RESULTS = Path(__file__).parent / "results" / "real-cpu.json.gz"
 CALIBRATION_IMAGES = 256
@@ -59,28 +58,13 @@ def _run(data: Path, recipe: Path, folder: Path) -> BenchReport:
     test_list = folder / "full_size_test_images.txt"
     test_list.write_text("".join(f"{name}\n" for name in full_size_test_images(data)))
     with progress() as on_phase:
-        best = train(data, read_recipe(recipe), folder / "run", on_phase)
-        bundles = export_bundles(
-            best,
-            folder / "bundles",
-            tuple(Precision),
-            data_root=data,
-            calibration_list=None,
-            n_calibration_images=CALIBRATION_IMAGES,
-            dialect="typed",
-            on_phase=on_phase,
-        )
-        return bench_bundles(
-            [bundle.path for bundle in bundles],
-            None,
+        return train_export_bench(
             data,
-            "test",
-            test_list,
-            None,
-            folder / "bench",
+            recipe,
+            folder,
+            n_calibration_images=CALIBRATION_IMAGES,
+            test_list=test_list,
             effort=Effort(min_runs=100, min_duration_s=2.0),
-            threads=None,
-            with_html=True,
             on_phase=on_phase,
         )
 
@@ -101,7 +85,7 @@ def write_results(report: BenchReport, data: Path, folder: Path) -> None:
     dataset = ChestXray14.open(data)
     results = {
         "trained_on": {split: len(dataset.split(split)) for split in ("train", "val")},
-        "epochs": [json.loads(line) for line in (folder / "run" / METRICS).read_text().splitlines()],
+        "epochs": [json.loads(line) for line in (folder / RUN / METRICS).read_text().splitlines()],
         "report": report.model_dump(mode="json"),
     }
     RESULTS.write_bytes(gzip.compress(json.dumps(results).encode(), mtime=0))

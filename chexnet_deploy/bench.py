@@ -19,15 +19,13 @@ from chexnet_deploy.errors import BundleError, SpecError
 from chexnet_deploy.files import sha256_hex
 from chexnet_deploy.latency import LatencyReport, measure_latency
 from chexnet_deploy.parity import ParityReport, Verdict, compare
+from chexnet_deploy.phases import OnPhase
 from chexnet_deploy.probe import N_PROBES
 from chexnet_deploy.scoring import LabelledImages, score_files
 from chexnet_deploy.sessions import Logits, Session, check_known_answers, open_session
 from chexnet_deploy.spec import EngineSpec, LatencyGate
 
 REFERENCE = "reference"
-_TYPES = {Precision.FP32: "float32", Precision.FP16: "float16", Precision.INT8: "int8"}
-
-
 MIN_RUNS_FOR_P99 = 100  # a 99th percentile of fewer is their maximum, and says nothing of the hundredth
 
 
@@ -95,7 +93,7 @@ class BenchReport(_Record):
     findings: tuple[str, ...]
     engines: tuple[EngineResult, ...]
 
-    @computed_field  # type: ignore[prop-decorator]
+    @computed_field  # type: ignore[prop-decorator]  # pydantic's own advice for mypy
     @property
     def verdict(self) -> Verdict:
         """The worst of the engines'."""
@@ -151,7 +149,7 @@ def run_bench(
     data: str,
     effort: Effort,
     threads: int | None = None,
-    on_phase: Callable[[str, int, int], None] | None = None,
+    on_phase: OnPhase | None = None,
 ) -> BenchRun:
     """Measure engines beside their reference and judge each by its spec.
 
@@ -180,7 +178,7 @@ def run_bench(
                 f"Give the spec of that precision."
             )
         here = "ONNX Runtime on the CPU" if bundle.manifest.target is None else bundle.manifest.target.gpu
-        if spec.gpu is not None and spec.gpu not in here:
+        if not spec.is_for(here):
             raise SpecError(
                 f"the spec is for a GPU named {spec.gpu}, but {bundle.path} runs on {here}. Give its own spec."
             )
@@ -246,7 +244,7 @@ def _score(
     sessions: Mapping[str, Session],
     reference: Bundle,
     images: LabelledImages | None,
-    on_phase: Callable[[str, int, int], None] | None,
+    on_phase: OnPhase | None,
 ) -> dict[str, Logits]:
     if images is None:
         return {}
@@ -264,11 +262,10 @@ def _measure(
     reference: Bundle,
     engines: Sequence[tuple[Bundle, EngineSpec]],
     effort: Effort,
-    on_phase: Callable[[str, int, int], None] | None,
+    on_phase: OnPhase | None,
 ) -> dict[str, tuple[LatencyReport, LatencyReport]]:
     probe = reference.read_probe().pixels
     offline_batch = min(min(spec.batch.max for _, spec in engines), N_PROBES)
-
     offline_runs = max(1, effort.min_runs // offline_batch)
 
     def on_round(phase: str, least: int) -> Callable[[int], None]:
@@ -336,7 +333,7 @@ def _judge(
             f"{which} {value:.2f} ms, limit {limit} ms" for which, value, limit in limits if not value <= limit
         ]
     conv_types = dict(session.conv_types())
-    native = conv_types.get(_TYPES[manifest.precision], 0)
+    native = conv_types.get(manifest.precision.type_name, 0)
     return EngineResult(
         name=name,
         bundle_id=bundle.id,

@@ -39,6 +39,11 @@ class Precision(str, Enum):
     FP16 = "fp16"
     INT8 = "int8"
 
+    @property
+    def type_name(self) -> str:
+        """The type as numpy and the layer tables name it."""
+        return {"fp32": "float32", "fp16": "float16", "int8": "int8"}[self.value]
+
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -204,9 +209,10 @@ class Bundle:
         if not is_folder:
             found = "a file" if path.exists() else "nothing"
             raise BundleError(f"{path} is no bundle: found {found}, needed a directory that `export` wrote.")
-        inside = sorted(str(file.parent) for file in path.glob(f"*/{MANIFEST}"))
-        if inside and not (path / MANIFEST).exists():
-            raise BundleError(f"{path} is a folder of bundles. Give one of them: {', '.join(inside)}.")
+        if not (path / MANIFEST).exists():
+            inside = sorted(str(file.parent) for file in path.glob(f"*/{MANIFEST}"))
+            if inside:
+                raise BundleError(f"{path} is a folder of bundles. Give one of them: {', '.join(inside)}.")
         raw = _read_plain_file(path / MANIFEST, limit_bytes=MAX_MANIFEST_BYTES)
         stated = _read_plain_file(path / MANIFEST_SHA256, limit_bytes=256).decode("ascii", "replace").strip()
         actual = sha256_hex(raw)

@@ -9,7 +9,7 @@ import json
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from chexnet_deploy.errors import ChexnetError, GateError
+from chexnet_deploy.phases import OnPhase
 
 if TYPE_CHECKING:
     from chexnet_deploy.bench import BenchReport
@@ -301,7 +302,7 @@ def run_program(program: typer.Typer) -> None:
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[str, int, int], None]]:
+def progress() -> Iterator[OnPhase]:
     """Show progress bars on standard error, so that standard output stays clean for results.
 
     Yields a function of the phase's name, what is done and of how much; each phase gets a bar when it is first named.

@@ -37,25 +37,25 @@ class LatencyReport(BaseModel):
         """Return the q-th percentile, 0..100, by linear interpolation."""
         return float(np.percentile(self.samples_ms, q))
 
-    @computed_field  # type: ignore[prop-decorator]
+    @computed_field  # type: ignore[prop-decorator]  # pydantic's own advice for mypy
     @property
     def p50_ms(self) -> float:
         """Median."""
         return self.percentile_ms(50)
 
-    @computed_field  # type: ignore[prop-decorator]
+    @computed_field  # type: ignore[prop-decorator]  # pydantic's own advice for mypy
     @property
     def p90_ms(self) -> float:
         """What MLPerf's single-stream scenario reports."""
         return self.percentile_ms(90)
 
-    @computed_field  # type: ignore[prop-decorator]
+    @computed_field  # type: ignore[prop-decorator]  # pydantic's own advice for mypy
     @property
     def p99_ms(self) -> float:
         """What a radiographer waits for once in a hundred images."""
         return self.percentile_ms(99)
 
-    @computed_field  # type: ignore[prop-decorator]
+    @computed_field  # type: ignore[prop-decorator]  # pydantic's own advice for mypy
     @property
     def images_per_s(self) -> float:
         """All images over all time."""

@@ -4,7 +4,8 @@ The command line, the demo and the benchmarks call these.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +28,7 @@ from chexnet_deploy.errors import (
 from chexnet_deploy.files import new_directory, write_file
 from chexnet_deploy.images import read_image
 from chexnet_deploy.metrics.auroc import auroc, mean_auroc
+from chexnet_deploy.phases import OnPhase
 from chexnet_deploy.predictor import Prediction, Predictor, draw_cam, sigmoid
 from chexnet_deploy.scoring import LabelledImages, score_files
 from chexnet_deploy.sessions import open_session
@@ -35,7 +37,6 @@ from chexnet_deploy.sessions.tensorrt_versions import Backend, open_tensorrt
 from chexnet_deploy.spec import read_spec
 from chexnet_deploy.tables import read_image_list
 
-OnPhase = Callable[[str, int, int], None]
 Split = Literal["train", "val", "test"]
 MAX_GATE_IMAGES = 512  # enough to catch a broken quantisation in a minute; `bench` is where the whole set is used
 CHOSEN_LIST = "calibration.txt"
@@ -261,8 +262,7 @@ def predict_files(
     Raises:
         ChexnetError: the bundle or an image can't be used, or two images would draw the same picture.
     """
-    stems = [path.stem for path in images]
-    twice = sorted({stem for stem in stems if stems.count(stem) > 1})
+    twice = sorted(stem for stem, count in Counter(path.stem for path in images).items() if count > 1)
     if cam_folder is not None and twice:
         raise ImageError(
             f"{len(twice)} names are given twice, e.g. {twice[0]}: their pictures would be one. Run them apart."

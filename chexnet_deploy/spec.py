@@ -110,6 +110,10 @@ class EngineSpec(_Record):
     build: BuildOptions = BuildOptions()
     gate: Gate
 
+    def is_for(self, gpu: str) -> bool:
+        """Say whether this spec may be used on a GPU of that full name."""
+        return self.gpu is None or self.gpu in gpu
+
 
 def spec_names() -> list[str]:
     """Return the names of the specs that come with the package."""

@@ -11,20 +11,18 @@ from typing import Annotated
 import typer
 
 from chexnet_deploy.bench import Effort
-from chexnet_deploy.bundle import Precision
 from chexnet_deploy.cli import print_bench, progress, run_program
 from chexnet_deploy.errors import SpecError
 from chexnet_deploy.parity import EXIT_CODES
-from chexnet_deploy.pipeline import bench_bundles, export_bundles
 from training.__main__ import RECIPES
+from training.chain import BENCH, BUNDLES, RUN, train_export_bench
 from training.phantom import PhantomSpec, write_phantom
-from training.train import read_recipe, train
 
 # 420 test patients at this prevalence give every finding more than 30 positive ones.
 FULL = PhantomSpec(patients=2300, test_patients=420, side_px=128, seed=2, prevalence=0.20)
 SMALL = PhantomSpec(patients=320, test_patients=120, side_px=64, seed=2, prevalence=0.20)
 MARKER = "demo.txt"
-PARTS = ("phantom", "run", "bundles", "bench")
+PARTS = ("phantom", RUN, BUNDLES, BENCH)
 CALIBRATION_IMAGES = {FULL: 256, SMALL: 100}
 
 app = typer.Typer(add_completion=False)
@@ -48,31 +46,16 @@ def main(
     _make_room(out)
     with progress() as on_phase:
         write_phantom(out / "phantom", spec, on_image=lambda done, total: on_phase("drawing phantoms", done, total))
-        best = train(out / "phantom", read_recipe(recipe), out / "run", on_phase)
-        bundles = export_bundles(
-            best,
-            out / "bundles",
-            tuple(Precision),
-            data_root=out / "phantom",
-            calibration_list=None,
-            n_calibration_images=CALIBRATION_IMAGES[spec],
-            dialect="typed",
-            on_phase=on_phase,
-        )
-        report = bench_bundles(
-            [bundle.path for bundle in bundles],
-            bundles[0].path,
+        report = train_export_bench(
             out / "phantom",
-            "test",
-            None,
-            None,
-            out / "bench",
+            recipe,
+            out,
+            n_calibration_images=CALIBRATION_IMAGES[spec],
+            test_list=None,
             effort=Effort(min_runs=30, min_duration_s=1.0),
-            threads=None,
-            with_html=True,
             on_phase=on_phase,
         )
-    print_bench(report, out / "bench" / "report.html")
+    print_bench(report, out / BENCH / "report.html")
     raise typer.Exit(EXIT_CODES[report.verdict])
 
 

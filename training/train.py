@@ -6,7 +6,6 @@ metrics.jsonl (a line an epoch). Never touches test patients.
 
 import json
 import math
-from collections.abc import Callable
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
@@ -25,6 +24,7 @@ from chexnet_deploy.export.model import CheXNet, Normalise
 from chexnet_deploy.files import write_file
 from chexnet_deploy.findings import FINDINGS
 from chexnet_deploy.metrics.auroc import auroc, mean_auroc, youden_threshold
+from chexnet_deploy.phases import OnPhase
 from chexnet_deploy.predictor import sigmoid
 from chexnet_deploy.preprocessing import Pixels, Preprocessing
 from chexnet_deploy.scoring import LabelledImages, iter_pixels
@@ -48,9 +48,6 @@ class Recipe(BaseModel):
     weight_decay: Annotated[float, Field(ge=0.0)]
     flip_probability: Annotated[float, Field(ge=0.0, le=1.0)]  # left-right, as the paper's only augmentation
     seed: Annotated[int, Field(ge=0)]
-
-
-OnPhase = Callable[[str, int, int], None]
 
 
 def read_recipe(path: Path) -> Recipe:

@@ -4,7 +4,6 @@ Precision comes from the ONNX alone: strongly typed networks, and on TensorRT 8.
 """
 
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
 from types import ModuleType
@@ -12,6 +11,7 @@ from typing import Any
 
 from chexnet_deploy.builder.layers import Layer, conv_types, parse_inspector, parse_log
 from chexnet_deploy.errors import ExportError
+from chexnet_deploy.phases import OnPhase
 from chexnet_deploy.sessions.tensorrt_versions import Family
 from chexnet_deploy.spec import EngineSpec
 
@@ -59,7 +59,7 @@ def compile_onnx(
     options: CompileOptions,
     *,
     cancelled: threading.Event | None = None,
-    on_phase: Callable[[str, int, int], None] | None = None,
+    on_phase: OnPhase | None = None,
 ) -> Compiled:
     """Compile an ONNX model.
 
@@ -168,7 +168,7 @@ def _last_error(log: Any) -> str:
 
 
 def _make_log(trt: ModuleType) -> Any:
-    class Log(trt.ILogger):  # type: ignore[name-defined,misc]
+    class Log(trt.ILogger):  # type: ignore[name-defined,misc]  # which module it is, is known at run time only
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.lines: list[str] = []
@@ -186,10 +186,8 @@ def _make_log(trt: ModuleType) -> Any:
     return Log()
 
 
-def _make_monitor(
-    trt: ModuleType, cancelled: threading.Event | None, on_phase: Callable[[str, int, int], None] | None
-) -> Any:
-    class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined,misc]
+def _make_monitor(trt: ModuleType, cancelled: threading.Event | None, on_phase: OnPhase | None) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined,misc]  # as Log above
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.totals: dict[str, int] = {}

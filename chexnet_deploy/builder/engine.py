@@ -2,7 +2,7 @@
 
 import fcntl
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -19,20 +19,17 @@ from chexnet_deploy.bundle import (
     Check,
     EngineCard,
     Manifest,
-    Precision,
     Target,
     hash_files,
 )
 from chexnet_deploy.errors import BundleError, ExportError, GateError, SpecError
+from chexnet_deploy.phases import OnPhase
 from chexnet_deploy.predictor import sigmoid
-from chexnet_deploy.sessions import Logits
+from chexnet_deploy.sessions import Logits, run_in_batches
 from chexnet_deploy.sessions.target import open_driver, this_target
 from chexnet_deploy.sessions.tensorrt_versions import Backend, Family, open_tensorrt
 from chexnet_deploy.sessions.trt import TrtSession
 from chexnet_deploy.spec import EngineSpec
-
-OnPhase = Callable[[str, int, int], None]
-_TYPE_OF = {Precision.FP32: "float32", Precision.FP16: "float16", Precision.INT8: "int8"}
 
 
 def build_engine(
@@ -129,8 +126,7 @@ def _known_answers(bundle: Bundle, plan: bytes, types: dict[str, int], backend: 
     side = bundle.manifest.preprocessing.resize_px
     session = TrtSession(plan, backend=backend, resize_px=side, conv_types=types, device=device)
     try:
-        step = session.batch_range[1]
-        return np.concatenate([session.run(pixels[i : i + step])[0] for i in range(0, len(pixels), step)])
+        return run_in_batches(session, pixels)[0]
     finally:
         session.close()
 
@@ -166,7 +162,7 @@ def refuse_other_gpu(spec: EngineSpec, target: Target) -> None:
     Raises:
         SpecError: names both.
     """
-    if spec.gpu is not None and spec.gpu not in target.gpu:
+    if not spec.is_for(target.gpu):
         raise SpecError(
             f"the spec is for a GPU named {spec.gpu}, here is {target.gpu}. Give that GPU's spec, or one for any."
         )
@@ -192,7 +188,7 @@ def refuse_dropped_precision(manifest: Manifest, compiled: Compiled) -> None:
     Raises:
         ExportError: names one that does not.
     """
-    wanted = _TYPE_OF[manifest.precision]
+    wanted = manifest.precision.type_name
     # The head is float32 in every bundle; int8 bundles name theirs and the first.
     exempt = set(manifest.float_convolutions) or {list(compiled.conv_types)[-1]}
     wrong = {name: kind for name, kind in compiled.conv_types.items() if name not in exempt and kind != wanted}

@@ -30,7 +30,7 @@ def open_driver() -> ModuleType:
         raise SessionError(f"the NVIDIA driver does not start: {err}. Run: nvidia-smi") from err
     if n_gpus == 0:
         raise SessionError("no NVIDIA GPU was found. Plans are built and run on the GPU they are for.")
-    return cuda  # type: ignore[no-any-return]
+    return cuda  # type: ignore[no-any-return]  # pycuda has no types
 
 
 def this_target(cuda: ModuleType, backend: Backend, tensorrt: str, device: int = 0) -> Target:

@@ -6,7 +6,7 @@ list is refused by name.
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType, ModuleType
 from typing import Literal
 
@@ -46,54 +46,38 @@ class Family:
     compiles_without_gpu: bool
 
 
+_TYPED = Family(
+    name="TensorRT 10",
+    backend="tensorrt",
+    majors=(10,),
+    creation_flags=("STRONGLY_TYPED",),
+    precision_flags=MappingProxyType({}),
+    max_opset=19,
+    has_progress_monitor=True,
+    names_nodes=True,
+    has_timing_cache=True,
+    compiles_without_gpu=False,
+)
 FAMILIES = (
     # 8.6 is weakly typed: float16 and int8 must be allowed, and the layer table says whether they were used.
-    Family(
-        "TensorRT 8.6",
-        "tensorrt",
-        (8,),
-        ("EXPLICIT_BATCH",),
-        MappingProxyType({"fp16": ("FP16",), "int8": ("FP16", "INT8")}),
-        17,
+    replace(
+        _TYPED,
+        name="TensorRT 8.6",
+        majors=(8,),
+        creation_flags=("EXPLICIT_BATCH",),
+        precision_flags=MappingProxyType({"fp16": ("FP16",), "int8": ("FP16", "INT8")}),
+        max_opset=17,
         has_progress_monitor=False,
         names_nodes=False,
-        has_timing_cache=True,
-        compiles_without_gpu=False,
     ),
-    Family(
-        "TensorRT 10",
-        "tensorrt",
-        (10,),
-        ("STRONGLY_TYPED",),
-        MappingProxyType({}),
-        19,
-        has_progress_monitor=True,
-        names_nodes=True,
-        has_timing_cache=True,
-        compiles_without_gpu=False,
-    ),
+    _TYPED,
     # 11 knows no other networks and ignores the flag; BuilderFlag.FP16 and INT8 are gone.
-    Family(
-        "TensorRT 11",
-        "tensorrt",
-        (11,),
-        ("STRONGLY_TYPED",),
-        MappingProxyType({}),
-        19,
-        has_progress_monitor=True,
-        names_nodes=True,
-        has_timing_cache=True,
-        compiles_without_gpu=False,
-    ),
-    Family(
-        "TensorRT for RTX 1",
-        "tensorrt_rtx",
-        (1,),
-        ("STRONGLY_TYPED",),
-        MappingProxyType({}),
-        19,
-        has_progress_monitor=True,
-        names_nodes=True,
+    replace(_TYPED, name="TensorRT 11", majors=(11,)),
+    replace(
+        _TYPED,
+        name="TensorRT for RTX 1",
+        backend="tensorrt_rtx",
+        majors=(1,),
         has_timing_cache=False,
         compiles_without_gpu=True,
     ),

@@ -1,0 +1,64 @@
+"""The whole chain on one data set, as the demo and the benchmark on real radiographs run it.
+
+train -> export fp32, fp16, int8 -> bench all three beside fp32; everything lies in one folder.
+"""
+
+from pathlib import Path
+
+from chexnet_deploy.bench import BenchReport, Effort
+from chexnet_deploy.bundle import Precision
+from chexnet_deploy.phases import OnPhase
+from chexnet_deploy.pipeline import bench_bundles, export_bundles
+from training.train import read_recipe, train
+
+RUN, BUNDLES, BENCH = "run", "bundles", "bench"
+
+
+def train_export_bench(
+    data: Path,
+    recipe: Path,
+    folder: Path,
+    *,
+    n_calibration_images: int,
+    test_list: Path | None,
+    effort: Effort,
+    on_phase: OnPhase,
+) -> BenchReport:
+    """Run the chain and return the report on the test patients.
+
+    Args:
+        data: in ChestX-ray14's layout.
+        recipe: a TOML recipe.
+        folder: gets run/, bundles/ and bench/.
+        n_calibration_images: chosen from the training patients.
+        test_list: the test images to measure on; None for all.
+        effort: how long to measure speed.
+        on_phase: told of every step.
+
+    Raises:
+        ChexnetError: any step refused.
+    """
+    best = train(data, read_recipe(recipe), folder / RUN, on_phase)
+    bundles = export_bundles(
+        best,
+        folder / BUNDLES,
+        tuple(Precision),
+        data_root=data,
+        calibration_list=None,
+        n_calibration_images=n_calibration_images,
+        dialect="typed",
+        on_phase=on_phase,
+    )
+    return bench_bundles(
+        [bundle.path for bundle in bundles],
+        bundles[0].path,
+        data,
+        "test",
+        test_list,
+        None,
+        folder / BENCH,
+        effort=effort,
+        threads=None,
+        with_html=True,
+        on_phase=on_phase,
+    )
