@@ -20,12 +20,14 @@ from chexnet_deploy.files import sha256_hex
 from chexnet_deploy.latency import LatencyReport, measure_latency
 from chexnet_deploy.parity import ParityReport, Verdict, compare
 from chexnet_deploy.phases import OnPhase
+from chexnet_deploy.preprocessing import Pixels
 from chexnet_deploy.probe import N_PROBES
 from chexnet_deploy.scoring import LabelledImages, score_files
-from chexnet_deploy.sessions import Logits, Session, check_known_answers, open_session
+from chexnet_deploy.sessions import Logits, Provider, Session, check_known_answers, open_session
 from chexnet_deploy.spec import EngineSpec, LatencyGate
 
 REFERENCE = "reference"
+STAGE_RUNS = 20
 MIN_RUNS_FOR_P99 = 100  # a 99th percentile of fewer is their maximum, and says nothing of the hundredth
 
 
@@ -53,6 +55,7 @@ class EngineResult(_Record):
         target: of a plan, the machine it was built on and for.
         card: of a plan, what the builder made.
         spec: what it had to pass, with every limit.
+        stage_times_ms: median times of one image in each stage, where the backend tells them apart.
         parity: None where no labelled images were given; the verdict is then never PASS.
     """
 
@@ -70,6 +73,7 @@ class EngineResult(_Record):
     parity: ParityReport | None
     single_stream: LatencyReport
     offline: LatencyReport
+    stage_times_ms: dict[str, float] = {}
     verdict: Verdict
     reasons: tuple[str, ...]
 
@@ -80,6 +84,7 @@ class BenchReport(_Record):
     Attributes:
         finished_utc: when, ISO 8601.
         data: what the images are, in words.
+        provider: what ONNX Runtime ran the engines on; the reference always runs on the CPU.
         images_sha256: hash of the names of the images, one a line, in the order they were run; None without images.
     """
 
@@ -89,6 +94,7 @@ class BenchReport(_Record):
     data: str
     images_sha256: str | None
     threads: int | None
+    provider: Provider = "cpu"
     reference_id: str
     findings: tuple[str, ...]
     engines: tuple[EngineResult, ...]
@@ -149,6 +155,7 @@ def run_bench(
     data: str,
     effort: Effort,
     threads: int | None = None,
+    provider: Provider = "cpu",
     on_phase: OnPhase | None = None,
 ) -> BenchRun:
     """Measure engines beside their reference and judge each by its spec.
@@ -160,6 +167,7 @@ def run_bench(
         data: what the images are, for the report.
         effort: how long to measure.
         threads: CPU threads for one call; None takes all cores.
+        provider: what ONNX Runtime runs the engines on.
         on_phase: called with the phase's name, what is done and of how much.
 
     Raises:
@@ -177,7 +185,7 @@ def run_bench(
                 f"the spec is for {spec.precision.value}, but {bundle.path} is {bundle.manifest.precision.value}. "
                 f"Give the spec of that precision."
             )
-        here = "ONNX Runtime on the CPU" if bundle.manifest.target is None else bundle.manifest.target.gpu
+        here = f"ONNX Runtime ({provider})" if bundle.manifest.target is None else bundle.manifest.target.gpu
         if not spec.is_for(here):
             raise SpecError(
                 f"the spec is for a GPU named {spec.gpu}, but {bundle.path} runs on {here}. Give its own spec."
@@ -187,7 +195,7 @@ def run_bench(
     try:
         sessions[REFERENCE] = open_session(reference, threads=threads)
         for name, (bundle, _) in zip(names, engines, strict=True):
-            sessions[name] = open_session(bundle, threads=threads)
+            sessions[name] = open_session(bundle, threads=threads, provider=provider)
         logits = _score(sessions, reference, images, on_phase)
         speed = _measure({name: sessions[name] for name in names}, reference, engines, effort, on_phase)
         results = tuple(
@@ -203,6 +211,7 @@ def run_bench(
         machine=describe_machine(),
         data=data,
         threads=threads,
+        provider=provider,
         reference_id=reference.id,
         findings=reference.manifest.findings,
         engines=results,
@@ -349,9 +358,15 @@ def _judge(
         parity=parity,
         single_stream=speed[0],
         offline=speed[1],
+        stage_times_ms=_stage_times_ms(session, bundle.read_probe().pixels[:1]),
         verdict="FAIL" if failures else "INCONCLUSIVE" if doubts else "PASS",
         reasons=(*failures, *doubts),
     )
+
+
+def _stage_times_ms(session: Session, pixels: Pixels) -> dict[str, float]:
+    runs = [session.stage_times_ms(pixels) for _ in range(STAGE_RUNS)]
+    return {name: float(np.median([run[name] for run in runs])) for name in runs[0]}
 
 
 def summary_rows(report: BenchReport) -> list[dict[str, str]]:

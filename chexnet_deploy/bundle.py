@@ -99,6 +99,10 @@ class EngineCard(_Record):
     Attributes:
         batch: smallest, tuned-for and largest batch of the plan's profile.
         conv_types: how many of the model's convolutions run in each type.
+        fallbacks: ONNX names of the convolutions that run in another type than the precision's, as the bundle declares.
+        n_layers: in TensorRT's own table.
+        n_reformats: of them, those that only change a tensor's type or layout.
+        activation_bytes: device memory of one execution context.
         warnings: what TensorRT warned of while it built.
     """
 
@@ -106,7 +110,10 @@ class EngineCard(_Record):
     plan_bytes: int
     batch: tuple[int, int, int]
     conv_types: dict[str, int]
+    fallbacks: tuple[str, ...]
     n_layers: int
+    n_reformats: int
+    activation_bytes: int
     warnings: tuple[str, ...]
 
 

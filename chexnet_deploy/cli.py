@@ -8,6 +8,7 @@ import errno
 import json
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,6 +43,16 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of te
 DataOption = Annotated[Path | None, typer.Option("--data", help="ChestX-ray14: tables, split lists and images.")]
 ImagesOption = Annotated[Path | None, typer.Option("--images", help="Only the images this list names, one a line.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads for one call; default: all cores.")]
+
+
+class ProviderName(str, Enum):
+    """What ONNX Runtime runs on."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+OnProvider = Annotated[ProviderName, typer.Option(help="What ONNX Runtime runs an ONNX bundle on; never another.")]
 
 
 class SplitName(str, Enum):
@@ -92,7 +103,11 @@ def export(
             on_phase=on_phase,
         )
         if engine:
-            bundles += [build_bundle(b.path, out / f"{b.path.name}-plan", None, on_phase=on_phase) for b in bundles]
+            with cancellation() as cancelled:
+                bundles += [
+                    build_bundle(b.path, out / f"{b.path.name}-plan", None, cancelled=cancelled, on_phase=on_phase)
+                    for b in bundles
+                ]
     if as_json:
         _print_json({b.path.name: {"path": str(b.path), "id": b.id} for b in bundles})
         return
@@ -124,9 +139,16 @@ def build(
     """Build a TensorRT plan of a bundle on the GPU it will run on; kept only if it gives the known answers."""
     from chexnet_deploy.pipeline import build_bundle
 
-    with progress() as on_phase:
+    with progress() as on_phase, cancellation() as cancelled:
         made = build_bundle(
-            bundle, out, spec, backend=backend.value, device=device, timing_cache=timing_cache, on_phase=on_phase
+            bundle,
+            out,
+            spec,
+            backend=backend.value,
+            device=device,
+            timing_cache=timing_cache,
+            cancelled=cancelled,
+            on_phase=on_phase,
         )
     if as_json:
         typer.echo(made.manifest.model_dump_json())
@@ -152,6 +174,7 @@ def bench(
     min_runs: Annotated[int, typer.Option(min=1, help="Rounds at the least.")] = 100,
     min_duration_s: Annotated[float, typer.Option(min=0.0, help="Seconds for each engine and scenario.")] = 3.0,
     threads: Threads = None,
+    provider: OnProvider = ProviderName.CPU,
     as_json: JsonFlag = False,
 ) -> None:
     """Prove an engine on this machine: accuracy beside its fp32 model, and latency; PASS, FAIL or INCONCLUSIVE."""
@@ -170,6 +193,7 @@ def bench(
             out,
             effort=Effort(min_runs, min_duration_s),
             threads=threads,
+            provider=provider.value,
             with_html=html,
             on_phase=on_phase,
         )
@@ -186,12 +210,13 @@ def predict(
     images: Annotated[list[Path], typer.Argument(help="PNG or JPEG radiographs.")],
     cam: Annotated[Path | None, typer.Option(help="New folder for pictures of where the model looked.")] = None,
     threads: Threads = None,
+    provider: OnProvider = ProviderName.CPU,
     as_json: JsonFlag = False,
 ) -> None:
     """Name the findings in radiographs, with probabilities."""
     from chexnet_deploy.pipeline import predict_files
 
-    predictions = predict_files(bundle, images, cam, threads=threads)
+    predictions = predict_files(bundle, images, cam, threads=threads, provider=provider.value)
     if as_json:
         _print_json({str(p): {"probabilities": x.probabilities, "present": x.present} for p, x in predictions.items()})
         return
@@ -208,13 +233,16 @@ def evaluate(
     split: Annotated[SplitName, typer.Option(help="Whose images.")] = SplitName.TEST,
     images: ImagesOption = None,
     threads: Threads = None,
+    provider: OnProvider = ProviderName.CPU,
     as_json: JsonFlag = False,
 ) -> None:
     """Measure AUROC per finding on labelled images."""
     from chexnet_deploy.pipeline import evaluate_bundle
 
     with progress() as on_phase:
-        result = evaluate_bundle(bundle, data, split.value, images, threads=threads, on_phase=on_phase)
+        result = evaluate_bundle(
+            bundle, data, split.value, images, threads=threads, provider=provider.value, on_phase=on_phase
+        )
     if as_json:
         typer.echo(result.model_dump_json())
         return
@@ -299,6 +327,19 @@ def run_program(program: typer.Typer) -> None:
             _fail(_INTERRUPTED, 130)
         traceback.print_exc()
         sys.exit(70)
+
+
+@contextmanager
+def cancellation() -> Iterator[threading.Event]:
+    """Turn Ctrl-C into an event while TensorRT builds: its bindings swallow the exception that Ctrl-C raises."""
+    event = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda number, frame: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if event.is_set():
+            raise KeyboardInterrupt
 
 
 @contextmanager

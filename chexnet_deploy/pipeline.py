@@ -4,6 +4,7 @@ The command line, the demo and the benchmarks call these.
 """
 
 import math
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -31,7 +32,7 @@ from chexnet_deploy.metrics.auroc import auroc, mean_auroc
 from chexnet_deploy.phases import OnPhase
 from chexnet_deploy.predictor import Prediction, Predictor, draw_cam, sigmoid
 from chexnet_deploy.scoring import LabelledImages, score_files
-from chexnet_deploy.sessions import open_session
+from chexnet_deploy.sessions import Provider, open_session
 from chexnet_deploy.sessions.target import open_driver
 from chexnet_deploy.sessions.tensorrt_versions import Backend, open_tensorrt
 from chexnet_deploy.spec import read_spec
@@ -187,6 +188,7 @@ def build_bundle(
     backend: Backend = "tensorrt",
     device: int = 0,
     timing_cache: Path | None = None,
+    cancelled: threading.Event | None = None,
     on_phase: OnPhase,
 ) -> Bundle:
     """Build a plan bundle; the spec is that of the bundle's precision where none is named.
@@ -199,7 +201,14 @@ def build_bundle(
     bundle = Bundle.open(path)
     chosen = read_spec(bundle.manifest.precision.value if spec is None else spec)
     return build_engine(
-        bundle, chosen, out, backend=backend, device=device, timing_cache=timing_cache, on_phase=on_phase
+        bundle,
+        chosen,
+        out,
+        backend=backend,
+        device=device,
+        timing_cache=timing_cache,
+        cancelled=cancelled,
+        on_phase=on_phase,
     )
 
 
@@ -214,6 +223,7 @@ def bench_bundles(
     *,
     effort: Effort,
     threads: int | None,
+    provider: Provider,
     with_html: bool,
     on_phase: OnPhase,
 ) -> BenchReport:
@@ -242,6 +252,7 @@ def bench_bundles(
             data=data,
             effort=effort,
             threads=threads,
+            provider=provider,
             on_phase=on_phase,
         )
         (partial / "report.json").write_text(run.report.model_dump_json(indent=1) + "\n")
@@ -249,13 +260,13 @@ def bench_bundles(
             for name, logits in run.logits.items():
                 write_predictions(partial / f"logits-{name}.csv", images, reference.manifest.findings, logits)
         if report_room is not None:
-            with Predictor.open(engine_paths[-1], threads=threads) as predictor:
+            with Predictor.open(engine_paths[-1], threads=threads, provider=provider) as predictor:
                 report_room.write_html(partial / "report.html", run, predictor)
     return run.report
 
 
 def predict_files(
-    bundle: Path, images: Sequence[Path], cam_folder: Path | None, *, threads: int | None
+    bundle: Path, images: Sequence[Path], cam_folder: Path | None, *, threads: int | None, provider: Provider
 ) -> dict[Path, Prediction]:
     """Predict each file, and draw the map of each finding called present (or of the likeliest) into a new folder.
 
@@ -269,7 +280,7 @@ def predict_files(
         )
     with ExitStack() as stack:
         partial = None if cam_folder is None else stack.enter_context(_new_folder(cam_folder))
-        predictor = stack.enter_context(Predictor.open(bundle, threads=threads))
+        predictor = stack.enter_context(Predictor.open(bundle, threads=threads, provider=provider))
         predictions = {}
         for path in images:
             gray = read_image(path)
@@ -283,13 +294,20 @@ def predict_files(
 
 
 def evaluate_bundle(
-    path: Path, data_root: Path, split: Split, image_list: Path | None, *, threads: int | None, on_phase: OnPhase
+    path: Path,
+    data_root: Path,
+    split: Split,
+    image_list: Path | None,
+    *,
+    threads: int | None,
+    provider: Provider,
+    on_phase: OnPhase,
 ) -> Evaluation:
     """Measure a bundle's AUROC on the labelled images of a split that are on disk, or on those of them a list names."""
     bundle = Bundle.open(path)
     findings = bundle.manifest.findings
     images, words = _label(data_root, split, image_list, findings)
-    session = open_session(bundle, threads=threads)
+    session = open_session(bundle, threads=threads, provider=provider)
     n_images = len(images.paths)
     logits = score_files(
         {"model": session},

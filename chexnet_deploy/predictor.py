@@ -15,7 +15,7 @@ from PIL import Image
 from chexnet_deploy.bundle import Bundle, Manifest
 from chexnet_deploy.errors import SessionError
 from chexnet_deploy.images import Gray, read_image
-from chexnet_deploy.sessions import Logits, Session, open_session
+from chexnet_deploy.sessions import Logits, Provider, Session, open_session
 
 ImageSource: TypeAlias = Path | str | Gray
 
@@ -57,14 +57,14 @@ class Predictor:
         self._operating_points = dict(manifest.operating_points)
 
     @classmethod
-    def open(cls, path: Path | str, *, threads: int | None = None) -> "Predictor":
-        """Verify a bundle, load it and check its known answers.
+    def open(cls, path: Path | str, *, threads: int | None = None, provider: Provider = "cpu") -> "Predictor":
+        """Verify a bundle, load it and check its known answers; see open_session for the arguments.
 
         Raises:
             BundleError, SessionError, MissingPackageError: see Bundle.open and open_session.
         """
         bundle = Bundle.open(Path(path))
-        return cls(open_session(bundle, threads=threads), bundle.manifest)
+        return cls(open_session(bundle, threads=threads, provider=provider), bundle.manifest)
 
     def predict(self, image: ImageSource) -> Prediction:
         """Return the findings in one radiograph.

@@ -153,7 +153,12 @@ A convolution count above 121 holds BatchNorms that the backend runs as convolut
 {{ engine.target.backend }} {{ engine.target.tensorrt }}, driver's CUDA {{ engine.target.driver }},
 {{ engine.target.platform }}; built in {{ "%.1f"|format(engine.card.build_s) }} s,
 {{ "%.1f"|format(engine.card.plan_bytes / 1048576) }} MiB, {{ engine.card.n_layers }} layers,
-batch {{ engine.card.batch|join(" / ") }}.
+batch {{ engine.card.batch|join(" / ") }}, {{ engine.card.n_reformats }} reformats,
+{{ "%.1f"|format(engine.card.activation_bytes / 1048576) }} MiB of activations a lane.
+Not in {{ engine.precision.type_name }}: {{ engine.card.fallbacks|join(", ") or "none" }}.
+{%- if engine.stage_times_ms %} One image on the GPU's clock:
+{% for name, ms in engine.stage_times_ms.items() %}
+{{ name }} {{ "%.3f"|format(ms) }} ms{{ ", " if not loop.last }}{% endfor %}.{% endif %}
 {%- for warning in engine.card.warnings %} TensorRT warned: {{ warning }}.{% endfor %}</p>
 {% endif %}
 {% if engine.parity %}

@@ -343,7 +343,10 @@ def manifests(draw: st.DrawFn) -> Manifest:
         plan_bytes=st.integers(0, 2**40),
         batch=st.tuples(*[st.integers(1, 512)] * 3),
         conv_types=st.dictionaries(_text, st.integers(0, 200), max_size=3),
+        fallbacks=st.lists(_text, max_size=2).map(tuple),
         n_layers=st.integers(0, 500),
+        n_reformats=st.integers(0, 500),
+        activation_bytes=st.integers(0, 2**40),
         warnings=st.lists(_text, max_size=2).map(tuple),
     )
     return Manifest(

@@ -182,6 +182,32 @@ def test_int8_graph(bundles: dict[str, Bundle], trt8: Bundle, dialect: str, scal
             assert not zero_point.any()
 
 
+# TensorRT 8.6 can't be compiled with on a machine without a GPU, so what its parser reads is checked on the models:
+# opset 17 at the most, and these operators out of onnx-tensorrt's support matrix (docs/operators.md, release 8.6).
+OPERATORS_OF_8_6 = {
+    *("Add", "AveragePool", "BatchNormalization", "Cast", "Concat", "Constant", "Conv", "DequantizeLinear", "MaxPool"),
+    *("Mul", "QuantizeLinear", "ReduceMean", "Relu", "Sub"),
+}
+
+
+def test_tensorrt_8_6_can_parse_its_models(bundles: dict[str, Bundle], trt8: Bundle) -> None:
+    for bundle in (bundles["fp32"], bundles["fp16"], trt8):
+        model = graph_of(bundle)
+        assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 17)]
+        assert {node.op_type for node in model.graph.node} <= OPERATORS_OF_8_6
+        types = {tensor.data_type for tensor in model.graph.initializer}
+        # It takes int8 weights only as float32 with a Q/DQ pair of their own; initialisers of int8 are zero points.
+        assert types <= {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT8}
+        for node in model.graph.node:
+            if node.op_type in ("AveragePool", "MaxPool"):
+                assert attribute(node, "ceil_mode", 0) == 0
+            if node.op_type == "Cast":
+                assert attribute(node, "to", 0) in (TensorProto.FLOAT, TensorProto.FLOAT16)
+    zero_points = {node.input[2] for node in graph_of(trt8).graph.node if node.op_type.endswith("QuantizeLinear")}
+    int8_tensors = {t.name for t in graph_of(trt8).graph.initializer if t.data_type == TensorProto.INT8}
+    assert int8_tensors <= zero_points
+
+
 def test_the_two_dialects_have_the_same_scales(bundles: dict[str, Bundle], trt8: Bundle) -> None:
     scales = []
     for bundle in (bundles["int8"], trt8):

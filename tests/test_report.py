@@ -55,6 +55,9 @@ def test_a_plan_shows_its_card(run: BenchRun, bundles: dict[str, Bundle], tmp_pa
         plan_bytes=9 << 20,
         batch=(1, 8, 32),
         conv_types={"int8": 119},
+        fallbacks=("/features/conv0/Conv", "/Conv"),
+        n_reformats=3,
+        activation_bytes=40 << 20,
         n_layers=187,
         warnings=("careful",),
     )
@@ -64,4 +67,4 @@ def test_a_plan_shows_its_card(run: BenchRun, bundles: dict[str, Bundle], tmp_pa
     )
     words = " ".join(page.split())
     assert "Plan for NVIDIA L4 (compute capability 8.9), tensorrt 10.3.0, driver's CUDA 12.4" in words
-    assert "built in 61.2 s, 9.0 MiB, 187 layers, batch 1 / 8 / 32. TensorRT warned: careful." in words
+    assert "built in 61.2 s, 9.0 MiB, 187 layers, batch 1 / 8 / 32, 3 reformats, 40.0 MiB of activations a lane. Not in int8: /features/conv0/Conv, /Conv. TensorRT warned: careful." in words

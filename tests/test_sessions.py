@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 
@@ -142,6 +143,22 @@ def test_more_threads_than_cores_are_refused(bundles: dict[str, Bundle], threads
         OrtSession.open(bundles["fp32"], threads=threads)
 
 
+def test_a_provider_that_is_not_there_is_refused(bundles: dict[str, Bundle]) -> None:
+    if "CUDAExecutionProvider" in ort.get_available_providers():
+        pytest.skip("NOT RUN: this ONNX Runtime has CUDA")
+    with pytest.raises(SessionError, match=r"no CUDAExecutionProvider\. Install onnxruntime-gpu"):
+        open_session(bundles["fp32"], provider="cuda")
+
+
+def test_a_silent_fall_back_to_the_cpu_is_refused(bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
+    # What ONNX Runtime does where its CUDA provider is listed but cuDNN is missing.
+    real = ort.InferenceSession
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(ort, "InferenceSession", lambda model, options, providers: real(model, options))
+    with pytest.raises(SessionError, match="fell back from CUDAExecutionProvider to CPUExecutionProvider"):
+        OrtSession.open(bundles["fp32"], provider="cuda")
+
+
 class SmallBatches:
     """A session that takes at most 4 images, as a plan for a scanner does."""
 
@@ -158,6 +175,9 @@ class SmallBatches:
 
     def conv_types(self) -> Mapping[str, int]:
         return self.inner.conv_types()
+
+    def stage_times_ms(self, pixels: Pixels) -> Mapping[str, float]:
+        return {}
 
     def close(self) -> None:
         self.inner.close()

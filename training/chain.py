@@ -59,6 +59,7 @@ def train_export_bench(
         folder / BENCH,
         effort=effort,
         threads=None,
+        provider="cpu",
         with_html=True,
         on_phase=on_phase,
     )

@@ -9,7 +9,10 @@ from time import perf_counter
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 from chexnet_deploy.builder.layers import Layer, conv_types, parse_inspector, parse_log
+from chexnet_deploy.bundle import Precision
 from chexnet_deploy.errors import ExportError
 from chexnet_deploy.phases import OnPhase
 from chexnet_deploy.sessions.tensorrt_versions import Family
@@ -125,6 +128,10 @@ def _configure(
     spec = options.spec
     for name in family.precision_flags.get(spec.precision.value, ()):
         config.set_flag(getattr(trt.BuilderFlag, name))
+    if spec.precision is Precision.FP16 and family.precision_flags:
+        _pin_float16(trt, network)
+    if family.tactic_sources:
+        config.set_tactic_sources(_flags(trt.TacticSource, family.tactic_sources))
     # TF32 would round the fp32 reference to ten bits of mantissa, silently.
     config.clear_flag(trt.BuilderFlag.TF32)
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, spec.build.workspace_mib * _MIB)
@@ -149,6 +156,17 @@ def _configure(
     low, best, high = ((n, *sides) for n in (spec.batch.min, spec.batch.opt, spec.batch.max))
     profile.set_shape(INPUT, low, best, high)
     config.add_optimization_profile(profile)
+
+
+def _pin_float16(trt: ModuleType, network: Any) -> None:
+    """Ask a weakly typed network for float16 where the ONNX holds it: the fastest kernel may be another type's."""
+    for i in range(network.num_layers):
+        layer = network.get_layer(i)
+        if layer.type == trt.LayerType.CONVOLUTION:
+            convolution = network.get_layer(i)
+            convolution.__class__ = trt.IConvolutionLayer  # the bindings return the base class
+            if convolution.kernel.dtype in (np.dtype(np.float16), trt.DataType.HALF):
+                layer.precision = trt.DataType.HALF
 
 
 def _inspect(trt: ModuleType, log: Any, plan: Any) -> tuple[Layer, ...]:

@@ -1,6 +1,7 @@
 """ONNX bundle + spec -> plan bundle, on the GPU it will run on; kept only when it gives the known answers."""
 
 import fcntl
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from types import ModuleType
 import numpy as np
 
 from chexnet_deploy.builder.compile import Compiled, CompileOptions, compile_onnx
+from chexnet_deploy.builder.layers import count_reformats
 from chexnet_deploy.builder.timing_cache import cache_key, read_cache, write_cache
 from chexnet_deploy.bundle import (
     ONNX_MODEL,
@@ -40,6 +42,7 @@ def build_engine(
     backend: Backend = "tensorrt",
     device: int = 0,
     timing_cache: Path | None = None,
+    cancelled: threading.Event | None = None,
     on_phase: OnPhase | None = None,
 ) -> Bundle:
     """Build a plan bundle. Of two processes that build into one place the second waits, and finds it there.
@@ -51,6 +54,8 @@ def build_engine(
         backend: which TensorRT builds it.
         device: the GPU's number.
         timing_cache: a file to start from and to write; left aside with a warning where it is not of this build.
+        cancelled: set it from another thread or a signal handler to stop at TensorRT's next step; 8.6 has no steps and
+            stops when it has built. Nothing is kept.
         on_phase: called with TensorRT's phase, what is done and of how much.
 
     Raises:
@@ -77,18 +82,24 @@ def build_engine(
             raise BundleError(f"another process built {out} meanwhile. Use that one.")
         key = cache_key(bundle.manifest.files[ONNX_MODEL], target, spec)
         cached, left_aside = (b"", None) if timing_cache is None else read_cache(timing_cache, key)
-        compiled = _compile(cuda, trt, family, device, bundle, CompileOptions(spec, timing_cache=cached), on_phase)
+        options = CompileOptions(spec, timing_cache=cached)
+        with _primary_context(cuda, device):
+            compiled = compile_onnx(trt, family, bundle.read_model(), options, cancelled=cancelled, on_phase=on_phase)
         refuse_dropped_precision(bundle.manifest, compiled)
         if timing_cache is not None and compiled.timing_cache:
             write_cache(timing_cache, key, compiled.timing_cache)
         types = dict(Counter(compiled.conv_types.values()))
-        logits = _known_answers(bundle, compiled.plan, types, backend, device)
+        wanted = bundle.manifest.precision.type_name
+        logits, activation_bytes = _known_answers(bundle, compiled.plan, types, backend, device)
         card = EngineCard(
             build_s=compiled.build_s,
             plan_bytes=len(compiled.plan),
             batch=(spec.batch.min, spec.batch.opt, spec.batch.max),
             conv_types=types,
+            fallbacks=tuple(name for name, kind in compiled.conv_types.items() if kind != wanted),
             n_layers=len(compiled.layers),
+            n_reformats=count_reformats(compiled.layers),
+            activation_bytes=activation_bytes,
             warnings=compiled.warnings if left_aside is None else (left_aside, *compiled.warnings),
         )
         return _keep(bundle, spec, out, compiled.plan, logits, target, card)
@@ -103,30 +114,26 @@ def one_builder(out: Path) -> Iterator[None]:
         yield
 
 
-def _compile(
-    cuda: ModuleType,
-    trt: ModuleType,
-    family: Family,
-    device: int,
-    bundle: Bundle,
-    options: CompileOptions,
-    on_phase: OnPhase | None,
-) -> Compiled:
+@contextmanager
+def _primary_context(cuda: ModuleType, device: int) -> Iterator[None]:
     context = cuda.Device(device).retain_primary_context()
     context.push()
     try:
-        return compile_onnx(trt, family, bundle.read_model(), options, on_phase=on_phase)
+        yield
     finally:
         cuda.Context.pop()
         context.detach()
 
 
-def _known_answers(bundle: Bundle, plan: bytes, types: dict[str, int], backend: Backend, device: int) -> Logits:
+def _known_answers(
+    bundle: Bundle, plan: bytes, types: dict[str, int], backend: Backend, device: int
+) -> tuple[Logits, int]:
+    """Return the plan's logits of the probe, and the bytes of activations it needs."""
     pixels = bundle.read_probe().pixels
     side = bundle.manifest.preprocessing.resize_px
     session = TrtSession(plan, backend=backend, resize_px=side, conv_types=types, device=device)
     try:
-        return run_in_batches(session, pixels)[0]
+        return run_in_batches(session, pixels)[0], session.device_memory_bytes
     finally:
         session.close()
 

@@ -109,6 +109,11 @@ def conv_types(layers: Sequence[Layer], conv_names: Sequence[str]) -> dict[str, 
     return {name: found[0].input_types[0] for name, found in made_from.items()}
 
 
+def count_reformats(layers: Sequence[Layer]) -> int:
+    """Return how many layers only change a tensor's type or layout: what is not fused costs a pass over memory."""
+    return sum("reformat" in layer.kind.lower() or "reformat" in layer.name.lower() for layer in layers)
+
+
 def _types(tensors: str) -> tuple[str, ...]:
     return tuple(_TYPES.get(name, name) for name in _TYPE.findall(tensors))
 

@@ -4,9 +4,9 @@ import numpy as np
 
 from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.errors import MissingPackageError, SessionError
-from chexnet_deploy.sessions.base import Logits, Maps, Session, run_in_batches
+from chexnet_deploy.sessions.base import Logits, Maps, Provider, Session, run_in_batches
 
-__all__ = ["Logits", "Maps", "Session", "check_known_answers", "open_session", "run_in_batches"]
+__all__ = ["Logits", "Maps", "Provider", "Session", "check_known_answers", "open_session", "run_in_batches"]
 
 N_STARTUP_PROBES = 4  # enough to catch a wrong file or backend, few enough for a scanner's start-up
 # What two machines may differ by beyond the error measured when the bundle was kept: other instruction sets round
@@ -15,12 +15,13 @@ LOGIT_SLACK = 2e-3
 CAM_IDENTITY_TOLERANCE = 1e-4
 
 
-def open_session(bundle: Bundle, *, threads: int | None = None) -> Session:
+def open_session(bundle: Bundle, *, threads: int | None = None, provider: Provider = "cpu") -> Session:
     """Load a bundle on the backend it was made for and check its known answers.
 
     Args:
         bundle: verified.
         threads: CPU threads for one call, for ONNX bundles; None takes all cores.
+        provider: what ONNX Runtime runs an ONNX bundle on.
 
     Raises:
         MissingPackageError: the backend is not installed.
@@ -37,7 +38,7 @@ def open_session(bundle: Bundle, *, threads: int | None = None) -> Session:
             from chexnet_deploy.sessions.ort import OrtSession
         except ModuleNotFoundError as err:
             raise MissingPackageError("onnxruntime is not installed. Run: pip install 'chexnet-deploy[cpu]'") from err
-        session = OrtSession.open(bundle, threads=threads)
+        session = OrtSession.open(bundle, threads=threads, provider=provider)
     check_known_answers(session, bundle, n_probes=N_STARTUP_PROBES)
     return session
 

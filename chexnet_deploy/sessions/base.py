@@ -1,7 +1,7 @@
 """What every backend offers: pixels in, logits and activation maps out."""
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +10,7 @@ from chexnet_deploy.errors import SessionError
 from chexnet_deploy.preprocessing import Pixels
 
 Logits = NDArray[np.float32]  # [N, C], C in manifest order; no sigmoid in any graph
+Provider: TypeAlias = Literal["cpu", "cuda"]  # what ONNX Runtime runs on; plans know their GPU
 Maps = NDArray[np.float32]  # [N, C, S/32, S/32], class activation maps; mean over space + bias = logits
 
 
@@ -34,6 +35,10 @@ class Session(Protocol):
 
         A backend may run a BatchNorm as a convolution of its own; it is counted then.
         """
+        ...
+
+    def stage_times_ms(self, pixels: Pixels) -> Mapping[str, float]:
+        """Return how long one run spends in each stage, e.g. {"upload": 0.02, …}; empty where a backend can't tell."""
         ...
 
     def close(self) -> None:

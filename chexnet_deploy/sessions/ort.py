@@ -1,4 +1,4 @@
-"""A Session on ONNX Runtime's CPU provider: the fp32 reference everywhere, and a backend for boxes without a GPU.
+"""A Session on ONNX Runtime, CPU or CUDA: the fp32 reference everywhere, and a backend for boxes without a GPU.
 
 The only room that imports onnxruntime, because of what must happen before it does.
 """
@@ -21,9 +21,13 @@ import onnxruntime as ort
 from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.errors import SessionError
 from chexnet_deploy.preprocessing import Pixels
-from chexnet_deploy.sessions.base import Logits, Maps, check_finite, check_pixels
+from chexnet_deploy.sessions.base import Logits, Maps, Provider, check_finite, check_pixels
 
-_PROVIDERS = ["CPUExecutionProvider"]
+# TF32 would round the fp32 reference to ten bits of mantissa, silently; ONNX Runtime has it on.
+_PROVIDERS: Mapping[Provider, tuple[str, dict[str, str]]] = {
+    "cpu": ("CPUExecutionProvider", {}),
+    "cuda": ("CUDAExecutionProvider", {"use_tf32": "0"}),
+}
 MAX_BATCH = 256  # 256 x 224 x 224 takes about 3 GB of activations; nobody gains from more on a CPU
 _LOG_ERRORS_ONLY = 3
 _TYPE_NAMES = {"float": "float32", "float16": "float16", "int8": "int8", "uint8": "int8"}
@@ -36,19 +40,21 @@ class OrtSession:
         model: the ONNX file's bytes.
         resize_px: side S of the pixels it takes.
         threads: threads for one call; None lets ONNX Runtime take all cores.
+        provider: what it runs on.
 
     Raises:
-        SessionError: ONNX Runtime refuses the model, or there are fewer cores than threads.
+        SessionError: ONNX Runtime refuses the model or has no such provider, or there are fewer cores than threads.
     """
 
-    def __init__(self, model: bytes, resize_px: int, *, threads: int | None = None) -> None:
+    def __init__(self, model: bytes, resize_px: int, *, threads: int | None = None, provider: Provider = "cpu") -> None:
         self.batch_range = (1, MAX_BATCH)
         self._model = model
         self._resize_px = resize_px
-        self._session: Any = load_onnx(model, _options(threads))
+        self._provider: Provider = provider
+        self._session: Any = load_onnx(model, _options(threads), provider)
 
     @classmethod
-    def open(cls, bundle: Bundle, *, threads: int | None = None) -> "OrtSession":
+    def open(cls, bundle: Bundle, *, threads: int | None = None, provider: Provider = "cpu") -> "OrtSession":
         """Load a bundle's model.
 
         Raises:
@@ -56,7 +62,8 @@ class OrtSession:
         """
         if bundle.manifest.dialect == "typed":
             require_float16_rounding()
-        return cls(bundle.read_model(), bundle.manifest.preprocessing.resize_px, threads=threads)
+        side = bundle.manifest.preprocessing.resize_px
+        return cls(bundle.read_model(), side, threads=threads, provider=provider)
 
     def run(self, pixels: Pixels) -> tuple[Logits, Maps]:
         """Return logits and maps of uint8 pixels [N, 1, S, S]; see Session.run."""
@@ -76,7 +83,7 @@ class OrtSession:
             options = _options(1)
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(folder) / "profile")
-            session = load_onnx(self._model, options)
+            session = load_onnx(self._model, options, self._provider)
             session.run(None, {"pixels": np.zeros((1, 1, self._resize_px, self._resize_px), np.uint8)})
             events = json.loads(Path(session.end_profiling()).read_text())
         counts: Counter[str] = Counter()
@@ -86,6 +93,10 @@ class OrtSession:
                 (input_type, _shape), *_ = arguments["input_type_shape"][0].items()
                 counts[_TYPE_NAMES.get(input_type, input_type)] += 1
         return dict(counts)
+
+    def stage_times_ms(self, pixels: Pixels) -> Mapping[str, float]:
+        """Return nothing: ONNX Runtime does not tell its stages apart."""
+        return {}
 
     def close(self) -> None:
         """Free the model."""
@@ -117,17 +128,30 @@ def require_float16_rounding() -> None:
         )
 
 
-def load_onnx(model: bytes, options: Any = None) -> Any:
-    """Return a bare onnxruntime.InferenceSession.
+def load_onnx(model: bytes, options: Any = None, provider: Provider = "cpu") -> Any:
+    """Return a bare onnxruntime.InferenceSession on exactly the provider asked for.
 
     Args:
         model: the ONNX file's bytes.
         options: onnxruntime.SessionOptions; None for this project's own.
+        provider: what it runs on.
 
     Raises:
-        SessionError: ONNX Runtime refuses the model.
+        SessionError: ONNX Runtime refuses the model, or would run it on another provider.
     """
+    name, settings = _PROVIDERS[provider]
+    if name not in ort.get_available_providers():
+        raise SessionError(
+            f"this ONNX Runtime {ort.__version__} has no {name}. Install onnxruntime-gpu in place of onnxruntime, or use cpu."
+        )
     try:
-        return ort.InferenceSession(model, options or _options(None), providers=_PROVIDERS)
+        session = ort.InferenceSession(model, options or _options(None), providers=[(name, settings)])
     except Exception as err:
         raise SessionError(f"ONNX Runtime {ort.__version__} refuses this model: {err}") from err
+    # Where a provider does not start, a missing cuDNN say, ONNX Runtime goes on with the CPU and a line in its log.
+    if session.get_providers()[0] != name:
+        raise SessionError(
+            f"ONNX Runtime {ort.__version__} fell back from {name} to {session.get_providers()[0]}. "
+            f"Check the CUDA and cuDNN versions that it needs, or use cpu."
+        )
+    return session

@@ -1,11 +1,14 @@
 """Which GPU and driver this is. Looks before TensorRT does: on a machine without a driver its Runtime ends the process."""
 
+import logging
 import platform
 from types import ModuleType
 
 from chexnet_deploy.bundle import Target
 from chexnet_deploy.errors import MissingPackageError, SessionError
 from chexnet_deploy.sessions.tensorrt_versions import Backend
+
+_LOG = logging.getLogger(__name__)
 
 
 def open_driver() -> ModuleType:
@@ -58,7 +61,8 @@ def this_target(cuda: ModuleType, backend: Backend, tensorrt: str, device: int =
 def refuse_other_target(built_for: Target, here: Target, path: str) -> None:
     """Refuse a plan made elsewhere, before a byte of it reaches TensorRT.
 
-    A newer driver is allowed: the known answers, which follow, decide.
+    A newer driver is logged and allowed: the known answers, which follow, decide. The GPU is compared by its name and not
+    by its UUID: a plan serves every GPU of the model it was built on.
 
     Raises:
         SessionError: names what differs and the next step.
@@ -70,6 +74,13 @@ def refuse_other_target(built_for: Target, here: Target, path: str) -> None:
     ]
     if _numbers(here.driver) < _numbers(built_for.driver):
         differ.append(f"driver's CUDA {built_for.driver}, here the older {here.driver}")
+    elif here.driver != built_for.driver:
+        _LOG.warning(
+            "%s was built with the driver of CUDA %s, here is the newer %s; its known answers decide.",
+            path,
+            built_for.driver,
+            here.driver,
+        )
     if differ:
         raise SessionError(
             f"{path} was built for another machine: {'; '.join(differ)}. Engines do not move between machines. "

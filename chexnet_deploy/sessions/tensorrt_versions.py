@@ -30,8 +30,11 @@ class Family:
         max_opset: newest ONNX opset its parser reads.
         has_progress_monitor: IProgressMonitor came with 10.0.
         names_nodes: its parser's errors name the ONNX node, from 10.0 on; before, they number it.
+        tactic_sources: names in TacticSource to choose kernels from; empty for TensorRT's own choice.
         has_timing_cache: it times kernels while it builds; RTX chooses them at load.
-        compiles_without_gpu: the GPU is named, not looked for, and the layer table is logged, not inspected.
+        has_memory_v2: execution contexts are given their memory by the calls that replaced the first ones in 11.
+        compiles_without_gpu: the GPU is named, not looked for; the layer table is logged, not inspected; and kernels are
+            finished on the GPU at hand when a plan is loaded.
     """
 
     name: str
@@ -42,7 +45,9 @@ class Family:
     max_opset: int
     has_progress_monitor: bool
     names_nodes: bool
+    tactic_sources: tuple[str, ...]
     has_timing_cache: bool
+    has_memory_v2: bool
     compiles_without_gpu: bool
 
 
@@ -55,7 +60,9 @@ _TYPED = Family(
     max_opset=19,
     has_progress_monitor=True,
     names_nodes=True,
+    tactic_sources=(),
     has_timing_cache=True,
+    has_memory_v2=False,
     compiles_without_gpu=False,
 )
 FAMILIES = (
@@ -65,20 +72,23 @@ FAMILIES = (
         name="TensorRT 8.6",
         majors=(8,),
         creation_flags=("EXPLICIT_BATCH",),
-        precision_flags=MappingProxyType({"fp16": ("FP16",), "int8": ("FP16", "INT8")}),
+        precision_flags=MappingProxyType({"fp16": ("FP16", "OBEY_PRECISION_CONSTRAINTS"), "int8": ("FP16", "INT8")}),
         max_opset=17,
         has_progress_monitor=False,
         names_nodes=False,
+        # Its own kernels alone: a small edge system need not carry cuDNN and cuBLAS for a DenseNet.
+        tactic_sources=("EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS"),
     ),
     _TYPED,
     # 11 knows no other networks and ignores the flag; BuilderFlag.FP16 and INT8 are gone.
-    replace(_TYPED, name="TensorRT 11", majors=(11,)),
+    replace(_TYPED, name="TensorRT 11", majors=(11,), has_memory_v2=True),
     replace(
         _TYPED,
         name="TensorRT for RTX 1",
         backend="tensorrt_rtx",
         majors=(1,),
         has_timing_cache=False,
+        has_memory_v2=True,
         compiles_without_gpu=True,
     ),
 )

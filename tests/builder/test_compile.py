@@ -1,18 +1,19 @@
 """TensorRT for RTX really compiles what this package exports; it needs no GPU for that."""
 
 import json
+import signal
 import threading
 from collections import Counter
 from dataclasses import replace
 from types import ModuleType
 
-import onnx
 import pytest
 from onnx import TensorProto, helper
 
 from chexnet_deploy.builder.compile import CompileOptions, compile_onnx
-from chexnet_deploy.builder.layers import Layer, conv_types, parse_inspector, parse_log
+from chexnet_deploy.builder.layers import Layer, conv_types, count_reformats, parse_inspector, parse_log
 from chexnet_deploy.bundle import Bundle
+from chexnet_deploy.cli import cancellation
 from chexnet_deploy.errors import ExportError
 from chexnet_deploy.sessions.tensorrt_versions import Family, open_tensorrt
 from chexnet_deploy.spec import BatchProfile, BuildOptions, read_spec
@@ -93,13 +94,16 @@ def test_a_cancelled_build_gives_nothing(rtx: tuple[ModuleType, Family], bundles
         )
 
 
-# TensorRT 8.6 can't be compiled with here: what its parser needs of a model is checked on the model.
-
-
-def test_models_for_8_6_have_an_opset_it_reads(bundles: dict[str, Bundle]) -> None:
-    for precision in ("fp32", "fp16"):
-        model = onnx.load_from_string(bundles[precision].read_model())
-        assert [entry.version for entry in model.opset_import if entry.domain == ""] == [17]
+def test_ctrl_c_ends_a_build(rtx: tuple[ModuleType, Family], bundles: dict[str, Bundle]) -> None:
+    with pytest.raises(KeyboardInterrupt), cancellation() as cancelled:  # noqa: SIM117
+        with pytest.raises(ExportError, match="cancelled"):
+            compile_onnx(
+                *rtx,
+                bundles["int8"].read_model(),
+                AMPERE,
+                cancelled=cancelled,
+                on_phase=lambda phase, done, total: signal.raise_signal(signal.SIGINT),
+            )
 
 
 LINE = (
@@ -136,6 +140,7 @@ def test_an_entry_of_the_inspector_by_hand(prose: str, kind: str) -> None:
     }
     copy = {**entry, "Name": "Reformatting CopyNode for Input Tensor 0 to /a/Conv", "LayerType": "Reformat"}
     layers = parse_inspector(json.dumps({"Layers": [copy, entry]}))
+    assert count_reformats(layers) == 1
     assert conv_types(layers, ["/a/Conv"]) == {"/a/Conv": kind}
 
 

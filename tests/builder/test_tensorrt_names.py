@@ -14,14 +14,17 @@ from chexnet_deploy.errors import MissingPackageError, SessionError
 from chexnet_deploy.sessions.tensorrt_versions import FAMILIES, Family, family_of, open_tensorrt
 
 NAMES: dict[str, dict[str, list[str]]] = json.loads((Path(__file__).parent / "tensorrt_names.json").read_text())
-SOURCES = (Path(compiler.__file__), Path(compiler.__file__).parents[1] / "sessions" / "trt.py")
+SESSIONS = Path(compiler.__file__).parents[1] / "sessions"
+SOURCES = (Path(compiler.__file__), SESSIONS / "trt.py", SESSIONS / "lane.py")
 # What they call their objects.
 CLASS_OF = {
     "runtime": "Runtime",
     "_runtime": "Runtime",
     "engine": "ICudaEngine",
     "_engine": "ICudaEngine",
-    "_execution": "IExecutionContext",
+    "execution": "IExecutionContext",
+    "jit": "IRuntimeConfig",
+    "convolution": "IConvolutionLayer",
     "inspector": "EngineInspector",
     "builder": "Builder",
     "network": "INetworkDefinition",
@@ -37,6 +40,18 @@ GUARDED = {
     ("IBuilderConfig", "progress_monitor"): "has_progress_monitor",
     ("ParserError", "node_name"): "names_nodes",
     ("ParserError", "node_operator"): "names_nodes",
+    ("ILayer", "precision"): "precision_flags",
+    ("TacticSource", None): "tactic_sources",
+    ("IConvolutionLayer", "__class__"): "precision_flags",
+    ("ICudaEngine", "device_memory_size_v2"): "has_memory_v2",
+    ("IExecutionContext", "set_device_memory"): "has_memory_v2",
+    ("ICudaEngine", "device_memory_size"): "has_memory_v1",
+    ("ICudaEngine", "create_execution_context_without_device_memory"): "has_memory_v1",
+    ("IExecutionContext", "device_memory"): "has_memory_v1",
+    ("ExecutionContextAllocationStrategy", None): "has_memory_v2",
+    ("DynamicShapesKernelSpecializationStrategy", None): "compiles_without_gpu",
+    ("IRuntimeConfig", None): "compiles_without_gpu",
+    ("ICudaEngine", "create_runtime_config"): "compiles_without_gpu",
     ("ComputeCapability", None): "compiles_without_gpu",
     ("IBuilderConfig", "num_compute_capabilities"): "compiles_without_gpu",
     ("IBuilderConfig", "set_compute_capability"): "compiles_without_gpu",
@@ -71,11 +86,19 @@ def family_of_table(version: str) -> Family:
     return family_of("tensorrt_rtx", version[4:]) if version.startswith("rtx-") else family_of("tensorrt", version)
 
 
+def asks(family: Family, guard: str) -> bool:
+    return not family.has_memory_v2 if guard == "has_memory_v1" else bool(getattr(family, guard))
+
+
 def test_the_walk_finds_what_the_compiler_uses() -> None:
     used = used_names()
     assert len(used) > 25
     assert {("Builder", "build_serialized_network"), ("MemoryPoolType", "WORKSPACE"), ("ILogger", None)} <= used
-    assert {("IExecutionContext", "execute_async_v3"), ("ICudaEngine", "get_tensor_profile_shape")} <= used
+    assert {
+        ("IExecutionContext", "execute_async_v3"),
+        ("IRuntimeConfig", "set_execution_context_allocation_strategy"),
+    } <= used
+    assert {("IConvolutionLayer", "kernel"), ("ICudaEngine", "get_tensor_profile_shape")} <= used
 
 
 @pytest.mark.parametrize("version", NAMES)
@@ -84,9 +107,9 @@ def test_every_name_exists(version: str) -> None:
     missing = []
     for owner, member in sorted(used_names(), key=str):
         guard = GUARDED.get((owner, member)) or GUARDED.get((owner, None))
-        if guard is not None and not getattr(family, guard):
+        if guard is not None and not asks(family, guard):
             continue
-        exists = owner in names and (member is None or member in names[owner] or member == "__init__")
+        exists = owner in names and (member is None or member in names[owner] or member in ("__init__", "__class__"))
         if not exists:
             missing.append((owner, member))
     assert missing == []
@@ -98,6 +121,8 @@ def test_flags_taken_from_the_table_exist(version: str) -> None:
     assert set(family.creation_flags) <= set(names["NetworkDefinitionCreationFlag"])
     assert {flag for flags in family.precision_flags.values() for flag in flags} <= set(names["BuilderFlag"])
     assert "fp32" not in family.precision_flags  # a flag would let an fp32 model run in float16
+    assert set(family.tactic_sources) <= set(names["TacticSource"])
+    assert family.has_memory_v2 == ("device_memory_size" not in names["ICudaEngine"])
     # A guard that says no must say so because the name is not there, or it hides a feature.
     assert family.has_progress_monitor == ("IProgressMonitor" in names)
     assert family.names_nodes == ("node_name" in names["ParserError"])
