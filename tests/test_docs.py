@@ -38,13 +38,15 @@ def test_commands_on_your_own_data_and_the_scanner_example(phantom_root: Path, t
     (tmp_path / "recipe.toml").write_text(RECIPE)
     shutil.copy(sorted((phantom_root / "images").iterdir())[0], tmp_path / "radiograph.png")
     environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
-    for line in blocks("sh")[1].strip().split("\n"):
+    for line in [*blocks("sh")[1].strip().split("\n"), blocks("sh")[2].strip()]:
         words = shlex.split(
             line.replace("ROOT", str(phantom_root)).replace("training/recipes/chexnet14.toml", "recipe.toml")
         )
         words = [sys.executable, *(words[1:] if words[0] == "python" else ["-m", "chexnet_deploy", *words[1:]])]
         if "export" in words:
             words += ["--calibration-images", "100"]  # the phantom set is small
+        if "benchmarks.gpu" in words:
+            words += ["--dry-run", "--images", "20", "--row-deadline-s", "1", "--out", "gpu.json"]
         if "bench" in words:
             words += ["--min-runs", "1", "--min-duration-s", "0"]
         done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
