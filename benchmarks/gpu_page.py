@@ -54,7 +54,8 @@ _TEMPLATE = """<!doctype html>
 <style>
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 1500px; margin: 2rem auto; padding: 0 1rem; color: #1b1b1b }
 table { border-collapse: collapse; margin: .6rem 0 1.4rem } td, th { padding: .2rem .6rem; border-bottom: 1px solid #ddd;
-text-align: left; white-space: nowrap; font-variant-numeric: tabular-nums } .bad { color: #b00020 } .small { color: #555; font-size: 13px }
+text-align: left; white-space: nowrap; font-variant-numeric: tabular-nums }
+.bad { color: #b00020 } .small { color: #555; font-size: 13px }
 .bar { background: #3b6ea8; height: .7rem } td.bars { width: 12rem }
 </style></head><body>
 <h1>chexnet-deploy on {{ results.gpu.name if results.gpu else "a CPU (dry run)" }}</h1>

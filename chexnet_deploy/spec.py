@@ -95,6 +95,13 @@ class BuildOptions(_Record):
     optimization_level: Annotated[int, Field(ge=0, le=5)] = 3
     hardware_compatibility: Literal["none", "ampere_plus"] = "none"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _names_no_dla(cls, fields: object) -> object:
+        if isinstance(fields, Mapping) and any("dla" in str(name).lower() for name in fields):
+            raise ValueError("DLA is not supported: it has no Q/DQ int8 and no uint8 input. Build for the GPU")
+        return fields
+
 
 class EngineSpec(_Record):
     """One engine as promised: precision, batch sizes, how it is built and the gate it must pass.

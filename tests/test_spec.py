@@ -47,6 +47,7 @@ def test_latency_limits_are_a_table(tmp_path: Path) -> None:
         ("Hernia", "Hernya", "Hernya"),
         ("default = 0.005", "default = 0.0", "auroc_margin"),
         ("default = 0.005", "default = nan", "auroc_margin"),
+        ("[gate]", "[build]\ndla_core = 0\n[gate]", "DLA is not supported"),
         ("difference = 0.1", "difference = 1.5", "max_abs_probability_difference"),
         ('"fp16"', '"fp8"', "precision"),
         ('"unproven"', '"fast"', "latency"),
