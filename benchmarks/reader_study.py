@@ -1,0 +1,237 @@
+"""The reader study of Rajpurkar et al. 2017 on the public five-reader labels of ChestX-ray14, all 14 findings.
+
+    python -m benchmarks.reader_study --data ROOT [--predictions CSV] [--out benchmarks/results/reader-study.json]
+
+Three studies, each in every protocol of metrics/readers.py:
+
+    readers        the five readers alone
+    nih_labels     NIH's own labels, mined from reports, in the place of the model: what a network trained on them can
+                   hope for
+    predictions    a model's probabilities on those expert-read images that the CSV has
+
+A model's thresholds are those of the largest F1 on NIH labels. They are chosen on patients without expert reads who are
+not in the official test list either: its images are never used to tune anything. Writes aggregates only, no reads.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from chexnet_deploy.bench import Machine, describe_machine
+from chexnet_deploy.chestxray14 import ChestXray14, truth
+from chexnet_deploy.cli import run_program
+from chexnet_deploy.errors import DatasetError
+from chexnet_deploy.expert_labels import MAJORITY_READERS, ExpertLabels
+from chexnet_deploy.findings import FINDINGS
+from chexnet_deploy.metrics.readers import (
+    MODEL,
+    Answers,
+    Estimate,
+    FindingF1,
+    MeanF1,
+    ReaderStudy,
+    f1_threshold,
+    majority_protocol,
+    paper_protocol,
+    readers_only_protocol,
+)
+from chexnet_deploy.tables import Radiograph, _read_rows
+
+RESULTS = Path(__file__).parent / "results" / "reader-study.json"
+DIGITS = 6  # of a resampled F1 the third is already noise
+
+app = typer.Typer(add_completion=False)
+
+
+class Threshold(BaseModel):
+    """Where a finding's probability counts as positive, and the F1 it has on the images it was chosen on."""
+
+    model_config = ConfigDict(frozen=True)
+
+    finding: str
+    probability: float
+    f1: float
+    n_positive: int
+
+
+class Results(BaseModel):
+    """All studies; `both_protocols_s` is the paper's and the readers-only protocol of nih_labels: 386 images, 6 raters."""
+
+    model_config = ConfigDict(frozen=True)
+
+    source: str
+    machine: Machine
+    both_protocols_s: float
+    majority_readers: tuple[str, ...]
+    readers: tuple[ReaderStudy, ...]
+    nih_labels: tuple[ReaderStudy, ...]
+    predictions: tuple[ReaderStudy, ...]
+    n_threshold_images: int
+    n_threshold_patients: int
+    thresholds: tuple[Threshold, ...]
+
+
+@app.command()
+def main(
+    data: Annotated[Path, typer.Option(help="ChestX-ray14 with expert_labels/ in it.")],
+    predictions: Annotated[Path | None, typer.Option(help="Image Index and a column prob_FINDING each.")] = None,
+    out: Annotated[Path, typer.Option(help="The JSON to write.")] = RESULTS,
+) -> None:
+    """Run the study, print its tables and write the JSON."""
+    results = run_study(data, predictions)
+    for title, studies in (
+        ("Readers alone", results.readers),
+        ("NIH labels in the place of the model", results.nih_labels),
+        ("Predictions", results.predictions),
+    ):
+        for study in studies:
+            typer.echo(f"\n{title}\n{table(study)}")
+    typer.echo(f"\nPaper's and readers-only protocol on all images: {results.both_protocols_s:.2f} s")
+    rounded = json.loads(results.model_dump_json(), parse_float=lambda text: round(float(text), DIGITS))
+    out.write_text(json.dumps(rounded, indent=1) + "\n")
+
+
+def run_study(data: Path, predictions: Path | None) -> Results:
+    """Score the readers, NIH's labels and, where there are any, predictions."""
+    dataset, labels = ChestXray14.open(data), ExpertLabels.open(data / "expert_labels")
+    by_image = {radiograph.image: radiograph for radiograph in dataset.radiographs}
+    nih = truth(_rows_of(by_image, labels.images))
+    start_s = perf_counter()
+    both = _two_protocols(labels, nih)
+    both_protocols_s = perf_counter() - start_s
+    thresholds: tuple[Threshold, ...] = ()
+    studies: tuple[ReaderStudy, ...] = ()
+    n_images = n_patients = 0
+    if predictions is not None:
+        names, probabilities = read_predictions(predictions)
+        held_out = {by_image[image].patient for image in dataset.listed["test"]} | set(labels.patients.tolist())
+        predicted = _rows_of(by_image, names)
+        rows = [i for i, radiograph in enumerate(predicted) if radiograph.patient not in held_out]
+        tuning = [predicted[i] for i in rows]
+        n_images, n_patients = len(rows), len({radiograph.patient for radiograph in tuning})
+        thresholds = choose_thresholds(probabilities[rows], truth(tuning))
+        row_of = {name: i for i, name in enumerate(names)}
+        read = labels.select([image for image in labels.images if image in row_of])
+        scores = probabilities[[row_of[image] for image in read.images]]
+        decisions = scores >= np.array([threshold.probability for threshold in thresholds])
+        studies = (*_two_protocols(read, decisions), _majority(read, decisions))
+    return Results(
+        source="Nabulsi et al. 2021, all findings; Wang et al. 2017, labels of 2020",
+        machine=describe_machine(),
+        both_protocols_s=both_protocols_s,
+        majority_readers=MAJORITY_READERS,
+        readers=(*_two_protocols(labels, None), _majority(labels, None)),
+        nih_labels=(*both, _majority(labels, nih)),
+        predictions=studies,
+        n_threshold_images=n_images,
+        n_threshold_patients=n_patients,
+        thresholds=thresholds,
+    )
+
+
+def choose_thresholds(probabilities: NDArray[np.float64], present: NDArray[np.bool_]) -> tuple[Threshold, ...]:
+    """Return each finding's threshold of the largest F1; both arrays are [N, 14].
+
+    Raises:
+        DatasetError: a finding has no positive image, or there is no image.
+    """
+    thresholds = []
+    for finding, scores, labels in zip(FINDINGS, probabilities.T, present.T, strict=True):
+        at = f1_threshold(scores, labels)
+        if math.isnan(at):
+            raise DatasetError(
+                f"found no image of {finding} to choose its threshold on; needed one of a patient without expert reads "
+                f"outside the test list. Next: predict train_val images too."
+            )
+        called = scores >= at
+        f1 = 2 * (called & labels).sum() / (called.sum() + labels.sum())
+        thresholds.append(Threshold(finding=finding, probability=at, f1=f1, n_positive=labels.sum()))
+    return tuple(thresholds)
+
+
+def read_predictions(path: Path) -> tuple[list[str], NDArray[np.float64]]:
+    """Return image names [N] and probabilities [N, 14] of a CSV with Image Index and prob_FINDING columns.
+
+    Raises:
+        DatasetError: the file can't be read, an image is there twice or a value is no probability.
+    """
+    probabilities: dict[str, list[float]] = {}
+    columns = (("Image Index",), *((f"prob_{finding}",) for finding in FINDINGS))
+    for row, (image, *cells) in _read_rows(path, columns):
+        try:
+            values = [float(cell) for cell in cells]
+        except ValueError:
+            values = [math.nan]
+        if image in probabilities or not all(0 <= value <= 1 for value in values):
+            raise DatasetError(
+                f"{path}, row {row}: found {image} a second time or a value outside 0 to 1; needed one row an image "
+                f"with 14 probabilities. Next: predict again."
+            )
+        probabilities[image] = values
+    return list(probabilities), np.array(list(probabilities.values()))
+
+
+def table(study: ReaderStudy) -> str:
+    """Return one line a finding, and the mean: readers, their mean, the model and the difference."""
+    raters = list(study.mean.f1)
+    lines = [
+        f"{study.protocol}: {study.n_images} images of {study.n_patients} patients, {study.n_resamples:,} resamples of "
+        f"the {study.unit}s, seed {study.seed}",
+        f"{'':19}" + "".join(f"{name:>12}" for name in raters) + f"{'mean of readers':>23}{'model - mean':>25}",
+    ]
+    mean = study.mean
+    rows: list[tuple[str, FindingF1 | MeanF1]] = [(row.finding, row) for row in study.findings]
+    for name, row in (*rows, (f"mean of {mean.n_counted}", mean)):
+        cells = "".join(f"{_number(row.f1[rater]):>12}" for rater in raters)
+        lines.append(f"{name:19}{cells}{_interval(row.mean_of_readers):>23}{_interval(row.difference):>25}")
+    lines += [f"  not in the mean: {finding}: {why}" for finding, why in mean.left_out.items()]
+    if MODEL in mean.f1:
+        lines.append(f"  model, mean of {mean.n_counted}: {_interval(mean.f1[MODEL])}")
+    return "\n".join(lines)
+
+
+def _rows_of(by_image: Mapping[str, Radiograph], images: Sequence[str]) -> list[Radiograph]:
+    unknown = [image for image in images if image not in by_image]
+    if unknown:
+        raise DatasetError(
+            f"found {unknown[0]} and {len(unknown) - 1:,} more without a row in the NIH table; needed a row for each. "
+            f"Next: take the predictions and the expert reads of the images that the table has."
+        )
+    return [by_image[image] for image in images]
+
+
+def _two_protocols(labels: ExpertLabels, decisions: NDArray[np.bool_] | None) -> tuple[ReaderStudy, ReaderStudy]:
+    answers = _answers(labels, decisions)
+    return paper_protocol(answers), readers_only_protocol(answers)
+
+
+def _majority(labels: ExpertLabels, decisions: NDArray[np.bool_] | None) -> ReaderStudy:
+    return majority_protocol(_answers(labels, decisions), labels.majority, MAJORITY_READERS)
+
+
+def _answers(labels: ExpertLabels, decisions: NDArray[np.bool_] | None) -> Answers:
+    return Answers(FINDINGS, labels.patients, labels.readers, labels.reads, decisions)
+
+
+def _number(estimate: Estimate) -> str:
+    return "-" if estimate.value is None else f"{estimate.value:.3f}"
+
+
+def _interval(estimate: Estimate | None) -> str:
+    if estimate is None or estimate.value is None:
+        return "-"
+    if estimate.low is None:
+        return f"{estimate.value:.3f} (no interval)"
+    return f"{estimate.value:.3f} ({estimate.low:.3f}, {estimate.high:.3f})"
+
+
+if __name__ == "__main__":
+    run_program(app)
