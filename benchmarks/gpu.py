@@ -204,7 +204,7 @@ def _rows(found: Mapping[str, Bundle], checkpoint: Path, work: Path, interpreter
     for backend, python in pythons.items():
         for name in names:
             row = f"{backend}-{name}-checks"
-            plan = str(work / "plans" / f"{backend}-{name}-single")
+            plan = str(work / "plans" / f"{backend}-{name}-offline")
             if name != "fp32":
                 yield Row(row, (python, "checks", plan, str(work / row)))
     yield Row("tests", (here, "tests", str(work / "tests")))

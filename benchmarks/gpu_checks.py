@@ -1,17 +1,13 @@
 """Does a plan answer alike in every slot, batch size and thread, and does it leak? For any interpreter, without pytest."""
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from chexnet_deploy.bundle import Bundle
-from chexnet_deploy.predictor import sigmoid
+from chexnet_deploy.invariance import InvarianceReport, measure_invariance
 from chexnet_deploy.sessions.target import open_driver
 from chexnet_deploy.sessions.trt import TrtSession
 
-THREADS, LANES = 8, 2
+LANES = 2
 
 
 def memory_growth(plan: Bundle, n_runs: int) -> dict[str, float]:
@@ -30,31 +26,13 @@ def memory_growth(plan: Bundle, n_runs: int) -> dict[str, float]:
     return {"host_mib": after[0] - before[0], "device_mib": after[1] - before[1], "n_runs": n_runs}
 
 
-def invariance(plan: Bundle) -> dict[str, Any]:
-    """Return the largest |difference| of one image's answers over slots, batch sizes and threads."""
-    pixels = plan.read_probe().pixels
+def invariance(plan: Bundle) -> InvarianceReport:
+    """Measure how far one image's answers spread, with two lanes so that threads meet."""
     session = TrtSession.open(plan, lanes=LANES)
     try:
-        n = min(len(pixels), session.batch_range[1])
-        alone = np.concatenate([session.run(pixels[i : i + 1])[0] for i in range(n)])
-        with ThreadPoolExecutor(THREADS) as pool:
-            jobs = [pixels[i : i + 1] for i in range(n)] * THREADS
-            threaded = np.concatenate([logits for logits, _ in pool.map(session.run, jobs)])
-        turned = [np.roll(session.run(np.roll(pixels[:n], shift, 0))[0], -shift, 0) for shift in range(n)]
-        sizes = {size: session.run(pixels[:size])[0] for size in range(1, n + 1)}
+        return measure_invariance(session, plan.read_probe().pixels, session.batch_range[1])
     finally:
         session.close()
-    slots = np.stack(turned)
-    return {
-        "threads_max_abs_logit": float(np.abs(threaded - np.tile(alone, (THREADS, 1))).max()),
-        "slots_max_abs_logit": float(np.abs(slots - slots[0]).max()),
-        "batch_sizes_max_abs_logit": max(float(np.abs(got - alone[:size]).max()) for size, got in sizes.items()),
-        "batch_sizes_max_abs_probability": max(
-            float(np.abs(sigmoid(got) - sigmoid(alone[:size])).max()) for size, got in sizes.items()
-        ),
-        "n_images": n,
-        "largest_batch": n,
-    }
 
 
 def _resident_mib() -> float:

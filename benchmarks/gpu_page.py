@@ -100,10 +100,10 @@ plan. Array in, arrays out, copies included.</p>
 <td class="bad">{{ row.error }}</td></tr>
 {% endfor %}</table>
 <h2>Invariance and memory</h2>
-<table><tr><th>row</th><th>threads, slots, batch sizes: max |Δlogit|</th><th>growth over runs</th></tr>
+<table><tr><th>row</th><th>slots, neighbours, threads: max |Δlogit|</th><th>growth over runs</th></tr>
 {% for name, row in results.rows.items() if row.invariance %}
-<tr><td>{{ name }}</td><td>{{ "%.2g, %.2g, %.2g"|format(row.invariance.threads_max_abs_logit,
-row.invariance.slots_max_abs_logit, row.invariance.batch_sizes_max_abs_logit) }}</td>
+<tr><td>{{ name }}</td><td>{{ "%.2g, %.2g, %.2g"|format(row.invariance.slots.max_abs_logit_difference,
+row.invariance.neighbours.max_abs_logit_difference, row.invariance.threads.max_abs_logit_difference) }}</td>
 <td>{% if row.growth %}host {{ "%.1f"|format(row.growth.host_mib) }} MiB, device {{ "%.1f"|format(row.growth.device_mib) }} MiB
 over {{ row.growth.n_runs }}{% endif %}</td></tr>
 {% endfor %}</table>

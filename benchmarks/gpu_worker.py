@@ -152,7 +152,7 @@ def checks(
     from benchmarks.gpu_checks import invariance, memory_growth
 
     bundle = Bundle.open(plan)
-    result: dict[str, Any] = {"invariance": invariance(bundle)}
+    result: dict[str, Any] = {"invariance": invariance(bundle).model_dump()}
     _write(out, result)
     result["growth"] = memory_growth(bundle, runs)
     _write(out, result)

@@ -12,18 +12,21 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, computed_field
 
 from chexnet_deploy.bundle import Bundle, EngineCard, Precision, Target
 from chexnet_deploy.errors import BundleError, SpecError
 from chexnet_deploy.files import sha256_hex
+from chexnet_deploy.invariance import InvarianceReport, measure_invariance
 from chexnet_deploy.latency import LatencyReport, measure_latency
+from chexnet_deploy.metrics.agreement import map_correlation
 from chexnet_deploy.parity import ParityReport, Verdict, compare
 from chexnet_deploy.phases import OnPhase
 from chexnet_deploy.preprocessing import Pixels
 from chexnet_deploy.probe import N_PROBES
 from chexnet_deploy.scoring import LabelledImages, score_files
-from chexnet_deploy.sessions import Logits, Provider, Session, check_known_answers, open_session
+from chexnet_deploy.sessions import Logits, Maps, Provider, Session, check_known_answers, open_session
 from chexnet_deploy.spec import EngineSpec, LatencyGate
 
 REFERENCE = "reference"
@@ -56,6 +59,7 @@ class EngineResult(_Record):
         card: of a plan, what the builder made.
         spec: what it had to pass, with every limit.
         stage_times_ms: median times of one image in each stage, where the backend tells them apart.
+        invariance: how far one image's answers spread over slots, batch sizes and threads.
         parity: None where no labelled images were given; the verdict is then never PASS.
     """
 
@@ -71,6 +75,7 @@ class EngineResult(_Record):
     card: EngineCard | None = None
     spec: EngineSpec
     parity: ParityReport | None
+    invariance: InvarianceReport | None = None
     single_stream: LatencyReport
     offline: LatencyReport
     stage_times_ms: dict[str, float] = {}
@@ -196,10 +201,19 @@ def run_bench(
         sessions[REFERENCE] = open_session(reference, threads=threads)
         for name, (bundle, _) in zip(names, engines, strict=True):
             sessions[name] = open_session(bundle, threads=threads, provider=provider)
-        logits = _score(sessions, reference, images, on_phase)
+        answers = _score(sessions, reference, images, on_phase)
         speed = _measure({name: sessions[name] for name in names}, reference, engines, effort, on_phase)
         results = tuple(
-            _judge(name, bundle, spec, sessions[name], logits, images, speed[name])
+            _judge(
+                name,
+                bundle,
+                spec,
+                sessions[name],
+                answers,
+                images,
+                measure_invariance(sessions[name], reference.read_probe().pixels, spec.batch.max),
+                speed[name],
+            )
             for name, (bundle, spec) in zip(names, engines, strict=True)
         )
     finally:
@@ -216,7 +230,7 @@ def run_bench(
         findings=reference.manifest.findings,
         engines=results,
     )
-    return BenchRun(report, images, logits)
+    return BenchRun(report, images, answers.logits)
 
 
 def describe_machine() -> Machine:
@@ -249,21 +263,36 @@ def _distinct_names(bundles: Sequence[Bundle]) -> list[str]:
     return names
 
 
+@dataclass(frozen=True, slots=True)
+class _Answers:
+    """What the sessions said of the labelled images, by name; map correlations are with the reference."""
+
+    logits: Mapping[str, Logits]
+    map_correlation: Mapping[str, NDArray[np.float32]]
+
+
 def _score(
     sessions: Mapping[str, Session],
     reference: Bundle,
     images: LabelledImages | None,
     on_phase: OnPhase | None,
-) -> dict[str, Logits]:
+) -> _Answers:
     if images is None:
-        return {}
+        return _Answers({}, {})
     n_images = len(images.paths)
+    correlations: dict[str, list[NDArray[np.float32]]] = {name: [] for name in sessions}
+
+    def on_maps(maps: Mapping[str, Maps]) -> None:
+        for name, own in maps.items():
+            correlations[name].append(map_correlation(maps[REFERENCE], own))
 
     def on_images(done: int) -> None:
         if on_phase is not None:
             on_phase("accuracy", done, n_images)
 
-    return score_files(sessions, images.paths, reference.manifest.preprocessing, on_images=on_images)
+    preprocessing = reference.manifest.preprocessing
+    logits = score_files(sessions, images.paths, preprocessing, on_images=on_images, on_maps=on_maps)
+    return _Answers(logits, {name: np.concatenate(parts) for name, parts in correlations.items()})
 
 
 def _measure(
@@ -308,8 +337,9 @@ def _judge(
     bundle: Bundle,
     spec: EngineSpec,
     session: Session,
-    logits: Mapping[str, Logits],
+    answers: _Answers,
     images: LabelledImages | None,
+    invariance: InvarianceReport,
     speed: tuple[LatencyReport, LatencyReport],
 ) -> EngineResult:
     manifest = bundle.manifest
@@ -320,15 +350,22 @@ def _judge(
         doubts.append("accuracy was not measured: no labelled images were given (--data)")
     else:
         parity = compare(
-            logits[REFERENCE],
-            logits[name],
+            answers.logits[REFERENCE],
+            answers.logits[name],
             images.truth,
             images.patients,
             manifest.findings,
             manifest.operating_points,
             spec.gate,
+            groups=images.groups,
+            map_correlation=answers.map_correlation[name],
         )
         (failures if parity.verdict == "FAIL" else doubts).extend(parity.reasons)
+    spread, limit = invariance.max_abs_probability_difference, spec.gate.invariance_abs_probability_difference
+    if not spread <= limit:
+        failures.append(
+            f"invariance: an image's probability moves by {spread:.4f} with slot, batch or thread, limit {limit}"
+        )
     if spec.gate.latency == "unproven":
         doubts.append("latency: this spec's limits have not been measured on its target yet")
     elif isinstance(spec.gate.latency, LatencyGate):
@@ -338,9 +375,7 @@ def _judge(
         )
         if len(speed[0].samples_ms) < MIN_RUNS_FOR_P99:
             doubts.append(f"p99 of {len(speed[0].samples_ms)} runs; needed {MIN_RUNS_FOR_P99}. Give --min-runs")
-        failures += [
-            f"{which} {value:.2f} ms, limit {limit} ms" for which, value, limit in limits if not value <= limit
-        ]
+        failures += [f"{which} {value:.2f} ms, limit {most} ms" for which, value, most in limits if not value <= most]
     conv_types = dict(session.conv_types())
     native = conv_types.get(manifest.precision.type_name, 0)
     return EngineResult(
@@ -356,6 +391,7 @@ def _judge(
         card=manifest.engine,
         spec=spec,
         parity=parity,
+        invariance=invariance,
         single_stream=speed[0],
         offline=speed[1],
         stage_times_ms=_stage_times_ms(session, bundle.read_probe().pixels[:1]),

@@ -19,7 +19,8 @@ from chexnet_deploy.errors import DatasetError
 from chexnet_deploy.findings import FINDINGS
 from chexnet_deploy.images import read_image
 from chexnet_deploy.preprocessing import Pixels, Preprocessing
-from chexnet_deploy.sessions import Logits, Session
+from chexnet_deploy.sessions import Logits, Maps, Session
+from chexnet_deploy.subgroups import subgroups
 from chexnet_deploy.tables import Radiograph
 
 READERS = 2  # Pillow decodes without the GIL; more threads than this wait for the session on small machines
@@ -35,12 +36,14 @@ class LabelledImages:
         paths: [N] files.
         truth: [N, C] True where the finding is present, C in the order asked for.
         patients: [N] patient numbers.
+        groups: [N] True for the images of each group of patients, by its name.
     """
 
     names: tuple[str, ...]
     paths: tuple[Path, ...]
     truth: NDArray[np.bool_]
     patients: NDArray[np.int64]
+    groups: Mapping[str, NDArray[np.bool_]]
 
     @classmethod
     def of(cls, radiographs: Sequence[Radiograph], findings: Sequence[str]) -> "LabelledImages":
@@ -63,6 +66,7 @@ class LabelledImages:
             tuple(paths),
             truth(radiographs)[:, columns],
             np.array([radiograph.patient for radiograph in radiographs], np.int64),
+            subgroups([r.sex for r in radiographs], [r.age_years for r in radiographs], [r.view for r in radiographs]),
         )
 
 
@@ -97,6 +101,7 @@ def score_files(
     preprocessing: Preprocessing,
     *,
     on_images: Callable[[int], None] | None = None,
+    on_maps: Callable[[Mapping[str, Maps]], None] | None = None,
 ) -> dict[str, Logits]:
     """Return each session's logits [N, C] for the files; every file is decoded once for all sessions.
 
@@ -105,6 +110,7 @@ def score_files(
         paths: image files.
         preprocessing: from the manifest.
         on_images: called after each batch with the images done.
+        on_maps: called after each batch with each session's maps [n, C, h, w], which are not kept.
 
     Raises:
         ImageError: a file can't be read without guessing.
@@ -114,8 +120,12 @@ def score_files(
     done = 0
     batch_size = min([BATCH_SIZE, *(session.batch_range[1] for session in sessions.values())])
     for batch in iter_batches(iter_pixels(paths, preprocessing), batch_size):
+        maps: dict[str, Maps] = {}
         for name, session in sessions.items():
-            collected[name].append(session.run(batch)[0])
+            logits, maps[name] = session.run(batch)
+            collected[name].append(logits)
+        if on_maps is not None:
+            on_maps(maps)
         done += len(batch)
         if on_images is not None:
             on_images(done)

@@ -5,6 +5,7 @@ import pytest
 from numpy.typing import NDArray
 
 from chexnet_deploy.errors import MetricError
+from chexnet_deploy.metrics.agreement import map_correlation, noise_share, rank_churn
 from chexnet_deploy.parity import EXIT_CODES, ParityReport, compare
 from chexnet_deploy.spec import Gate
 
@@ -64,18 +65,64 @@ def test_a_finding_that_loses_more_than_its_margin_fails_by_name() -> None:
     assert report.mean_auroc_candidate == (0.75 + 1.0) / 2
 
 
-def test_a_loss_of_exactly_the_margin_passes() -> None:
-    assert judge(swapped(), gate(margin=0.25)).verdict == "PASS"
+def many(logits: NDArray[np.float32]) -> dict[str, NDArray[np.generic]]:
+    """The same eight images of fifty times as many patients: differences stay, their variances shrink."""
+    return {
+        "candidate": np.tile(logits, (50, 1)),
+        "reference": np.tile(LOGITS, (50, 1)),
+        "truth": np.tile(TRUTH, (50, 1)),
+    }
+
+
+def test_a_loss_that_is_shown_to_be_under_the_margin_passes() -> None:
+    # Of 200 positives a quarter loses every pair: the difference is a mean of -1 and 0, its standard error
+    # sqrt(0.25 x 0.75 / 199) = 0.031, so a margin of 0.35 is three of them away and one of 0.27 is not.
+    report = judge(**many(swapped()), limits=gate(margin=0.35))
+    assert (report.verdict, report.findings[0].difference) == ("PASS", -0.25)
+    low = report.findings[0].difference_low
+    assert low is not None
+    assert -0.35 < low <= -0.25 - 1.97 * 0.0307  # never narrower than Wald's
+    assert judge(**many(swapped()), limits=gate(margin=0.27)).verdict == "INCONCLUSIVE"
+    assert judge(**many(swapped()), limits=gate(margin=0.24)).verdict == "FAIL"
+
+
+def test_too_few_patients_are_inconclusive_and_the_number_that_would_do_is_said() -> None:
+    # (2.8 standard deviations / room)^2 = (2.80 x 0.433 / 0.10)^2 = 147 positive patients in all.
+    report = judge(swapped(), gate(margin=0.35))
+    assert (report.verdict, report.summary) == ("INCONCLUSIVE", "INCONCLUSIVE, 1 of 2 findings")
+    assert report.findings[0].verdict == "inconclusive"
+    needed = report.findings[0].n_more_patients
+    assert needed == pytest.approx(147 * 4 / 3 - 4, abs=3)  # four patients' variance has the factor 4/3
+    assert f"about {needed} more positive patients would decide it" in report.reasons[0]
 
 
 def test_each_finding_has_its_own_margin() -> None:
-    assert judge(swapped(), gate(margin=0.1, Mass=0.3)).verdict == "PASS"
-    assert judge(swapped(), gate(margin=0.3, Mass=0.1)).verdict == "FAIL"
+    assert judge(**many(swapped()), limits=gate(margin=0.1, Mass=0.4)).verdict == "PASS"
+    assert judge(**many(swapped()), limits=gate(margin=0.4, Mass=0.1)).verdict == "FAIL"
 
 
 def test_a_better_candidate_passes() -> None:
-    report = judge(LOGITS, gate(margin=0.01), reference=swapped())
+    data = many(swapped())
+    data["reference"], data["candidate"] = data["candidate"], data["reference"]
+    report = judge(**data, limits=gate(margin=0.01))
     assert (report.verdict, report.findings[0].difference) == ("PASS", 0.25)
+
+
+def test_one_positive_patient_leaves_the_variance_undefined_and_says_so() -> None:
+    numbers = np.array([7, 7, 7, 7, 1, 2, 3, 4])
+    report = judge(LOGITS, gate(patients=1), patients=numbers)
+    assert report.findings[0].verdict == "not assessable"
+    assert "variance is undefined" in str(report.findings[0].why_not_assessable)
+    assert (report.findings[0].difference_low, report.mean_difference_low) == (None, None)
+    assert report.verdict == "INCONCLUSIVE"
+
+
+def test_no_difference_on_any_patient_is_zero_plus_minus_zero() -> None:
+    report = judge(LOGITS * 0.99, gate(margin=0.001))
+    first = report.findings[0]
+    assert (first.difference_low, first.difference, first.difference_high, first.p_value) == (0.0, 0.0, 0.0, 0.0)
+    assert (first.rank_churn, report.verdict) == (0.0, "PASS")
+    assert first.noise_share == pytest.approx(0.01, abs=1e-6)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -108,7 +155,7 @@ def test_positives_are_counted_by_patient() -> None:
     assert [f.verdict for f in report.findings] == ["not assessable"] * 2
     assert (report.verdict, report.n_assessable, report.n_patients) == ("INCONCLUSIVE", 0, 5)
     assert "no finding has 2 positive patients" in report.reasons[0]
-    assert judge(LOGITS, gate(patients=1), patients=numbers).verdict == "PASS"
+    assert report.findings[0].why_not_assessable == "1 positive patients, 2 are needed"
 
 
 def test_a_finding_with_too_few_patients_is_not_judged() -> None:
@@ -139,16 +186,16 @@ def test_no_defined_auroc_leaves_no_mean() -> None:
 
 def test_the_largest_probability_difference_has_a_limit() -> None:
     # Logit 0 is p = 0.5; logit ln 3 is p = 0.75. One image moves by 0.25.
-    reference = np.zeros((8, 2), np.float32)
+    reference = LOGITS * 0.0
     candidate = reference.copy()
     candidate[5, 1] = math.log(3.0)
     limits = {"margin": 0.5, "p999": 0.3}
     report = judge(candidate, gate(max_dp=0.26, **limits), reference=reference)
-    assert report.verdict == "PASS"
+    assert report.verdict != "FAIL"
     assert report.max_abs_probability_difference == pytest.approx(0.25, abs=1e-6)
     assert report.max_abs_logit_difference == pytest.approx(math.log(3.0), abs=1e-6)
     failed = judge(candidate, gate(max_dp=0.24, **limits), reference=reference)
-    assert failed.reasons == ("max_abs_probability_difference 0.2500, limit 0.24",)
+    assert failed.reasons[0] == "max_abs_probability_difference 0.2500, limit 0.24"
 
 
 @pytest.mark.parametrize(("n_moved", "expected"), [(1, 0.0), (2, 0.0), (3, 0.25)])
@@ -192,6 +239,8 @@ def test_flips_are_counted_at_the_operating_points() -> None:
     candidate[6, 1] = 1.0  # has no operating point
     report = judge(candidate, gate(margin=0.5), points={"Mass": 0.5})
     assert [finding.n_flips for finding in report.findings] == [2, None]
+    first = report.findings[0]
+    assert (first.n_gained, first.n_lost, first.mcnemar_p) == (1, 1, 1.0)
     assert [finding.operating_point for finding in report.findings] == [0.5, None]
     assert (report.n_flips, report.n_decisions) == (2, 8)
 
@@ -219,3 +268,56 @@ def test_no_images_are_refused() -> None:
 
 def test_only_pass_exits_with_zero() -> None:
     assert EXIT_CODES == {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3}
+
+
+def test_a_subgroup_is_reported_with_what_it_can_show() -> None:
+    data = many(swapped())
+    women = np.arange(400) % 8 < 4  # all of the present images and none of the others
+    half = np.arange(400) < 200
+    report = compare(
+        data["reference"],
+        data["candidate"],
+        data["truth"],
+        np.arange(400),
+        NAMES,
+        POINTS,
+        gate(margin=0.4),
+        groups={"sex F": women, "first half": half, "nobody": np.zeros(400, np.bool_)},
+    )
+    assert [group.group for group in report.subgroups] == ["sex F", "first half"]
+    women_row, half_row = report.subgroups
+    assert (women_row.n_images, women_row.n_assessable, women_row.mean_difference) == (200, 0, None)
+    assert (half_row.n_patients, half_row.n_assessable, half_row.mean_difference) == (200, 2, -0.125)
+    assert (half_row.worst_finding, half_row.worst_difference, half_row.n_flips) == ("Mass", -0.25, 25)
+
+
+def test_rank_churn_by_hand() -> None:
+    order = np.array([1.0, 2.0, 3.0, 4.0])
+    assert rank_churn(order, order * 10) == 0.0
+    assert rank_churn(order, -order) == 0.5  # moves by 3, 1, 1 and 3 of 4 places
+    assert rank_churn(order, np.array([2.0, 1.0, 3.0, 4.0])) == 0.125
+    assert rank_churn(order, np.zeros(4)) == 0.25  # all tie at 2.5: moves by 1.5, 0.5, 0.5 and 1.5
+
+
+def test_noise_is_measured_in_the_references_own_spread() -> None:
+    reference = np.array([-1.0, 1.0, -1.0, 1.0], np.float32)
+    assert noise_share(reference, reference + np.float32(0.5)) == 0.5
+    assert math.isnan(noise_share(reference * 0, reference))
+
+
+def test_map_correlation_by_hand() -> None:
+    bump = np.zeros((1, 1, 2, 2), np.float32)
+    bump[..., 0, 0] = 1.0
+    elsewhere = bump[..., ::-1, ::-1]
+    maps = np.concatenate([bump, bump, bump, bump * 0], axis=1)
+    others = np.concatenate([bump * 3 + 1, -bump, elsewhere, bump], axis=1)
+    # Centred, the bump is (3, -1, -1, -1) / 4: with itself elsewhere the product is -4/16 against 12/16.
+    np.testing.assert_allclose(map_correlation(maps, others), [[1.0, -1.0, -1 / 3, np.nan]], rtol=1e-6)
+
+
+def test_map_correlation_is_summarised_over_images() -> None:
+    correlation = np.ones((8, 2), np.float32)
+    correlation[0, 0] = 0.5
+    correlation[:, 1] = np.nan
+    report = compare(LOGITS, LOGITS, TRUTH, np.arange(8), NAMES, POINTS, gate(), map_correlation=correlation)
+    assert [(f.map_correlation_median, f.map_correlation_p01) for f in report.findings] == [(1.0, 0.5), (None, None)]
