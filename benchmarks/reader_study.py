@@ -15,7 +15,6 @@ not in the official test list either: its images are never used to tune anything
 
 import json
 import math
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated
@@ -28,22 +27,22 @@ from pydantic import BaseModel, ConfigDict
 from chexnet_deploy.bench import Machine, describe_machine
 from chexnet_deploy.chestxray14 import ChestXray14, truth
 from chexnet_deploy.cli import run_program
+from chexnet_deploy.csvfiles import quote_some
 from chexnet_deploy.errors import DatasetError
 from chexnet_deploy.expert_labels import MAJORITY_READERS, ExpertLabels
 from chexnet_deploy.findings import FINDINGS
+from chexnet_deploy.metrics.f1 import Estimate, f1_threshold
 from chexnet_deploy.metrics.readers import (
     MODEL,
     Answers,
-    Estimate,
     FindingF1,
     MeanF1,
     ReaderStudy,
-    f1_threshold,
     majority_protocol,
     paper_protocol,
     readers_only_protocol,
 )
-from chexnet_deploy.tables import Radiograph, _read_rows
+from chexnet_deploy.predictions import LabelledScores, read_predictions
 
 RESULTS = Path(__file__).parent / "results" / "reader-study.json"
 DIGITS = 6  # of a resampled F1 the third is already noise
@@ -82,7 +81,7 @@ class Results(BaseModel):
 @app.command()
 def main(
     data: Annotated[Path, typer.Option(help="ChestX-ray14 with expert_labels/ in it.")],
-    predictions: Annotated[Path | None, typer.Option(help="Image Index and a column prob_FINDING each.")] = None,
+    predictions: Annotated[Path | None, typer.Option(help="Probabilities of all 14 findings, wide or long.")] = None,
     out: Annotated[Path, typer.Option(help="The JSON to write.")] = RESULTS,
 ) -> None:
     """Run the study, print its tables and write the JSON."""
@@ -103,7 +102,13 @@ def run_study(data: Path, predictions: Path | None) -> Results:
     """Score the readers, NIH's labels and, where there are any, predictions."""
     dataset, labels = ChestXray14.open(data), ExpertLabels.open(data / "expert_labels")
     by_image = {radiograph.image: radiograph for radiograph in dataset.radiographs}
-    nih = truth(_rows_of(by_image, labels.images))
+    unknown = [image for image in labels.images if image not in by_image]
+    if unknown:
+        raise DatasetError(
+            f"{dataset.table}: found no row for the expert reads of {quote_some(unknown)}; needed a row for each. "
+            f"Next: take the expert reads of the images that the table has."
+        )
+    nih = truth([by_image[image] for image in labels.images])
     start_s = perf_counter()
     both = _two_protocols(labels, nih)
     both_protocols_s = perf_counter() - start_s
@@ -111,16 +116,14 @@ def run_study(data: Path, predictions: Path | None) -> Results:
     studies: tuple[ReaderStudy, ...] = ()
     n_images = n_patients = 0
     if predictions is not None:
-        names, probabilities = read_predictions(predictions)
+        predicted = read_probabilities(predictions, dataset.table)
         held_out = {by_image[image].patient for image in dataset.listed["test"]} | set(labels.patients.tolist())
-        predicted = _rows_of(by_image, names)
-        rows = [i for i, radiograph in enumerate(predicted) if radiograph.patient not in held_out]
-        tuning = [predicted[i] for i in rows]
-        n_images, n_patients = len(rows), len({radiograph.patient for radiograph in tuning})
-        thresholds = choose_thresholds(probabilities[rows], truth(tuning))
-        row_of = {name: i for i, name in enumerate(names)}
+        is_tuning = ~np.isin(predicted.patients, list(held_out))
+        n_images, n_patients = int(is_tuning.sum()), len(np.unique(predicted.patients[is_tuning]))
+        thresholds = choose_thresholds(predicted.scores[is_tuning], predicted.truth[is_tuning])
+        row_of = {name: i for i, name in enumerate(predicted.names)}
         read = labels.select([image for image in labels.images if image in row_of])
-        scores = probabilities[[row_of[image] for image in read.images]]
+        scores = predicted.scores[[row_of[image] for image in read.images]]
         decisions = scores >= np.array([threshold.probability for threshold in thresholds])
         studies = (*_two_protocols(read, decisions), _majority(read, decisions))
     return Results(
@@ -157,26 +160,19 @@ def choose_thresholds(probabilities: NDArray[np.float64], present: NDArray[np.bo
     return tuple(thresholds)
 
 
-def read_predictions(path: Path) -> tuple[list[str], NDArray[np.float64]]:
-    """Return image names [N] and probabilities [N, 14] of a CSV with Image Index and prob_FINDING columns.
+def read_probabilities(path: Path, labels: Path) -> LabelledScores:
+    """Return the predictions with their NIH labels.
 
     Raises:
-        DatasetError: the file can't be read, an image is there twice or a value is no probability.
+        DatasetError: as read_predictions; or they are not probabilities of all 14 findings.
     """
-    probabilities: dict[str, list[float]] = {}
-    columns = (("Image Index",), *((f"prob_{finding}",) for finding in FINDINGS))
-    for row, (image, *cells) in _read_rows(path, columns):
-        try:
-            values = [float(cell) for cell in cells]
-        except ValueError:
-            values = [math.nan]
-        if image in probabilities or not all(0 <= value <= 1 for value in values):
-            raise DatasetError(
-                f"{path}, row {row}: found {image} a second time or a value outside 0 to 1; needed one row an image "
-                f"with 14 probabilities. Next: predict again."
-            )
-        probabilities[image] = values
-    return list(probabilities), np.array(list(probabilities.values()))
+    predicted = read_predictions(path, labels)
+    if predicted.findings != FINDINGS or predicted.kind != "probability":
+        raise DatasetError(
+            f"{path}: found a {predicted.kind} of {', '.join(predicted.findings)}; needed a probability of each of the "
+            f"14 findings. Next: predict again."
+        )
+    return predicted
 
 
 def table(study: ReaderStudy) -> str:
@@ -196,16 +192,6 @@ def table(study: ReaderStudy) -> str:
     if MODEL in mean.f1:
         lines.append(f"  model, mean of {mean.n_counted}: {_interval(mean.f1[MODEL])}")
     return "\n".join(lines)
-
-
-def _rows_of(by_image: Mapping[str, Radiograph], images: Sequence[str]) -> list[Radiograph]:
-    unknown = [image for image in images if image not in by_image]
-    if unknown:
-        raise DatasetError(
-            f"found {unknown[0]} and {len(unknown) - 1:,} more without a row in the NIH table; needed a row for each. "
-            f"Next: take the predictions and the expert reads of the images that the table has."
-        )
-    return [by_image[image] for image in images]
 
 
 def _two_protocols(labels: ExpertLabels, decisions: NDArray[np.bool_] | None) -> tuple[ReaderStudy, ReaderStudy]:

@@ -11,7 +11,7 @@ a reader misses an image is refused. Their columns Abnormal (0/1 in one file, YE
 among the 14 findings and not read. Knows nothing of scores, and repairs nothing.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -19,9 +19,10 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from chexnet_deploy.csvfiles import Row, read_columns
 from chexnet_deploy.errors import DatasetError
 from chexnet_deploy.findings import FINDINGS
-from chexnet_deploy.tables import _IMAGE_NAME, _PATIENT, _read_rows, _row_error
+from chexnet_deploy.tables import check_patient
 
 READERS_FILE: Final = "test_individual_readers.csv"
 MAJORITY_FILE: Final = "test_labels.csv"
@@ -29,7 +30,6 @@ MAJORITY_READERS: Final = ("4343882785", "4343883593", "4343883996")
 """The three, drawn at random by the authors, whose majority test_labels.csv holds; the other two are for comparison."""
 
 _IMAGE_COLUMNS: Final = (("Image ID",), ("Patient ID",))
-_READER_COLUMN: Final = (("Reader ID",),)
 _FINDING_COLUMNS: Final = tuple((finding, finding.replace("_", " ")) for finding in FINDINGS)
 _IS_PRESENT: Final = {"YES": True, "NO": False}
 
@@ -105,13 +105,14 @@ def read_individual_readers(path: Path) -> tuple[tuple[str, ...], tuple[str, ...
             not at all.
     """
     answers: dict[tuple[str, str], list[bool]] = {}
-    columns = (*_IMAGE_COLUMNS, *_READER_COLUMN, *_FINDING_COLUMNS)
-    for row, image, (reader, *cells) in _read_images(path, columns):
+    for row in read_columns(path, (*_IMAGE_COLUMNS, ("Reader ID",), *_FINDING_COLUMNS)):
+        image, patient, reader, *cells = row.fields
+        check_patient(row, image, patient)
         if not reader:
-            raise _row_error(path, row, "no Reader ID", "the ID of a reader")
+            raise row.error("no Reader ID", "the ID of a reader")
         if (image, reader) in answers:
-            raise _row_error(path, row, f"a second read of {image} by reader {reader}", "one row an image and reader")
-        answers[image, reader] = _parse_cells(path, row, cells)
+            raise row.error(f"a second read of {image} by reader {reader}", "one row an image and reader")
+        answers[image, reader] = _parse_cells(row, cells)
     images = tuple(dict.fromkeys(image for image, _ in answers))
     readers = tuple(sorted({reader for _, reader in answers}))
     missed = [f"{image} by reader {reader}" for image in images for reader in readers if (image, reader) not in answers]
@@ -130,28 +131,19 @@ def read_majority(path: Path) -> tuple[tuple[str, ...], NDArray[np.bool_]]:
         DatasetError: the file can't be read, a column is missing, a row can't be right or an image has two rows.
     """
     labels: dict[str, list[bool]] = {}
-    for row, image, cells in _read_images(path, (*_IMAGE_COLUMNS, *_FINDING_COLUMNS)):
+    for row in read_columns(path, (*_IMAGE_COLUMNS, *_FINDING_COLUMNS)):
+        image, patient, *cells = row.fields
+        check_patient(row, image, patient)
         if image in labels:
-            raise _row_error(path, row, f"{image} a second time", "one row an image")
-        labels[image] = _parse_cells(path, row, cells)
+            raise row.error(f"{image} a second time", "one row an image")
+        labels[image] = _parse_cells(row, cells)
     return tuple(labels), np.array(list(labels.values()), np.bool_)
 
 
-def _read_images(path: Path, columns: Sequence[Sequence[str]]) -> Iterator[tuple[int, str, list[str]]]:
-    """Yield row number, image and the values after Image ID and Patient ID, of which the second must fit the first."""
-    for row, (image, patient, *values) in _read_rows(path, columns):
-        name = _IMAGE_NAME.fullmatch(image)
-        if not name:
-            raise _row_error(path, row, f"{image!r}", "an image name like 00000002_000.png")
-        if not _PATIENT.fullmatch(patient) or int(patient) != int(name[1]):
-            raise _row_error(path, row, f"Patient ID {patient!r} for {image}", f"the same patient, {int(name[1])}")
-        yield row, image, values
-
-
-def _parse_cells(path: Path, row: int, cells: Sequence[str]) -> list[bool]:
+def _parse_cells(row: Row, cells: Sequence[str]) -> list[bool]:
     for finding, cell in zip(FINDINGS, cells, strict=True):
         if cell not in _IS_PRESENT:
-            raise _row_error(path, row, f"{cell!r} for {finding}", "YES or NO")
+            raise row.error(f"{cell!r} for {finding}", "YES or NO")
     return [_IS_PRESENT[cell] for cell in cells]
 
 

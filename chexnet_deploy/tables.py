@@ -4,16 +4,15 @@ Knows nothing of splits or of what is on disk beside the file: see chestxray14.p
 right is refused with its number.
 """
 
-import csv
-import io
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final, Literal, cast
 
+from chexnet_deploy.csvfiles import Row, read_columns, read_text
 from chexnet_deploy.errors import DatasetError
 from chexnet_deploy.findings import FINDINGS, NO_FINDING
 
@@ -79,25 +78,22 @@ def read_table(path: Path, images: Mapping[str, Path]) -> dict[str, Radiograph]:
     """
     radiographs: dict[str, Radiograph] = {}
     findings_of: dict[str, frozenset[str]] = {}  # the same few hundred label fields come again and again
-    for row, (image, labels, patient, age, sex, view) in _read_rows(path, _COLUMNS):
-        name = _IMAGE_NAME.fullmatch(image)
-        if not name:
-            raise _row_error(path, row, f"{image!r}", "an image name like 00000002_000.png")
+    for row in read_columns(path, _COLUMNS):
+        image, labels, patient, age, sex, view = row.fields
         if image in radiographs:
-            raise _row_error(path, row, f"{image} a second time", "one row an image")
-        if not _PATIENT.fullmatch(patient) or int(patient) != int(name[1]):
-            raise _row_error(path, row, f"Patient ID {patient!r} for {image}", f"the same patient, {int(name[1])}")
+            raise row.error(f"{image} a second time", "one row an image")
+        number = check_patient(row, image, patient)
         if labels not in findings_of:
-            findings_of[labels] = _parse_findings(path, row, labels)
+            findings_of[labels] = _parse_findings(row, labels)
         if sex not in ("F", "M"):
-            raise _row_error(path, row, f"sex {sex!r}", "F or M")
+            raise row.error(f"sex {sex!r}", "F or M")
         if view not in ("AP", "PA"):
-            raise _row_error(path, row, f"view {view!r}", "AP or PA")
+            raise row.error(f"view {view!r}", "AP or PA")
         radiographs[image] = Radiograph(
             image=image,
-            patient=int(patient),
+            patient=number,
             findings=findings_of[labels],
-            age_years=_parse_age_years(path, row, age),
+            age_years=_parse_age_years(row, age),
             sex=cast(Literal["F", "M"], sex),
             view=cast(Literal["AP", "PA"], view),
             path=images.get(image),
@@ -114,21 +110,22 @@ def read_boxes(path: Path, by_image: Mapping[str, Radiograph]) -> Mapping[str, t
     boxes: dict[str, tuple[Box, ...]] = {}
     if not path.exists():
         return MappingProxyType(boxes)
-    for row, (image, label, *numbers) in _read_rows(path, _BOX_COLUMNS):
+    for row in read_columns(path, _BOX_COLUMNS):
+        image, label, *numbers = row.fields
         finding = _BOX_FINDING_NAMES.get(label, label)
         if image not in by_image:
-            raise _row_error(path, row, f"{image!r}, which has no row in the table", "an image of the table")
+            raise row.error(f"{image!r}, which has no row in the table", "an image of the table")
         if finding not in FINDINGS:
-            raise _row_error(path, row, f"finding {label!r}", f"a name out of {', '.join(FINDINGS)}")
+            raise row.error(f"finding {label!r}", f"a name out of {', '.join(FINDINGS)}")
         try:
             x_px, y_px, width_px, height_px = (float(number) for number in numbers)
         except ValueError as err:
-            raise _row_error(path, row, f"box {numbers}", "four numbers x, y, w, h") from err
+            raise row.error(f"box {numbers}", "four numbers x, y, w, h") from err
         if not (0 <= x_px < math.inf and 0 <= y_px < math.inf and 0 < width_px < math.inf and 0 < height_px < math.inf):
-            raise _row_error(path, row, f"box {numbers}", "x and y of at least 0, w and h above 0, all finite")
+            raise row.error(f"box {numbers}", "x and y of at least 0, w and h above 0, all finite")
         box = Box(finding, x_px, y_px, width_px, height_px)
         if box in boxes.get(image, ()):
-            raise _row_error(path, row, f"the same box of {image} a second time", "each box once")
+            raise row.error(f"the same box of {image} a second time", "each box once")
         boxes[image] = (*boxes.get(image, ()), box)
     return MappingProxyType(boxes)
 
@@ -142,82 +139,53 @@ def read_image_list(path: Path) -> tuple[str, ...]:
         DatasetError: the file can't be read, names no image, names one twice, or a line is not an image name.
     """
     rows: dict[str, int] = {}
-    for row, line in enumerate(_read_text(path).splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         name = line.strip()
         if not name:
             continue
-        if not _IMAGE_NAME.fullmatch(name):
-            raise _row_error(path, row, f"{name!r}", "an image name like 00000002_000.png")
+        row = Row(path, number, (name,))
+        check_image(row, name)
         if name in rows:
-            raise _row_error(path, row, f"{name} again (first in row {rows[name]})", "each name once")
-        rows[name] = row
+            raise row.error(f"{name} again (first in row {rows[name]})", "each name once")
+        rows[name] = number
     if not rows:
         raise DatasetError(f"{path}: found no image name; needed at least one. Next: copy the list again.")
     return tuple(rows)
 
 
-def _parse_findings(path: Path, row: int, labels: str) -> frozenset[str]:
+def check_image(row: Row, image: str) -> int:
+    """Return the patient's number in an image's name; refuse another name."""
+    name = _IMAGE_NAME.fullmatch(image)
+    if not name:
+        raise row.error(f"{image!r}", "an image name like 00000002_000.png")
+    return int(name[1])
+
+
+def check_patient(row: Row, image: str, patient: str) -> int:
+    """Return the patient's number, which the image's name and the Patient ID column must both say."""
+    number = check_image(row, image)
+    if not _PATIENT.fullmatch(patient) or int(patient) != number:
+        raise row.error(f"Patient ID {patient!r} for {image}", f"the same patient, {number}")
+    return number
+
+
+def _parse_findings(row: Row, labels: str) -> frozenset[str]:
     names = labels.split("|")
     if names == [NO_FINDING]:
         return frozenset()
     for name in names:
         if name == NO_FINDING:
-            raise _row_error(path, row, f"{labels!r}", f"{NO_FINDING} alone or findings alone")
+            raise row.error(f"{labels!r}", f"{NO_FINDING} alone or findings alone")
         if name not in FINDINGS:
-            raise _row_error(path, row, f"finding {name!r}", f"{NO_FINDING} or names out of {', '.join(FINDINGS)}")
+            raise row.error(f"finding {name!r}", f"{NO_FINDING} or names out of {', '.join(FINDINGS)}")
     if len(set(names)) < len(names):
-        raise _row_error(path, row, f"{labels!r}", "each finding once")
+        raise row.error(f"{labels!r}", "each finding once")
     return frozenset(names)
 
 
-def _parse_age_years(path: Path, row: int, age: str) -> int:
+def _parse_age_years(row: Row, age: str) -> int:
     """Return whole years of "58", "058Y", "018M" (months) or "011D" (days), as the two releases write them."""
     match = _AGE.fullmatch(age)
     if not match:
-        raise _row_error(path, row, f"age {age!r}", "an age like 58 or 058Y")
+        raise row.error(f"age {age!r}", "an age like 58 or 058Y")
     return int(match[1]) // {"": 1, "Y": 1, "M": 12, "D": 365}[match[2]]
-
-
-def _read_rows(path: Path, columns: Sequence[Sequence[str]]) -> Iterator[tuple[int, list[str]]]:
-    """Yield (row number, values of the columns) for every row that is not blank."""
-    reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
-    try:
-        header = next(reader, [])
-        places = []
-        for names in columns:
-            place = next((header.index(name) for name in names if name in header), None)
-            if place is None:
-                found = "columns " + ", ".join(filter(None, header)) if any(header) else "no column names"
-                raise _row_error(path, 1, found, f"a column {' or '.join(names)}, separated by commas")
-            places.append(place)
-        # The first release ends its header, its rows or both with a comma; such empty fields mean nothing.
-        width = len(header)
-        while not header[width - 1]:
-            width -= 1
-        n_rows = 0
-        for fields in reader:
-            if not fields:
-                continue
-            if len(fields) < width or any(fields[width:]):
-                raise _row_error(path, reader.line_num, f"{len(fields)} fields", f"{width}, as the header has")
-            n_rows += 1
-            yield reader.line_num, [fields[place] for place in places]
-    except csv.Error as err:
-        raise _row_error(path, reader.line_num, f"a broken row ({err})", "comma-separated values") from err
-    if not n_rows:
-        raise DatasetError(f"{path}: found a header and no row; needed at least one. Next: copy the file again.")
-
-
-def _read_text(path: Path) -> str:
-    try:
-        if not path.is_file():
-            raise DatasetError(f"{path}: found no such file; needed a text file. Next: check the path.")
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as err:
-        raise DatasetError(f"{path}: found {err}; needed readable UTF-8 text. Next: copy the file again.") from err
-
-
-def _row_error(path: Path, row: int, found: str, needed: str) -> DatasetError:
-    """Row 1 is the first line of the file, as editors and spreadsheets count."""
-    found = found if len(found) <= 200 else f"{found[:200]}..."
-    return DatasetError(f"{path}, row {row}: found {found}; needed {needed}. Next: correct the row or copy it again.")

@@ -229,7 +229,7 @@ def test_columns_are_found_by_name(tmp_path: Path) -> None:
         (",Mass,0", ",Mass", "row 7: found 10 fields; needed 11"),
         (",Mass,0", ",Mass,0,0", "row 7: found 12 fields; needed 11"),
         (",Mass,0", ',"Mass,0', "row 7: found a broken row"),
-        (HEADER, HEADER.replace("Finding Labels", "Labels"), "row 1: found columns Image Index, Labels"),
+        (HEADER, HEADER.replace("Finding Labels", "Labels"), "row 1: found the columns 'Image Index', 'Labels', "),
         (HEADER, HEADER.replace("Patient Gender", "Sex"), "needed a column Patient Gender or Patient Sex"),
         (HEADER, HEADER.replace(",", ";"), "needed a column Image Index, separated by commas"),
         (HEADER, "", "row 1: found no column names"),

@@ -191,7 +191,7 @@ LABELS = "image,patient,Mass\na,1,0\nb,2,1\n"
         (WIDE.replace("prob_P", "logit_P"), NIH, "needed scores of one kind"),
         (WIDE.replace("0.7,0.6", "0.7"), NIH, "row 3: found 2 fields; needed 3"),
         (WIDE.replace("0.7,0.6", "0.7,0.6,0.5"), NIH, "row 3: found 4 fields; needed 3"),
-        (WIDE.replace("0.7", '"0.7'), NIH, "row 4: found unexpected end of data"),
+        (WIDE.replace("0.7", '"0.7'), NIH, "row 4: found a broken row .unexpected end of data"),
         (LONG.replace("score", "number"), NIH, "or two columns finding and score"),
         (LONG.replace("Mass", "Lump").replace("Pleural Thickening", "Peel"), NIH, "found the findings 'Lump', 'Peel'"),
         (LONG.rsplit("\n", 2)[0], NIH, "found no score of Pleural_Thickening for 00000004_001.png; needed all 2"),
@@ -208,7 +208,7 @@ LABELS = "image,patient,Mass\na,1,0\nb,2,1\n"
             "found patient '8' for 00000002_000.png; needed the patient in the name, 2",
         ),
         (WIDE, "image,Note\n1,2\n", "needed NIH's column Finding Labels, or columns of 0 and 1"),
-        (WIDE, "Note,Mass\n1,2\n", "labels.csv: found the columns 'Note', 'Mass'; needed an image column"),
+        (WIDE, "Note,Mass\n1,2\n", "labels.csv, row 1: found the columns 'Note', 'Mass'; needed an image column"),
         ("image,Edema\na,1\nb,2\n", LABELS, "scores Edema; .* labels Mass; needed one in common"),
         (
             "image,Mass\na,1\nb,2\n",
@@ -226,7 +226,7 @@ def test_bad_input_is_one_clear_message(read: Read, predictions: str, labels: st
 
 
 def test_files_that_can_t_be_read_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="No such file"):
+    with pytest.raises(DatasetError, match="no such file"):
         read_predictions(tmp_path / "none.csv", tmp_path / "none.csv")
     (tmp_path / "utf16.csv").write_text(WIDE, encoding="utf-16")
     with pytest.raises(DatasetError, match="UTF-8"):

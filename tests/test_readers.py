@@ -1,4 +1,4 @@
-"""Reader study: F1 by hand, F1 as scikit-learn has it, resamples as a slow loop draws them, undefined where undefined."""
+"""Reader study: three protocols by hand, as a slow loop has them, and undefined where undefined."""
 
 import math
 import time
@@ -16,17 +16,13 @@ from sklearn.metrics import f1_score
 from chexnet_deploy.errors import MetricError
 from chexnet_deploy.expert_labels import MAJORITY_READERS, ExpertLabels
 from chexnet_deploy.findings import FINDINGS
+from chexnet_deploy.metrics.f1 import Estimate, expected_undefined_share, resample_units
 from chexnet_deploy.metrics.readers import (
     Answers,
-    Estimate,
     ReaderStudy,
-    expected_interval_width,
-    expected_undefined_share,
-    f1_threshold,
     majority_protocol,
     paper_protocol,
     readers_only_protocol,
-    resample_units,
 )
 
 
@@ -164,11 +160,6 @@ def test_equals_a_slow_loop_over_the_same_resamples(rng: np.random.Generator, pr
         check(estimate, np.mean(columns, axis=0).tolist())
 
 
-def test_many_resamples_are_drawn_in_chunks_and_all_are_there() -> None:
-    chunks = list(resample_units(4000, 2500, 0))
-    assert [len(chunk) for chunk in chunks] == [1000, 1000, 500]
-
-
 def test_a_seed_repeats_and_is_recorded(rng: np.random.Generator) -> None:
     made = random_answers(rng, prevalence=0.5)
     first, again, other = (paper_protocol(made, n_resamples=50, seed=seed) for seed in (1, 1, 2))
@@ -217,57 +208,6 @@ def test_a_label_without_a_positive_gets_no_interval_and_no_place_in_a_mean() ->
 def test_json_round_trip(rng: np.random.Generator) -> None:
     study = paper_protocol(random_answers(rng), n_resamples=20)
     assert ReaderStudy.model_validate_json(study.model_dump_json()) == study
-
-
-# What few positives allow
-
-
-def test_expected_shares_and_widths() -> None:
-    assert expected_undefined_share(2, 386) == pytest.approx(0.1346, abs=1e-4)
-    assert expected_undefined_share(3, 386) == pytest.approx(0.0492, abs=1e-4)  # the fewest with an interval
-    assert expected_interval_width(0.5, 96) == pytest.approx(2 * 1.96 * math.sqrt(0.5 * 0.5 * 1.5 / 192), rel=1e-4)
-    assert expected_interval_width(1.0, 5) == 0.0
-
-
-def test_expected_width_is_what_a_bootstrap_gives() -> None:
-    reads = np.zeros((2, 2000, 1), np.bool_)
-    reads[0, :100] = reads[1, 50:150] = True  # 100 positives each, 50 in common: F1 = 1/2
-    pair = Answers(("Mass",), np.arange(2000), ("a", "b"), reads)
-    estimate = readers_only_protocol(pair, n_resamples=4000).findings[0].f1["a"]
-    assert estimate.low is not None
-    assert estimate.high is not None
-    assert estimate.value == 0.5
-    assert estimate.high - estimate.low == pytest.approx(expected_interval_width(0.5, 100), rel=0.05)
-
-
-# Thresholds
-
-
-def test_f1_threshold_by_hand() -> None:
-    # from .1 up: F1 = 4/6, 4/5, 2/4, 2/3
-    scores, truth = np.array([0.9, 0.5, 0.3, 0.1]), np.array([True, False, True, False])
-    assert f1_threshold(scores, truth) == 0.3
-    assert math.isnan(f1_threshold(scores, np.zeros(4, np.bool_)))
-
-
-def test_f1_threshold_takes_the_lowest_of_a_tie() -> None:
-    # F1 is 2/3 at .9 (1 of 1 hit, 1 missed) and at .1 (2 of 4)
-    assert f1_threshold(np.array([0.9, 0.5, 0.3, 0.1]), np.array([True, False, False, True])) == 0.1
-
-
-@given(st.lists(st.tuples(st.integers(-5, 5), st.booleans()), min_size=1, max_size=30))
-def test_f1_threshold_is_the_best_of_all(rows: list[tuple[int, bool]]) -> None:
-    scores, truth = np.array([s for s, _ in rows], np.float32), np.array([t for _, t in rows])
-    if not truth.any():
-        return
-    f1_at = {t: f1_score(truth, scores >= t, zero_division=0.0) for t in np.unique(scores)}
-    assert f1_threshold(scores, truth) == min(t for t, f1 in f1_at.items() if f1 > max(f1_at.values()) - 1e-12)
-
-
-@pytest.mark.parametrize("scores", [[0.1, math.nan], [0.1, math.inf], [0.1]])
-def test_f1_threshold_refuses(scores: list[float]) -> None:
-    with pytest.raises(MetricError, match="one finite score a label"):
-        f1_threshold(np.array(scores), np.array([True, False]))
 
 
 # Refused

@@ -1,6 +1,6 @@
 """F1 of readers and a model against each other's answers: the reader study of Rajpurkar et al. 2017 (1711.05225v3, 4).
 
-Takes yes/no answers, reads no files, knows no scores but in `f1_threshold`. Three protocols:
+Takes yes/no answers; reads no files and knows no scores. Three protocols:
 
     paper_protocol           raters are the readers and the model; each is scored against each of the others; images
                              are resampled. A reader's score so depends on the model: a bad one lowers every reader.
@@ -9,63 +9,30 @@ Takes yes/no answers, reads no files, knows no scores but in `f1_threshold`. Thr
                              reader has one label fewer.
     majority_protocol        on a majority label, the readers who did not vote and the model; patients are resampled.
 
-F1 = 2 TP / (2 TP + FP + FN), the Dice coefficient of the two sets of images, is symmetric in rater and label. Where
-neither calls an image positive it is 0/0: NaN. A rater's score is the mean over their labels and NaN where any of the
-F1s is: a mean over what happened to be defined would be a mean over other labels in every resample. NaN becomes None.
-
-What few positives allow. The interval of one F1 on n positives is about 3.9 sqrt(f (1-f) (2-f) / 2n) wide
-(`expected_interval_width`): at F1 = .4 and n = 10, 30, 100, 300 that is .54, .31, .17, .10. More negatives don't
-narrow it. With u images that either calls positive a resample of N images lacks them all with probability
-(1 - u/N)^N, about e^-u (`expected_undefined_share`): below u = 3 no interval is given. With no positive label at all
-(majority Pneumonia is 0 of 386 images) F1 is 0 whoever is scored, or undefined: neither sensitivity nor skill can be
-concluded, only that the label's prevalence is likely below 3/386 = .8 % (rule of three, 95 %); such a finding gets no
-interval and no place in a mean.
+A rater's score is the mean F1 over their labels and NaN, in the end None, where any of the F1s is: a mean over what
+happened to be defined would be a mean over other labels in every resample. For F1 itself, its intervals and what few
+positives allow see f1.py.
 """
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, TypedDict
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from chexnet_deploy.errors import MetricError
-from chexnet_deploy.metrics.auroc import Scores
+from chexnet_deploy.metrics.f1 import MAX_UNDEFINED_SHARE, Estimate, estimate_each, score_panels
 
 MODEL: Final = "model"
 MAJORITY: Final = "majority"
 N_RESAMPLES: Final = 10_000
 SEED: Final = 14
-LEVEL: Final = 0.95
-MAX_UNDEFINED_SHARE: Final = 0.05
-"""Of resamples; above it a percentile interval of the rest would be one of another quantity."""
-
-_QUANTILES: Final = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
-_NORMAL_QUANTILE: Final = 1.959963984540054
-_CHUNK: Final = 4_000_000  # multiplicities in memory at once, 32 MB
 
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Estimate(_Record):
-    """A statistic on all images, and the 2.5 and 97.5 percentiles of its resamples.
-
-    Attributes:
-        value: None where undefined.
-        low: None where no interval is given: above 5 % undefined, and where low and high would be equal, for a
-            bootstrap can't tell how uncertain a 0 or a 1 is.
-        high: as low.
-        undefined_share: of the resamples; those are left out of the percentiles.
-    """
-
-    value: float | None
-    low: float | None
-    high: float | None
-    undefined_share: float
 
 
 class FindingF1(_Record):
@@ -222,57 +189,6 @@ def majority_protocol(
     return _study("majority", "patient", answers, ratings, rater_names, panels, n_resamples, seed)
 
 
-def resample_units(n_units: int, n_resamples: int, seed: int) -> Iterator[NDArray[np.int64]]:
-    """Yield the resamples in chunks [B, U]: each row draws U of the units 0..U-1 with replacement."""
-    rng = np.random.default_rng(seed)
-    rows = max(1, _CHUNK // n_units)
-    for start in range(0, n_resamples, rows):
-        yield rng.integers(0, n_units, (min(rows, n_resamples - start), n_units))
-
-
-def f1_threshold(scores: Scores, truth: NDArray[np.bool_]) -> float:
-    """Return the score t for which "score >= t" has the largest F1; the lowest of several; NaN without a positive.
-
-    Args:
-        scores: [N] finite.
-        truth: [N] True where the finding is present.
-
-    Raises:
-        MetricError: shapes differ or a score is not finite.
-    """
-    if scores.shape != truth.shape or not np.isfinite(scores).all():
-        raise MetricError(
-            f"found {scores.shape} scores, {int((~np.isfinite(scores)).sum())} of them not finite, for {truth.shape} "
-            f"labels; needed one finite score a label. Next: score the images again."
-        )
-    if not truth.any():
-        return math.nan
-    thresholds = np.unique(scores)
-    n_called = scores.size - np.searchsorted(np.sort(scores), thresholds, side="left")
-    positives = np.sort(scores[truth])
-    n_hits = positives.size - np.searchsorted(positives, thresholds, side="left")
-    # Equal fractions of integers round to equal floats, so ties are exact, and argmax takes the first: the lowest.
-    return float(thresholds[int(np.argmax(2 * n_hits / (n_called + positives.size)))])
-
-
-def expected_interval_width(f1: float, n_positive: int) -> float:
-    """Return about how wide the 95 % interval of one F1 will be when rater and label each call n images positive.
-
-    The delta method with TP and FP + FN as independent Poisson counts, as they are where positives are rare:
-    variance = f (1 - f) (2 - f) / 2n. Images of one patient are alike and widen it; a mean over labels narrows it.
-
-    Args:
-        f1: in [0, 1].
-        n_positive: at least 1; below 10 the interval is too skew for this to be more than an order of magnitude.
-    """
-    return 2 * _NORMAL_QUANTILE * math.sqrt(f1 * (1 - f1) * (2 - f1) / (2 * n_positive))
-
-
-def expected_undefined_share(n_positive: int, n_units: int) -> float:
-    """Return the share of resamples that hold none of the n units which rater or label call positive."""
-    return (1 - n_positive / n_units) ** n_units
-
-
 def _stack(answers: Answers) -> tuple[NDArray[np.bool_], tuple[str, ...]]:
     """Return the ratings [K, N, C], the model last where there is one, and the raters' names [K]."""
     if answers.decisions is None:
@@ -295,100 +211,49 @@ def _study(
         raise MetricError(
             f"found {n_resamples} resamples; needed 1 or more, the paper has {N_RESAMPLES}. Next: ask more."
         )
-    n_images = len(answers.patients)
-    unit_of = np.arange(n_images) if unit == "image" else np.unique(answers.patients, return_inverse=True)[1]
-    scored = names[: len(panels)]
-    has_model = answers.decisions is not None
+    patients, patient_of = np.unique(answers.patients, return_inverse=True)
+    unit_of = np.arange(len(patient_of)) if unit == "image" else patient_of
     point, resampled = (
-        _with_summaries(scores, has_model=has_model) for scores in _score(ratings, panels, unit_of, n_resamples, seed)
+        _with_summaries(scores, has_model=answers.decisions is not None)
+        for scores in score_panels(ratings, panels, unit_of, n_resamples, seed)
     )
-    rows, left_out = _rows(answers.findings, names, panels, ratings.sum(axis=1), point[0], resampled)
+    scored = names[: len(panels)]
+    n_positive = ratings.sum(axis=1)  # [K, C]
+    rows: list[FindingF1] = []
+    left_out: dict[str, str] = {}
+    for c, finding in enumerate(answers.findings):
+        estimates = estimate_each(point[0, :, c], resampled[:, :, c])
+        positive = {name: int(n_positive[k, c]) for k, name in enumerate(names)}
+        f1, readers, difference = _by_name(estimates, scored)
+        rows.append(
+            FindingF1(finding=finding, n_positive=positive, f1=f1, mean_of_readers=readers, difference=difference)
+        )
+        why = _why_left_out([n_positive[list(panel), c] for panel in panels], estimates)
+        if why:
+            left_out[finding] = why
     counted = [c for c, finding in enumerate(answers.findings) if finding not in left_out]
-    means = _estimates(_mean(point[0][:, counted]), _mean(resampled[:, :, counted]))
+    means = estimate_each(_mean(point[0][:, counted]), _mean(resampled[:, :, counted]))
+    f1, readers, difference = _by_name(means, scored)
     return ReaderStudy(
         protocol=protocol,
         unit=unit,
-        n_images=n_images,
-        n_patients=len(np.unique(answers.patients)),
+        n_images=len(answers.patients),
+        n_patients=len(patients),
         n_resamples=n_resamples,
         seed=seed,
-        findings=rows,
-        mean=MeanF1(n_counted=len(counted), left_out=left_out, **_by_name(means, scored)),
+        findings=tuple(rows),
+        mean=MeanF1(f1=f1, mean_of_readers=readers, difference=difference, n_counted=len(counted), left_out=left_out),
     )
 
 
-def _rows(
-    findings: tuple[str, ...],
-    names: tuple[str, ...],
-    panels: tuple[tuple[int, ...], ...],
-    n_positive: NDArray[np.int64],
-    point: NDArray[np.float64],
-    resampled: NDArray[np.float64],
-) -> tuple[tuple[FindingF1, ...], dict[str, str]]:
-    """Return a row a finding, and why which findings have no place in a mean.
-
-    Args:
-        findings: [C].
-        names: [K] of raters and labels; the first len(panels) are scored.
-        panels: the labels of each scored rater.
-        n_positive: [K, C].
-        point: [S, C] of the scored raters and the summaries.
-        resampled: [B, S, C].
-    """
-    rows: list[FindingF1] = []
-    left_out: dict[str, str] = {}
-    for c, finding in enumerate(findings):
-        estimates = _estimates(point[:, c], resampled[:, :, c])
-        share = max(estimate.undefined_share for estimate in estimates)
-        if not all(n_positive[list(panel), c].any() for panel in panels):
-            left_out[finding] = "a rater's labels have no positive image: F1 is 0 or undefined whatever the answers"
-        elif share > MAX_UNDEFINED_SHARE:
-            left_out[finding] = f"F1 is undefined in up to {share:.1%} of resamples, above {MAX_UNDEFINED_SHARE:.0%}"
-        rows.append(
-            FindingF1(
-                finding=finding,
-                n_positive={name: int(n_positive[k, c]) for k, name in enumerate(names)},
-                **_by_name(estimates, names[: len(panels)]),
-            )
-        )
-    return tuple(rows), left_out
-
-
-def _score(
-    ratings: NDArray[np.bool_],
-    panels: tuple[tuple[int, ...], ...],
-    unit_of: NDArray[np.intp],
-    n_resamples: int,
-    seed: int,
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return each rater's mean F1 against its panel, [1, S, C] on all images and [B, S, C] on the resamples."""
-    pairs = sorted({(min(k, j), max(k, j)) for k, panel in enumerate(panels) for j in panel})
-    first, second = (np.array(side) for side in zip(*pairs, strict=True))
-    # Positives and true positives are sums over images, so those of a resample are its multiplicities times the sums
-    # by unit: one matrix product for all raters, pairs and findings.
-    indicators = np.concatenate([ratings, ratings[first] & ratings[second]])  # [K + P, N, C]
-    n_units = int(unit_of.max()) + 1
-    by_unit = np.zeros((n_units, *indicators.shape[::2]))
-    np.add.at(by_unit, unit_of, indicators.transpose(1, 0, 2))
-    places = [[pairs.index((min(k, j), max(k, j))) for j in panel] for k, panel in enumerate(panels)]
-
-    def score(multiplicities: NDArray[np.float64]) -> NDArray[np.float64]:
-        counts = (multiplicities @ by_unit.reshape(n_units, -1)).reshape(-1, *by_unit.shape[1:])
-        n_called, n_both = counts[:, : len(ratings)], counts[:, len(ratings) :]
-        with np.errstate(invalid="ignore"):  # 0/0 is NaN, as it should be
-            f1 = 2 * n_both / (n_called[:, first] + n_called[:, second])
-        return np.stack([f1[:, place].mean(axis=1) for place in places], axis=1)
-
-    return score(np.ones((1, n_units))), np.concatenate(
-        [score(_multiplicities(drawn)) for drawn in resample_units(n_units, n_resamples, seed)]
-    )
-
-
-def _multiplicities(drawn: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return how often each unit is in each resample [B, U]."""
-    n_resamples, n_units = drawn.shape
-    flat = (drawn + n_units * np.arange(n_resamples)[:, None]).ravel()
-    return np.bincount(flat, minlength=drawn.size).reshape(drawn.shape).astype(np.float64)
+def _why_left_out(n_positive: Sequence[NDArray[np.int64]], estimates: Sequence[Estimate]) -> str:
+    """Return why a finding has no place in a mean, or ""; `n_positive` has the labels of each scored rater."""
+    if not all(labels.any() for labels in n_positive):
+        return "a rater's labels have no positive image: F1 is 0 or undefined whatever the answers"
+    share = max(estimate.undefined_share for estimate in estimates)
+    if share > MAX_UNDEFINED_SHARE:
+        return f"F1 is undefined in up to {share:.1%} of resamples, above {MAX_UNDEFINED_SHARE:.0%}"
+    return ""
 
 
 def _with_summaries(scores: NDArray[np.float64], *, has_model: bool) -> NDArray[np.float64]:
@@ -402,35 +267,9 @@ def _mean(scores: NDArray[np.float64]) -> NDArray[np.float64]:
     return scores.mean(axis=-1) if scores.shape[-1] else np.full(scores.shape[:-1], np.nan)
 
 
-def _estimates(point: NDArray[np.float64], resampled: NDArray[np.float64]) -> tuple[Estimate, ...]:
-    """Return an estimate for each of [S] values and their resamples [B, S]."""
-    estimates = []
-    for value, samples in zip(point.tolist(), resampled.T, strict=True):
-        is_undefined = np.isnan(samples)
-        share = float(is_undefined.mean())
-        interval: tuple[float, float] | tuple[None, None] = (None, None)
-        if share <= MAX_UNDEFINED_SHARE:
-            low, high = np.quantile(samples[~is_undefined], _QUANTILES).tolist()
-            # No true positive at all gives 0 in every resample: a width of 0 would look like certainty.
-            interval = (low, high) if low < high else (None, None)
-        estimates.append(
-            Estimate(
-                value=None if math.isnan(value) else value, low=interval[0], high=interval[1], undefined_share=share
-            )
-        )
-    return tuple(estimates)
-
-
-class _ByName(TypedDict):
-    f1: dict[str, Estimate]
-    mean_of_readers: Estimate
-    difference: Estimate | None
-
-
-def _by_name(estimates: Sequence[Estimate], scored: Sequence[str]) -> _ByName:
+def _by_name(
+    estimates: Sequence[Estimate], scored: Sequence[str]
+) -> tuple[dict[str, Estimate], Estimate, Estimate | None]:
+    """Return f1, mean_of_readers and difference of a record."""
     rest = estimates[len(scored) :]
-    return {
-        "f1": dict(zip(scored, estimates, strict=False)),
-        "mean_of_readers": rest[0],
-        "difference": rest[1] if len(rest) > 1 else None,
-    }
+    return dict(zip(scored, estimates, strict=False)), rest[0], rest[1] if len(rest) > 1 else None
