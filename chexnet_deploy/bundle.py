@@ -23,6 +23,7 @@ from chexnet_deploy.errors import BundleError
 from chexnet_deploy.files import Sha256, sha256_hex, write_directory
 from chexnet_deploy.preprocessing import Preprocessing
 from chexnet_deploy.probe import Probe
+from chexnet_deploy.splits import PatientSet
 
 MANIFEST = "manifest.json"
 MANIFEST_SHA256 = "manifest.sha256"
@@ -131,6 +132,7 @@ class Manifest(_Record):
         checks: what was measured before the bundle was kept.
         tools: version of each tool that took part.
         float_convolutions: ONNX node names of the convolutions of an int8 model that stay in floating point.
+        trained_on: the patients the weights were fitted to, so that nobody is evaluated on them; None where unknown.
         target: for plans only.
         engine: for plans only.
     """
@@ -150,6 +152,7 @@ class Manifest(_Record):
     checks: tuple[Check, ...] = ()
     tools: dict[str, str]
     float_convolutions: tuple[str, ...] = ()
+    trained_on: PatientSet | None = None
     target: Target | None = None
     engine: EngineCard | None = None
 

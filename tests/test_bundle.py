@@ -32,6 +32,7 @@ from chexnet_deploy.predictor import Predictor
 from chexnet_deploy.preprocessing import Preprocessing
 from chexnet_deploy.probe import Probe
 from chexnet_deploy.sessions import open_session
+from chexnet_deploy.splits import PatientSet
 
 ALL_FILES = (MANIFEST, MANIFEST_SHA256, ONNX_MODEL, PROBE)
 
@@ -372,6 +373,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
         checks=tuple(draw(st.lists(st.builds(Check, name=_text, value=_finite, limit=_finite), max_size=3))),
         tools=draw(st.dictionaries(_text, _text, max_size=3)),
         float_convolutions=tuple(draw(st.lists(_text, max_size=2))) if is_int8 else (),
+        trained_on=draw(st.none() | st.sets(st.integers(0, 5000), min_size=1, max_size=50).map(PatientSet.of)),
         target=target,
         engine=None if target is None else draw(card),
     )

@@ -29,6 +29,7 @@ from chexnet_deploy.predictor import sigmoid
 from chexnet_deploy.preprocessing import Pixels, Preprocessing
 from chexnet_deploy.scoring import LabelledImages, iter_pixels
 from chexnet_deploy.spec import describe, read_toml
+from chexnet_deploy.splits import PatientSet
 
 BEST = "best.safetensors"
 RESUME = "resume.pt"
@@ -91,7 +92,8 @@ def train(root: Path, recipe: Recipe, run: Path, on_phase: OnPhase) -> Path:
             on_phase("reading", read, total)
         cached.append(np.concatenate(arrays))
     run.mkdir(parents=True, exist_ok=True)
-    return _Trainer(recipe, preprocessing, dataset.split_sha256(), run).fit(
+    trained_on = PatientSet.of(set(splits[0].patients.tolist()))
+    return _Trainer(recipe, preprocessing, dataset.split_sha256(), trained_on, run).fit(
         (cached[0], splits[0].truth), (cached[1], splits[1].truth), on_phase
     )
 
@@ -99,8 +101,11 @@ def train(root: Path, recipe: Recipe, run: Path, on_phase: OnPhase) -> Path:
 class _Trainer:
     """The state of a run: model, optimiser, schedule, random numbers and history."""
 
-    def __init__(self, recipe: Recipe, preprocessing: Preprocessing, split_sha256: str, run: Path) -> None:
-        self.recipe, self.preprocessing, self.split_sha256, self.run = recipe, preprocessing, split_sha256, run
+    def __init__(
+        self, recipe: Recipe, preprocessing: Preprocessing, split_sha256: str, trained_on: PatientSet, run: Path
+    ) -> None:
+        self.recipe, self.preprocessing, self.run = recipe, preprocessing, run
+        self.split_sha256, self.trained_on = split_sha256, trained_on
         # On the CPU torch's generator is the only source of randomness: initialisation, flips and the order of the images.
         torch.manual_seed(recipe.seed)
         self.model = CheXNet(len(FINDINGS)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -213,6 +218,7 @@ class _Trainer:
             operating_points={name: point for name, point in points.items() if not math.isnan(point)},
             recipe=self.recipe.model_dump(),
             split_sha256=self.split_sha256,
+            trained_on=self.trained_on,
             metrics={
                 "val_loss": val_loss,
                 **{f"val_auroc_{name}": None if math.isnan(area) else area for name, area in areas.items()},

@@ -17,6 +17,7 @@ from chexnet_deploy.errors import CheckpointError
 from chexnet_deploy.export.model import CheXNet
 from chexnet_deploy.files import Sha256, sha256_hex, write_file
 from chexnet_deploy.preprocessing import Preprocessing
+from chexnet_deploy.splits import PatientSet
 
 _METADATA_KEY = "chexnet_deploy"
 _PICKLE_STARTS = (b"\x80", b"PK\x03\x04")  # a bare pickle; torch.save's zip of pickles
@@ -31,6 +32,7 @@ class CheckpointManifest(BaseModel):
         operating_points: probability thresholds by finding, chosen on validation patients.
         recipe: the training recipe as read from its TOML.
         split_sha256: hash of the image names in each split it was trained with.
+        trained_on: the patients whose images the weights were fitted to; None where nobody knows any more.
         metrics: of the validation patients; None where undefined.
         tools: version of each tool that took part.
     """
@@ -43,6 +45,7 @@ class CheckpointManifest(BaseModel):
     operating_points: dict[str, Annotated[float, Field(ge=0.0, le=1.0)]]
     recipe: dict[str, JsonValue]
     split_sha256: Sha256
+    trained_on: PatientSet | None = None
     metrics: dict[str, float | None]
     tools: dict[str, str]
 

@@ -54,6 +54,7 @@ def export_onnx(checkpoint_path: Path, out: Path) -> Bundle:
         operating_points=checkpoint.manifest.operating_points,
         files=hash_files({ONNX_MODEL: model, PROBE: probe_bytes}),
         checkpoint_sha256=checkpoint.sha256,
+        trained_on=checkpoint.manifest.trained_on,
         probe_max_abs_logit_error=checks[0].value,
         checks=checks,
         tools={name: version(name) for name in ("chexnet-deploy", "torch", "onnx", "onnxruntime")},

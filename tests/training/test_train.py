@@ -65,6 +65,9 @@ def test_it_learns_and_keeps_its_best_epoch(finished: Path, phantom_root: Path) 
     assert manifest.recipe == RECIPE.model_dump()
     assert manifest.preprocessing.resize_px == 32
     assert manifest.split_sha256 == ChestXray14.open(phantom_root).split_sha256()
+    train_patients = {radiograph.patient for radiograph in ChestXray14.open(phantom_root).split("train")}
+    assert manifest.trained_on is not None
+    assert manifest.trained_on.patients() == train_patients
 
 
 def test_test_patients_are_never_read(phantom_root: Path, tmp_path: Path) -> None:
