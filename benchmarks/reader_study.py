@@ -14,14 +14,12 @@ not in the official test list either: its images are never used to tune anything
 """
 
 import json
-import math
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated
 
 import numpy as np
 import typer
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from chexnet_deploy.bench import Machine, describe_machine
@@ -29,16 +27,22 @@ from chexnet_deploy.chestxray14 import ChestXray14, truth
 from chexnet_deploy.cli import run_program
 from chexnet_deploy.csvfiles import quote_some
 from chexnet_deploy.errors import DatasetError
+from chexnet_deploy.evaluation.readers import (
+    answers_of,
+    choose_thresholds,
+    compare_with_readers,
+    run_protocols,
+    tuning_rows,
+)
+from chexnet_deploy.evaluation.records import Threshold
 from chexnet_deploy.expert_labels import MAJORITY_READERS, ExpertLabels
 from chexnet_deploy.findings import FINDINGS
-from chexnet_deploy.metrics.f1 import Estimate, f1_threshold
+from chexnet_deploy.metrics.f1 import Estimate
 from chexnet_deploy.metrics.readers import (
     MODEL,
-    Answers,
     FindingF1,
     MeanF1,
     ReaderStudy,
-    majority_protocol,
     paper_protocol,
     readers_only_protocol,
 )
@@ -48,17 +52,6 @@ RESULTS = Path(__file__).parent / "results" / "reader-study.json"
 DIGITS = 6  # of a resampled F1 the third is already noise
 
 app = typer.Typer(add_completion=False)
-
-
-class Threshold(BaseModel):
-    """Where a finding's probability counts as positive, and the F1 it has on the images it was chosen on."""
-
-    model_config = ConfigDict(frozen=True)
-
-    finding: str
-    probability: float
-    f1: float
-    n_positive: int
 
 
 class Results(BaseModel):
@@ -109,55 +102,37 @@ def run_study(data: Path, predictions: Path | None) -> Results:
             f"Next: take the expert reads of the images that the table has."
         )
     nih = truth([by_image[image] for image in labels.images])
+    answers = answers_of(labels, FINDINGS, nih)
     start_s = perf_counter()
-    both = _two_protocols(labels, nih)
+    paper_protocol(answers)
+    readers_only_protocol(answers)
     both_protocols_s = perf_counter() - start_s
     thresholds: tuple[Threshold, ...] = ()
     studies: tuple[ReaderStudy, ...] = ()
     n_images = n_patients = 0
     if predictions is not None:
         predicted = read_probabilities(predictions, dataset.table)
-        held_out = {by_image[image].patient for image in dataset.listed["test"]} | set(labels.patients.tolist())
-        is_tuning = ~np.isin(predicted.patients, list(held_out))
-        n_images, n_patients = int(is_tuning.sum()), len(np.unique(predicted.patients[is_tuning]))
-        thresholds = choose_thresholds(predicted.scores[is_tuning], predicted.truth[is_tuning])
-        row_of = {name: i for i, name in enumerate(predicted.names)}
-        read = labels.select([image for image in labels.images if image in row_of])
-        scores = predicted.scores[[row_of[image] for image in read.images]]
-        decisions = scores >= np.array([threshold.probability for threshold in thresholds])
-        studies = (*_two_protocols(read, decisions), _majority(read, decisions))
+        rows = tuning_rows(predicted.patients, labels, {by_image[image].patient for image in dataset.listed["test"]})
+        n_images, n_patients = int(rows.sum()), len(np.unique(predicted.patients[rows]))
+        thresholds = choose_thresholds(predicted.scores[rows], predicted.truth[rows], predicted.findings)
+        if len(thresholds) < len(FINDINGS):
+            raise DatasetError(
+                f"{predictions}: found no image of some finding to choose its threshold on; needed one each of patients "
+                f"without expert reads outside the test list. Next: predict train_val images too."
+            )
+        studies = compare_with_readers(predicted, labels, thresholds, thresholds_from="largest F1").studies
     return Results(
         source="Nabulsi et al. 2021, all findings; Wang et al. 2017, labels of 2020",
         machine=describe_machine(),
         both_protocols_s=both_protocols_s,
         majority_readers=MAJORITY_READERS,
-        readers=(*_two_protocols(labels, None), _majority(labels, None)),
-        nih_labels=(*both, _majority(labels, nih)),
+        readers=run_protocols(labels, FINDINGS, None),
+        nih_labels=run_protocols(labels, FINDINGS, nih),
         predictions=studies,
         n_threshold_images=n_images,
         n_threshold_patients=n_patients,
         thresholds=thresholds,
     )
-
-
-def choose_thresholds(probabilities: NDArray[np.float64], present: NDArray[np.bool_]) -> tuple[Threshold, ...]:
-    """Return each finding's threshold of the largest F1; both arrays are [N, 14].
-
-    Raises:
-        DatasetError: a finding has no positive image, or there is no image.
-    """
-    thresholds = []
-    for finding, scores, labels in zip(FINDINGS, probabilities.T, present.T, strict=True):
-        at = f1_threshold(scores, labels)
-        if math.isnan(at):
-            raise DatasetError(
-                f"found no image of {finding} to choose its threshold on; needed one of a patient without expert reads "
-                f"outside the test list. Next: predict train_val images too."
-            )
-        called = scores >= at
-        f1 = 2 * (called & labels).sum() / (called.sum() + labels.sum())
-        thresholds.append(Threshold(finding=finding, probability=at, f1=f1, n_positive=labels.sum()))
-    return tuple(thresholds)
 
 
 def read_probabilities(path: Path, labels: Path) -> LabelledScores:
@@ -192,19 +167,6 @@ def table(study: ReaderStudy) -> str:
     if MODEL in mean.f1:
         lines.append(f"  model, mean of {mean.n_counted}: {_interval(mean.f1[MODEL])}")
     return "\n".join(lines)
-
-
-def _two_protocols(labels: ExpertLabels, decisions: NDArray[np.bool_] | None) -> tuple[ReaderStudy, ReaderStudy]:
-    answers = _answers(labels, decisions)
-    return paper_protocol(answers), readers_only_protocol(answers)
-
-
-def _majority(labels: ExpertLabels, decisions: NDArray[np.bool_] | None) -> ReaderStudy:
-    return majority_protocol(_answers(labels, decisions), labels.majority, MAJORITY_READERS)
-
-
-def _answers(labels: ExpertLabels, decisions: NDArray[np.bool_] | None) -> Answers:
-    return Answers(FINDINGS, labels.patients, labels.readers, labels.reads, decisions)
 
 
 def _number(estimate: Estimate) -> str:

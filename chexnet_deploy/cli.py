@@ -23,6 +23,7 @@ from chexnet_deploy.phases import OnPhase
 
 if TYPE_CHECKING:
     from chexnet_deploy.bench import BenchReport
+    from chexnet_deploy.evaluation.records import Evaluation
 
 app = typer.Typer(
     add_completion=False,
@@ -228,36 +229,64 @@ def predict(
 
 @app.command()
 def evaluate(
-    bundle: Annotated[Path, typer.Argument(help="A bundle.")],
-    data: Annotated[Path, typer.Option(help="ChestX-ray14: tables, split lists and images.")],
-    split: Annotated[SplitName, typer.Option(help="Whose images.")] = SplitName.TEST,
+    bundle: Annotated[Path | None, typer.Argument(help="A bundle to run; or give --predictions.")] = None,
+    predictions: Annotated[
+        Path | None, typer.Option(help="Anyone's CSV: Image Index and a column a finding, or image, finding, score.")
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="Of the predictions: NIH's table, or a CSV of 0 and 1; default: that in --data.")
+    ] = None,
+    data: DataOption = None,
+    split: Annotated[
+        SplitName | None, typer.Option(help="Whose images; default: test of a bundle, all of predictions.")
+    ] = None,
     images: ImagesOption = None,
+    readers: Annotated[
+        Path | None, typer.Option(help="Folder of expert labels: compare with radiologists by F1, in three protocols.")
+    ] = None,
+    thresholds: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON, finding to probability; default: a bundle's own, or by F1 on patients who are not tested on."
+        ),
+    ] = None,
+    localization: Annotated[
+        bool, typer.Option("--localization", help="Score activation maps against BBox_List_2017.csv.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="New folder for report.json and report.html.")] = None,
+    html: Annotated[bool, typer.Option(help="Write report.html too.")] = True,
     threads: Threads = None,
     provider: OnProvider = ProviderName.CPU,
     as_json: JsonFlag = False,
 ) -> None:
-    """Measure AUROC per finding on labelled images."""
-    from chexnet_deploy.pipeline import evaluate_bundle
+    """Measure a bundle, or anyone's predictions, on labelled images: AUROC with intervals clustered by patient.
 
+    Beside it AUPRC, calibration, decisions and subgroups; with --readers the reader study of the CheXNet paper.
+    """
+    from chexnet_deploy.evaluation.request import EvaluationRequest
+    from chexnet_deploy.pipeline import evaluate as run
+
+    request = EvaluationRequest(
+        bundle=bundle,
+        predictions=predictions,
+        labels=labels,
+        data=data,
+        split=None if split is None else split.value,
+        images=images,
+        readers=readers,
+        thresholds=thresholds,
+        has_localization=localization,
+        threads=threads,
+        provider=provider.value,
+    )
     with progress() as on_phase:
-        result = evaluate_bundle(
-            bundle, data, split.value, images, threads=threads, provider=provider.value, on_phase=on_phase
-        )
+        result = run(request, out, with_html=html, on_phase=on_phase)
     if as_json:
         typer.echo(result.model_dump_json())
         return
-    print_table(
-        [
-            {
-                "finding": row.finding,
-                "positives": str(row.n_positive),
-                "AUROC": "undefined" if row.auroc is None else f"{row.auroc:.4f}",
-            }
-            for row in result.findings
-        ]
-    )
-    mean = "undefined" if result.mean_auroc is None else f"{result.mean_auroc:.4f}"
-    typer.echo(f"mean {mean} over {result.n_counted} findings, {result.data}")
+    print_evaluation(result)
+    if out is not None:
+        typer.echo(str(out / ("report.html" if html else "report.json")))
 
 
 @app.command()
@@ -386,6 +415,33 @@ def print_bench(report: "BenchReport", page: Path) -> None:
         for reason in result.reasons:
             typer.echo(f"{result.name}: {reason}")
     typer.echo(f"{report.verdict}  {page}")
+
+
+def print_evaluation(evaluation: "Evaluation") -> None:
+    """Print the table, what is undefined, whose images these are, and one line for each further study."""
+    from chexnet_deploy.evaluation import words
+
+    shown = (
+        "finding",
+        "positives",
+        "positive patients",
+        "AUROC",
+        "95 % interval",
+        "AUPRC",
+        "sensitivity",
+        "specificity",
+    )
+    print_table([{k: row[k] for k in shown if k in row} for row in words.summary_rows(evaluation)])
+    typer.echo(f"{words.mean_line(evaluation)}; {evaluation.data}")
+    for line in (*words.undefined_lines(evaluation), *evaluation.whom, *evaluation.notes):
+        typer.echo(line)
+    if evaluation.readers is not None:
+        typer.echo(words.readers_line(evaluation.readers))
+        for study in evaluation.readers.studies:
+            typer.echo(words.study_line(study))
+    if evaluation.localization is not None:
+        typer.echo(words.localization_line(evaluation.localization))
+        print_table(words.localization_rows(evaluation.localization.summary))
 
 
 def print_table(rows: list[dict[str, str]]) -> None:

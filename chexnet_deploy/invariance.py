@@ -1,7 +1,6 @@
-"""Does a session give an image the same answer in every slot of a batch, at every batch size, beside any neighbours, and from
-several threads at once? Published plans exist whose answers depend on the slot.
+"""Does a session give an image the same answer in any slot of a batch, at any batch size, and from several threads?
 
-Knows no labels and no verdicts; the limit is in the spec's gate.
+Plans have been published whose answers depend on the slot, and on what lies in the others. Knows no labels and no verdicts; the limit is in the spec's gate.
 """
 
 from concurrent.futures import ThreadPoolExecutor

@@ -3,7 +3,7 @@
 The command line, the demo and the benchmarks call these.
 """
 
-import math
+import importlib
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -13,63 +13,34 @@ from types import ModuleType
 from typing import Literal
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict
 
 from chexnet_deploy.bench import BenchReport, Effort, find_reference, run_bench, write_predictions
 from chexnet_deploy.bundle import Bundle, Precision
-from chexnet_deploy.chestxray14 import ChestXray14
+from chexnet_deploy.chestxray14 import ChestXray14, Split
 from chexnet_deploy.errors import (
     BundleError,
     CalibrationError,
-    DatasetError,
     ImageError,
     MissingPackageError,
     SpecError,
 )
+from chexnet_deploy.evaluation.records import Evaluation
+from chexnet_deploy.evaluation.request import EvaluationRequest
+from chexnet_deploy.evaluation.run import run_evaluation
+from chexnet_deploy.evaluation.sources import choose_images
 from chexnet_deploy.files import new_directory, write_file
 from chexnet_deploy.images import read_image
-from chexnet_deploy.metrics.auroc import auroc, mean_auroc
 from chexnet_deploy.phases import OnPhase
-from chexnet_deploy.predictor import Prediction, Predictor, draw_cam, sigmoid
-from chexnet_deploy.scoring import LabelledImages, score_files
-from chexnet_deploy.sessions import Provider, open_session
+from chexnet_deploy.predictor import Prediction, Predictor, draw_cam
+from chexnet_deploy.scoring import LabelledImages
+from chexnet_deploy.sessions import Provider
 from chexnet_deploy.sessions.target import open_driver
 from chexnet_deploy.sessions.tensorrt_versions import Backend, open_tensorrt
 from chexnet_deploy.spec import read_spec
 from chexnet_deploy.tables import read_image_list
 
-Split = Literal["train", "val", "test"]
 MAX_GATE_IMAGES = 512  # enough to catch a broken quantisation in a minute; `bench` is where the whole set is used
 CHOSEN_LIST = "calibration.txt"
-
-
-class FindingScore(BaseModel):
-    """One finding's AUROC; None where one class is missing."""
-
-    model_config = ConfigDict(frozen=True)
-
-    finding: str
-    n_positive: int
-    auroc: float | None
-
-
-class Evaluation(BaseModel):
-    """One bundle on labelled images.
-
-    Attributes:
-        n_counted: findings whose AUROC is defined; the mean is over those.
-        data: what the images are, in words; also how many that the split lists are not on disk.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    bundle_id: str
-    n_images: int
-    n_patients: int
-    data: str
-    findings: tuple[FindingScore, ...]
-    mean_auroc: float | None
-    n_counted: int
 
 
 def parse_precisions(text: str) -> tuple[Precision, ...]:
@@ -234,7 +205,7 @@ def bench_bundles(
     Raises:
         ChexnetError: a bundle, the data or the spec can't be used; or an engine refuses to run here.
     """
-    report_room = _open_report_room() if with_html else None
+    report_room = _open_page_room("report") if with_html else None
     if image_list is not None and data_root is None:
         raise SpecError("a list of images needs the data they are in. Give ChestX-ray14 by --data.")
     bundles = [Bundle.open(path) for path in engine_paths]
@@ -293,73 +264,31 @@ def predict_files(
     return predictions
 
 
-def evaluate_bundle(
-    path: Path,
-    data_root: Path,
-    split: Split,
-    image_list: Path | None,
-    *,
-    threads: int | None,
-    provider: Provider,
-    on_phase: OnPhase,
-) -> Evaluation:
-    """Measure a bundle's AUROC on the labelled images of a split that are on disk, or on those of them a list names."""
-    bundle = Bundle.open(path)
-    findings = bundle.manifest.findings
-    images, words = _label(data_root, split, image_list, findings)
-    session = open_session(bundle, threads=threads, provider=provider)
-    n_images = len(images.paths)
-    logits = score_files(
-        {"model": session},
-        images.paths,
-        bundle.manifest.preprocessing,
-        on_images=lambda done: on_phase("evaluate", done, n_images),
-    )["model"]
-    session.close()
-    probabilities = sigmoid(logits)
-    areas = {name: auroc(probabilities[:, c], images.truth[:, c]) for c, name in enumerate(findings)}
-    mean = mean_auroc(areas)
-    return Evaluation(
-        bundle_id=bundle.id,
-        n_images=n_images,
-        n_patients=len(set(images.patients.tolist())),
-        data=words,
-        findings=tuple(
-            FindingScore(
-                finding=name,
-                n_positive=int(images.truth[:, c].sum()),
-                auroc=None if math.isnan(areas[name]) else areas[name],
-            )
-            for c, name in enumerate(findings)
-        ),
-        mean_auroc=None if math.isnan(mean.value) else mean.value,
-        n_counted=mean.n_counted,
-    )
+def evaluate(request: EvaluationRequest, out: Path | None, *, with_html: bool, on_phase: OnPhase) -> Evaluation:
+    """Evaluate a bundle or predictions; write report.json and report.html into `out` where one is given.
+
+    Raises:
+        ChexnetError: a file, the bundle or an image can't be used, or the options don't fit the data.
+    """
+    page_room = _open_page_room("evaluation_report") if out is not None and with_html else None
+    with ExitStack() as stack:
+        partial = None if out is None else stack.enter_context(_new_folder(out))
+        run = run_evaluation(request, on_phase=on_phase)
+        if partial is not None:
+            (partial / "report.json").write_text(run.evaluation.model_dump_json(indent=1) + "\n")
+        if partial is not None and page_room is not None:
+            on_phase("page", 0, 1)
+            page_room.write_html(partial / "report.html", run)
+            on_phase("page", 1, 1)
+    return run.evaluation
 
 
 def _label(
     data_root: Path, split: Split, image_list: Path | None, findings: Sequence[str]
 ) -> tuple[LabelledImages, str]:
     """Return a split's images on disk, narrowed to a list if one is given, and what they are in words."""
-    dataset = ChestXray14.open(data_root)
-    radiographs, source = dataset.split(split), data_root.resolve().name
-    n_absent = len(dataset.listed[split]) - len(radiographs)
-    if image_list is not None:
-        names = read_image_list(image_list)
-        strangers = sorted(set(names) - set(dataset.listed[split]))
-        if strangers:
-            raise DatasetError(
-                f"{image_list} names {len(strangers)} images that are not {split} images, e.g. {strangers[0]}. "
-                f"Measure on the patients of one split only."
-            )
-        radiographs, n_absent, source = dataset.select(names), 0, f"{source}, those of {image_list.name}"
-    if not radiographs:
-        raise DatasetError(
-            f"{data_root} has no {split} image on disk, needed at least one. Put them into {data_root}/images."
-        )
-    images = LabelledImages.of(radiographs, findings)
-    words = f"{len(images.names)} {split} images of {len(set(images.patients.tolist()))} patients from {source}"
-    return images, words + (f"; {n_absent} listed images are not on disk" if n_absent else "")
+    radiographs, words = choose_images(ChestXray14.open(data_root), split, image_list)
+    return LabelledImages.of(radiographs, findings), words
 
 
 @contextmanager
@@ -389,11 +318,10 @@ def _calibration_names(dataset: ChestXray14, given: Path | None, n_images: int) 
     return names
 
 
-def _open_report_room() -> ModuleType:
+def _open_page_room(name: Literal["report", "evaluation_report"]) -> ModuleType:
     try:
-        from chexnet_deploy import report
+        return importlib.import_module(f"chexnet_deploy.{name}")
     except ModuleNotFoundError as err:
         raise MissingPackageError(
             f"{err.name} is not installed, so no HTML can be made. Run: pip install 'chexnet-deploy[report]', or give --no-html."
         ) from err
-    return report

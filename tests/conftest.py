@@ -8,6 +8,7 @@ import pytest
 
 from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.chestxray14 import ChestXray14
+from chexnet_deploy.expert_labels import MAJORITY_READERS
 from chexnet_deploy.findings import FINDINGS
 from chexnet_deploy.preprocessing import Preprocessing
 
@@ -115,6 +116,41 @@ def bundles(checkpoint_path: Path, phantom_root: Path, tmp_path_factory: pytest.
         on_phase=lambda phase, done, total: None,
     )
     return {bundle.manifest.precision.value: bundle for bundle in made}
+
+
+@pytest.fixture(scope="session")
+def phantom_predictions(phantom: ChestXray14, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Probabilities of all 14 findings for every phantom image, better than chance."""
+    rng = np.random.default_rng(1)
+    rows = [",".join(("Image Index", *(f"prob_{finding}" for finding in FINDINGS)))]
+    for radiograph in phantom.radiographs:
+        present = np.array([finding in radiograph.findings for finding in FINDINGS])
+        rows.append(",".join((radiograph.image, *(f"{p:.6f}" for p in rng.uniform(0.0, 0.6, 14) + 0.3 * present))))
+    path = tmp_path_factory.mktemp("predictions") / "predictions.csv"
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def phantom_readers(phantom: ChestXray14, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five readers' labels of the phantom test images, right nine times in ten, in the files of the public ones."""
+    rng = np.random.default_rng(2)
+    root = tmp_path_factory.mktemp("readers") / "expert_labels"
+    root.mkdir()
+    readers = ("1", "2", *MAJORITY_READERS)
+    header = ",".join(finding.replace("_", " ") for finding in FINDINGS)
+    individual, majority = [f"Image ID,Patient ID,Reader ID,{header}"], [f"Image ID,Patient ID,{header}"]
+    for radiograph in phantom.split("test"):
+        present = np.array([finding in radiograph.findings for finding in FINDINGS])
+        reads = present ^ (rng.random((len(readers), 14)) < 0.1)
+        for reader, read in zip(readers, reads, strict=True):
+            cells = ",".join("YES" if cell else "NO" for cell in read)
+            individual.append(f"{radiograph.image},{radiograph.patient},{reader},{cells}")
+        cells = ",".join("YES" if votes >= 2 else "NO" for votes in reads[2:].sum(axis=0))
+        majority.append(f"{radiograph.image},{radiograph.patient},{cells}")
+    (root / "test_individual_readers.csv").write_text("\n".join(individual) + "\n")
+    (root / "test_labels.csv").write_text("\n".join(majority) + "\n")
+    return root
 
 
 @pytest.fixture

@@ -247,6 +247,72 @@ def test_evaluate_counts_its_findings(bundles: dict[str, Bundle], phantom_root: 
     assert result["n_counted"] == sum(row["auroc"] is not None for row in result["findings"])
 
 
+def test_evaluate_predictions_beside_readers_and_write_a_page(
+    phantom_root: Path, phantom_predictions: Path, phantom_readers: Path, tmp_path: Path
+) -> None:
+    command = ("evaluate", "--predictions", phantom_predictions, "--data", phantom_root)
+    done = chexnet(*command, "--readers", phantom_readers, "--out", tmp_path / "e")
+    assert done.returncode == 0, done.stderr
+    assert "95 % interval" in done.stdout
+    for words in ("F1 each rater against each other", "F1 against the readers only", "F1 against the majority"):
+        assert words in done.stdout
+    assert "neither list" in done.stdout  # whose patients these are
+    report = json.loads((tmp_path / "e" / "report.json").read_text())
+    assert report["n_images"] > report["readers"]["n_images"] == report["readers"]["n_read"] > 40
+    assert "have no expert reads and are not in the official test list" in report["readers"]["thresholds_from"]
+    page = (tmp_path / "e" / "report.html").read_text()
+    assert 'src="http' not in page
+    assert done.stdout.strip().endswith("report.html")
+
+
+def test_evaluate_localization_and_no_page(bundles: dict[str, Bundle], phantom_root: Path, tmp_path: Path) -> None:
+    command = ("evaluate", bundles["fp32"].path, "--data", phantom_root, "--localization", "--out", tmp_path / "e")
+    done = chexnet(*command, "--no-html", "--json")
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in (tmp_path / "e").iterdir()] == ["report.json"]
+    report = json.loads(done.stdout)
+    assert report == json.loads((tmp_path / "e" / "report.json").read_text())
+    assert report["localization"]["n_images"] > 0
+    assert_one_line_error(chexnet(*command), 2, "there already")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        ((), "neither a bundle nor predictions"),
+        (("FP32",), "--data ROOT"),
+        (("FP32", "--predictions", "CSV", "--data", "ROOT"), "needed one of them"),
+        (("FP32", "--data", "ROOT", "--labels", "TABLE"), "--labels belongs to --predictions"),
+        (("FP32", "--data", "ROOT", "--readers", "ROOT"), "test_individual_readers.csv"),
+        (("FP32", "--data", "ROOT", "--thresholds", "TABLE"), "JSON object"),
+        (("--predictions", "CSV"), "--labels CSV"),
+        (("--predictions", "TABLE", "--labels", "TABLE"), "Data_Entry_2017_v2020.csv"),
+        (("--predictions", "CSV", "--labels", "nothing.csv"), "nothing.csv"),
+        (("--predictions", "CSV", "--labels", "TABLE", "--readers", "READERS"), "--thresholds FILE"),
+        (("--predictions", "CSV", "--labels", "TABLE", "--localization"), "activation maps"),
+    ],
+)
+def test_evaluate_refuses_options_that_do_not_fit(
+    bundles: dict[str, Bundle],
+    phantom_root: Path,
+    phantom_predictions: Path,
+    phantom_readers: Path,
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+    found: str,
+) -> None:
+    places = {
+        "FP32": bundles["fp32"].path,
+        "ROOT": phantom_root,
+        "TABLE": phantom_root / "Data_Entry_2017_v2020.csv",
+        "CSV": phantom_predictions,
+        "READERS": phantom_readers,
+    }
+    done = chexnet("evaluate", *(places.get(word, word) for word in arguments), "--out", tmp_path / "e")
+    assert_one_line_error(done, 2, found)
+    assert not (tmp_path / "e").exists()
+
+
 def test_inspect_prints_a_verified_manifest(bundles: dict[str, Bundle], checkpoint_path: Path) -> None:
     assert json.loads(chexnet("inspect", bundles["int8"].path).stdout)["ancestors"] == [bundles["fp32"].id]
     assert json.loads(chexnet("inspect", checkpoint_path).stdout)["preprocessing"]["resize_px"] == 32

@@ -34,11 +34,16 @@ def test_the_two_commands_are_targets_of_the_makefile() -> None:
 
 
 @pytest.mark.slow
-def test_commands_on_your_own_data_and_the_scanner_example(phantom_root: Path, tmp_path: Path) -> None:
+def test_commands_on_your_own_data_and_the_scanner_example(
+    phantom_root: Path, phantom_predictions: Path, phantom_readers: Path, tmp_path: Path
+) -> None:
     (tmp_path / "recipe.toml").write_text(RECIPE)
+    shutil.copy(phantom_predictions, tmp_path / "predictions.csv")
+    shutil.copy(phantom_root / "Data_Entry_2017_v2020.csv", tmp_path / "labels.csv")
+    shutil.copytree(phantom_readers, tmp_path / "expert_labels")
     shutil.copy(sorted((phantom_root / "images").iterdir())[0], tmp_path / "radiograph.png")
     environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
-    for line in [*blocks("sh")[1].strip().split("\n"), blocks("sh")[2].strip()]:
+    for line in "".join(blocks("sh")[1:4]).strip().split("\n"):
         words = shlex.split(
             line.replace("ROOT", str(phantom_root)).replace("training/recipes/chexnet14.toml", "recipe.toml")
         )

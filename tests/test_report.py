@@ -32,12 +32,14 @@ def page_of(run: BenchRun, bundles: dict[str, Bundle], path: Path) -> str:
 def test_every_finding_and_limit_is_on_the_page(run: BenchRun, bundles: dict[str, Bundle], tmp_path: Path) -> None:
     page = page_of(run, bundles, tmp_path / "report.html")
     for finding in run.report.findings:
-        assert page.count(f"<td>{finding}</td>") == 2  # once an engine
+        assert page.count(f"<td>{finding}</td>") == 4  # in two tables an engine
     assert run.report.verdict in page
     assert "at most 0.15" in page  # int8's own limit
     assert bundles["int8"].id[:16] in page
     assert "40 &lt;patients&gt;" in page  # what users name is escaped
-    assert len(re.findall(r'src="data:image/(?:png|jpeg);base64,', page)) == 2 + N_CAM_PICTURES
+    assert (
+        len(re.findall(r'src="data:image/(?:png|jpeg);base64,', page)) == 4 + N_CAM_PICTURES
+    )  # ROC, latency and a forest plot an engine
     assert not re.search(r'(?:src|href)="(?!data:)', page)  # nothing is fetched
 
 

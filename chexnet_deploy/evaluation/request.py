@@ -1,0 +1,90 @@
+"""What a user asked to have evaluated, checked before any work is done."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from chexnet_deploy.chestxray14 import Split
+from chexnet_deploy.errors import SpecError
+from chexnet_deploy.sessions import Provider
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationRequest:
+    """Scores of a bundle or of a CSV, on whose images, and what beside AUROC.
+
+    Attributes:
+        bundle: to run; or None, and `predictions` is given.
+        predictions: CSV as predictions.read_predictions takes it.
+        labels: CSV for the predictions; None takes the table of `data`.
+        data: ChestX-ray14; with predictions its lists and its table alone are used.
+        split: whose images; None is test for a bundle, and every predicted image for predictions.
+        images: list that narrows the images further.
+        readers: folder of expert labels.
+        thresholds: JSON object, finding -> probability.
+        has_localization: score activation maps against boxes.
+        threads: of a bundle's session; None takes all cores.
+        provider: of a bundle's session.
+
+    Raises:
+        SpecError: the options contradict each other or something is missing.
+    """
+
+    bundle: Path | None = None
+    predictions: Path | None = None
+    labels: Path | None = None
+    data: Path | None = None
+    split: Split | None = None
+    images: Path | None = None
+    readers: Path | None = None
+    thresholds: Path | None = None
+    has_localization: bool = False
+    threads: int | None = None
+    provider: Provider = "cpu"
+
+    def __post_init__(self) -> None:
+        if (self.bundle is None) == (self.predictions is None):
+            found = "neither a bundle nor predictions" if self.bundle is None else "both a bundle and predictions"
+            raise SpecError(
+                f"found {found}; needed one of them. Give a bundle and --data ROOT, or --predictions CSV and --labels CSV."
+            )
+        for is_wrong, message in self._contradictions():
+            if is_wrong:
+                raise SpecError(message)
+
+    def _contradictions(self) -> tuple[tuple[bool, str], ...]:
+        runs = self.bundle is not None
+        return (
+            (
+                runs and self.labels is not None,
+                "--labels belongs to --predictions; a bundle's labels come with the images. Give --data ROOT alone.",
+            ),
+            (
+                runs and self.data is None,
+                "a bundle is evaluated on labelled images. Give ChestX-ray14 by --data ROOT.",
+            ),
+            (
+                not runs and self.labels is None and self.data is None,
+                "predictions need labels. Give --labels CSV, or --data ROOT for the table in it.",
+            ),
+            (
+                not runs and self.has_localization,
+                "--localization needs activation maps, and a CSV has none. Give a bundle and --data ROOT instead.",
+            ),
+            (
+                not runs and (self.threads is not None or self.provider != "cpu"),
+                "--threads and --provider say how a bundle runs, and predictions run nothing. Leave them away.",
+            ),
+            (
+                self.readers is not None and self.split in ("train", "val"),
+                "readers read images of the official test list alone. Leave --split away, or give --split test.",
+            ),
+            (
+                not runs and self.split is not None and self.data is None,
+                "--split needs the official lists. Give ChestX-ray14 by --data ROOT, or leave it away.",
+            ),
+            (
+                not runs and self.readers is not None and self.thresholds is None and self.data is None,
+                "readers say yes or no, so the model needs thresholds, and they must not be chosen on test patients. "
+                "Give the official lists by --data ROOT, or thresholds by --thresholds FILE.",
+            ),
+        )

@@ -1,0 +1,252 @@
+"""Where scores and labels come from: a bundle run on a data set's images, or anyone's CSV; both end in one Material."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chexnet_deploy.bundle import Bundle
+from chexnet_deploy.chestxray14 import ChestXray14, Split, truth
+from chexnet_deploy.errors import DatasetError
+from chexnet_deploy.evaluation.localize import BoxedMap, localize
+from chexnet_deploy.evaluation.records import Localization
+from chexnet_deploy.evaluation.request import EvaluationRequest
+from chexnet_deploy.findings import FINDINGS
+from chexnet_deploy.phases import OnPhase
+from chexnet_deploy.predictions import LabelledScores, read_predictions
+from chexnet_deploy.predictor import Predictor
+from chexnet_deploy.scoring import LabelledImages, score_files
+from chexnet_deploy.sessions import open_session
+from chexnet_deploy.splits import cover_official, patient_of, recognise_split, refuse_training_patients
+from chexnet_deploy.tables import Radiograph, read_image_list
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Material:
+    """What is evaluated; words and sentences as in records.Evaluation.
+
+    Attributes:
+        labelled: the images evaluated.
+        everything: all images scored, where a list or a split narrowed predictions; else `labelled`.
+        operating_points: a bundle's own.
+        files: that were read beside images.
+    """
+
+    labelled: LabelledScores
+    everything: LabelledScores
+    source: str
+    bundle_id: str | None
+    operating_points: Mapping[str, float]
+    data: str
+    whom: tuple[str, ...]
+    notes: tuple[str, ...]
+    files: tuple[Path, ...]
+    localization: Localization | None = None
+    maps: tuple[BoxedMap, ...] = ()
+
+
+def choose_images(dataset: ChestXray14, split: Split, image_list: Path | None) -> tuple[tuple[Radiograph, ...], str]:
+    """Return a split's images on disk, narrowed to a list if one is given, and what they are in words.
+
+    Raises:
+        DatasetError: there is none, or the list names an image of another split.
+    """
+    radiographs, source = dataset.split(split), dataset.root.resolve().name
+    n_absent = len(dataset.listed[split]) - len(radiographs)
+    if image_list is not None:
+        names = read_image_list(image_list)
+        _refuse_strangers(
+            image_list,
+            names,
+            dataset.listed[split],
+            f"that are not {split} images",
+            "Measure on the patients of one split only.",
+        )
+        radiographs, n_absent, source = dataset.select(names), 0, f"{source}, those of {image_list.name}"
+    if not radiographs:
+        raise DatasetError(
+            f"{dataset.root} has no {split} image on disk, needed at least one. Put them into {dataset.root}/images."
+        )
+    n_patients = len({radiograph.patient for radiograph in radiographs})
+    words = f"{len(radiographs):,} {split} images of {n_patients:,} patients from {source}"
+    return radiographs, words + (f"; {n_absent:,} listed images are not on disk" if n_absent else "")
+
+
+def run_bundle(bundle: Bundle, request: EvaluationRequest, on_phase: OnPhase) -> Material:
+    """Score a bundle on the images of a split; patients it was trained on are refused unless the split is train.
+
+    Raises:
+        ChexnetError: the bundle, the data or an image can't be used, or a patient was trained on.
+    """
+    assert request.data is not None  # EvaluationRequest checks it
+    dataset, manifest = ChestXray14.open(request.data), bundle.manifest
+    split: Split = request.split or "test"
+    radiographs, words = choose_images(dataset, split, request.images)
+    whom = (_known_to(bundle, radiographs, split), *_whose(np.array([r.patient for r in radiographs]), dataset))
+    images = LabelledImages.of(radiographs, manifest.findings)
+    session = open_session(bundle, threads=request.threads, provider=request.provider)
+    localization: Localization | None = None
+    maps: tuple[BoxedMap, ...] = ()
+    try:
+        if request.has_localization:  # first: what is missing for it should not cost the whole run
+            localization, maps = localize(
+                Predictor(session, manifest),
+                radiographs,
+                dataset.boxes,
+                manifest.findings,
+                on_images=lambda done, total: on_phase("localise", done, total),
+            )
+        logits = score_files(
+            {"model": session},
+            images.paths,
+            manifest.preprocessing,
+            on_images=lambda done: on_phase("evaluate", done, len(images.paths)),
+        )["model"]
+    finally:
+        session.close()
+    labelled = _label(radiographs, manifest.findings, logits.astype(np.float64))
+    return Material(
+        labelled=labelled,
+        everything=labelled,
+        source=f"bundle {bundle.path.resolve().name}, {manifest.precision.value}, id {bundle.id[:12]}",
+        bundle_id=bundle.id,
+        operating_points=dict(manifest.operating_points),
+        data=words,
+        whom=whom,
+        notes=(),
+        files=(dataset.table, bundle.path / "manifest.json"),
+        localization=localization,
+        maps=maps,
+    )
+
+
+def read_material(request: EvaluationRequest) -> Material:
+    """Read predictions with their labels, narrowed to a split or a list if one is given.
+
+    Raises:
+        DatasetError: a file can't be read, the two don't fit, or nothing is left.
+    """
+    assert request.predictions is not None  # EvaluationRequest checks it
+    dataset = None if request.data is None else ChestXray14.open(request.data)
+    labels = request.labels if dataset is None or request.labels is not None else dataset.table
+    assert labels is not None
+    everything = read_predictions(request.predictions, labels)
+    labelled, narrowed = everything, ""
+    if request.split is not None and dataset is not None:
+        labelled = _select(labelled, set(dataset.listed[request.split]))
+        narrowed = f", {request.split} images alone"
+    if request.images is not None:
+        names = read_image_list(request.images)
+        which = f"without a prediction{narrowed and f' of a {request.split} image'}"
+        _refuse_strangers(request.images, names, labelled.names, which, "Shorten the list, or predict them too.")
+        labelled = _select(labelled, set(names))
+        narrowed += f", those of {request.images.name}"
+    if not labelled.names:
+        raise DatasetError(
+            f"{request.predictions} has no {request.split} image of {request.data}; needed at least one. "
+            f"Next: choose another --split, or leave it away."
+        )
+    n_patients = np.unique(labelled.patients).size
+    return Material(
+        labelled=labelled,
+        everything=everything,
+        source=f"predictions {request.predictions.name}",
+        bundle_id=None,
+        operating_points={},
+        data=f"{len(labelled.names):,} predicted images of {n_patients:,} patients{narrowed}; labels of {labels.name}",
+        whom=(
+            "Predictions don't say whom their model was trained on: nothing shows that these patients are new to it.",
+            *_whose(labelled.patients, dataset),
+        ),
+        notes=_notes(everything, labels),
+        files=(request.predictions, labels),
+    )
+
+
+def _known_to(bundle: Bundle, radiographs: Sequence[Radiograph], split: Split) -> str:
+    """Return a sentence on whether the model has seen these patients; refuse them where it must not have."""
+    patients = {radiograph.patient for radiograph in radiographs}
+    if split == "train":
+        return (
+            f"These {len(patients):,} patients are of the training split: the model was trained on such patients, and "
+            f"the figures say nothing about new ones."
+        )
+    sentence = refuse_training_patients(patients, bundle.manifest.trained_on, purpose="evaluation")
+    if split == "val":
+        sentence += (
+            " Checkpoint and operating points were chosen on validation patients: the figures flatter the model."
+        )
+    return sentence
+
+
+def _whose(patients: NDArray[np.int64], dataset: ChestXray14 | None) -> tuple[str, ...]:
+    """Return sentences on which lists these patients are in."""
+    sentences = []
+    known = recognise_split(patients.tolist())
+    if known is not None:
+        sentences.append(f"By the fingerprint of their even numbers these are the patients of {_the(known)}.")
+    if dataset is not None:
+        train_val, test = (
+            {number for name in names if (number := patient_of(name)) is not None}
+            for names in ((*dataset.listed["train"], *dataset.listed["val"]), dataset.listed["test"])
+        )
+        coverage = cover_official(patients, train_val_patients=train_val, test_patients=test)
+        sentences.append(coverage.in_words())
+    return tuple(sentences)
+
+
+def _the(split: str) -> str:
+    return f"the {split}" if split.startswith("official") else split
+
+
+def _notes(labelled: LabelledScores, labels: Path) -> tuple[str, ...]:
+    notes = []
+    absent = [finding for finding in FINDINGS if finding not in (*labelled.findings, *labelled.unlabelled_findings)]
+    if absent:
+        notes.append(f"Not predicted: {', '.join(absent)}.")
+    if labelled.unlabelled_findings:
+        notes.append(f"Predicted, but not labelled in {labels.name}: {', '.join(labelled.unlabelled_findings)}.")
+    if labelled.ignored:
+        notes.append(f"Not read, as they name none of the 14 findings: {', '.join(labelled.ignored)}.")
+    if labelled.n_not_predicted:
+        notes.append(f"{labelled.n_not_predicted:,} labelled images have no prediction.")
+    return tuple(notes)
+
+
+def _refuse_strangers(path: Path, names: Sequence[str], known: Sequence[str], which: str, next_step: str) -> None:
+    strangers = sorted(set(names) - set(known))
+    if strangers:
+        raise DatasetError(f"{path} names {len(strangers)} images {which}, e.g. {strangers[0]}. {next_step}")
+
+
+def _select(labelled: LabelledScores, names: set[str]) -> LabelledScores:
+    rows = [row for row, name in enumerate(labelled.names) if name in names]
+    return replace(
+        labelled,
+        names=tuple(labelled.names[row] for row in rows),
+        scores=labelled.scores[rows],
+        truth=labelled.truth[rows],
+        patients=labelled.patients[rows],
+        sex=tuple(labelled.sex[row] for row in rows),
+        age_years=labelled.age_years[rows],
+        view=tuple(labelled.view[row] for row in rows),
+    )
+
+
+def _label(radiographs: Sequence[Radiograph], findings: tuple[str, ...], logits: NDArray[np.float64]) -> LabelledScores:
+    return LabelledScores(
+        names=tuple(radiograph.image for radiograph in radiographs),
+        findings=findings,
+        scores=logits,
+        kind="logit",
+        truth=truth(radiographs)[:, [FINDINGS.index(finding) for finding in findings]],
+        patients=np.array([radiograph.patient for radiograph in radiographs], np.int64),
+        sex=tuple(radiograph.sex for radiograph in radiographs),
+        age_years=np.array([radiograph.age_years for radiograph in radiographs], np.float64),
+        view=tuple(radiograph.view for radiograph in radiographs),
+        unlabelled_findings=(),
+        ignored=(),
+        n_not_predicted=0,
+    )
