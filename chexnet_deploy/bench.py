@@ -89,6 +89,7 @@ class BenchReport(_Record):
     Attributes:
         finished_utc: when, ISO 8601.
         data: what the images are, in words.
+        whom: whether the model was trained on their patients, in words.
         provider: what ONNX Runtime ran the engines on; the reference always runs on the CPU.
         images_sha256: hash of the names of the images, one a line, in the order they were run; None without images.
     """
@@ -97,6 +98,7 @@ class BenchReport(_Record):
     finished_utc: str
     machine: Machine
     data: str
+    whom: str = ""
     images_sha256: str | None
     threads: int | None
     provider: Provider = "cpu"
@@ -158,6 +160,7 @@ def run_bench(
     images: LabelledImages | None,
     *,
     data: str,
+    whom: str = "",
     effort: Effort,
     threads: int | None = None,
     provider: Provider = "cpu",
@@ -170,6 +173,7 @@ def run_bench(
         reference: their fp32 ancestor.
         images: labelled images, or None to measure speed alone.
         data: what the images are, for the report.
+        whom: whether the model was trained on their patients, likewise.
         effort: how long to measure.
         threads: CPU threads for one call; None takes all cores.
         provider: what ONNX Runtime runs the engines on.
@@ -224,6 +228,7 @@ def run_bench(
         images_sha256=None if images is None else sha256_hex("".join(f"{n}\n" for n in images.names).encode()),
         machine=describe_machine(),
         data=data,
+        whom=whom,
         threads=threads,
         provider=provider,
         reference_id=reference.id,

@@ -1,6 +1,7 @@
 """Does a session give an image the same answer in any slot of a batch, at any batch size, and from several threads?
 
-Plans have been published whose answers depend on the slot, and on what lies in the others. Knows no labels and no verdicts; the limit is in the spec's gate.
+Plans have been published whose answers depend on the slot, and on what lies in the others.
+Knows no labels and no verdicts; the limit is in the spec's gate.
 """
 
 from concurrent.futures import ThreadPoolExecutor

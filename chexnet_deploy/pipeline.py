@@ -27,7 +27,7 @@ from chexnet_deploy.errors import (
 from chexnet_deploy.evaluation.records import Evaluation
 from chexnet_deploy.evaluation.request import EvaluationRequest
 from chexnet_deploy.evaluation.run import run_evaluation
-from chexnet_deploy.evaluation.sources import choose_images
+from chexnet_deploy.evaluation.sources import choose_images, say_who_is_known
 from chexnet_deploy.files import new_directory, write_file
 from chexnet_deploy.images import read_image
 from chexnet_deploy.phases import OnPhase
@@ -211,9 +211,11 @@ def bench_bundles(
     bundles = [Bundle.open(path) for path in engine_paths]
     reference = find_reference(bundles[0]) if reference_path is None else Bundle.open(reference_path)
     specs = [read_spec(bundle.manifest.precision.value if spec is None else spec) for bundle in bundles]
-    images, data = None, "no labelled images"
+    images, data, whom = None, "no labelled images", ""
     if data_root is not None:
-        images, data = _label(data_root, split, image_list, reference.manifest.findings)
+        radiographs, data = choose_images(ChestXray14.open(data_root), split, image_list)
+        whom = say_who_is_known(reference, radiographs, split)
+        images = LabelledImages.of(radiographs, reference.manifest.findings)
     # The folder is made first and shown last: a place that can't be written costs no measurement, and a report is whole.
     with _new_folder(out) as partial:
         run = run_bench(
@@ -221,6 +223,7 @@ def bench_bundles(
             reference,
             images,
             data=data,
+            whom=whom,
             effort=effort,
             threads=threads,
             provider=provider,
@@ -281,14 +284,6 @@ def evaluate(request: EvaluationRequest, out: Path | None, *, with_html: bool, o
             page_room.write_html(partial / "report.html", run)
             on_phase("page", 1, 1)
     return run.evaluation
-
-
-def _label(
-    data_root: Path, split: Split, image_list: Path | None, findings: Sequence[str]
-) -> tuple[LabelledImages, str]:
-    """Return a split's images on disk, narrowed to a list if one is given, and what they are in words."""
-    radiographs, words = choose_images(ChestXray14.open(data_root), split, image_list)
-    return LabelledImages.of(radiographs, findings), words
 
 
 @contextmanager

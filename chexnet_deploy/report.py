@@ -135,7 +135,7 @@ _TEMPLATE = """<!doctype html>
 <style>
 {{ css }}</style></head><body>
 <h1>Bench: <span class="{{ report.verdict }}">{{ report.verdict }}</span></h1>
-<p>{{ report.finished_utc }}. {{ report.data }}{% if report.images_sha256 %} (names' sha256
+<p>{{ report.finished_utc }}. {{ report.whom }} {{ report.data }}{% if report.images_sha256 %} (names' sha256
 <code>{{ report.images_sha256[:16] }}</code>){% endif %}.
 {{ report.machine.processor }}, {{ report.machine.cores }} cores, {{ report.machine.system }};
 {% for name, number in report.machine.packages.items() %}{{ name }} {{ number }}{{ ", " if not loop.last }}{% endfor %}.</p>

@@ -84,7 +84,7 @@ def run_bundle(bundle: Bundle, request: EvaluationRequest, on_phase: OnPhase) ->
     dataset, manifest = ChestXray14.open(request.data), bundle.manifest
     split: Split = request.split or "test"
     radiographs, words = choose_images(dataset, split, request.images)
-    whom = (_known_to(bundle, radiographs, split), *_whose(np.array([r.patient for r in radiographs]), dataset))
+    whom = (say_who_is_known(bundle, radiographs, split), *_whose(np.array([r.patient for r in radiographs]), dataset))
     images = LabelledImages.of(radiographs, manifest.findings)
     session = open_session(bundle, threads=request.threads, provider=request.provider)
     localization: Localization | None = None
@@ -120,6 +120,26 @@ def run_bundle(bundle: Bundle, request: EvaluationRequest, on_phase: OnPhase) ->
         localization=localization,
         maps=maps,
     )
+
+
+def say_who_is_known(bundle: Bundle, radiographs: Sequence[Radiograph], split: Split) -> str:
+    """Return a sentence on whether the model has seen these patients.
+
+    Raises:
+        DatasetError: it has, and the split is not the training split.
+    """
+    patients = {radiograph.patient for radiograph in radiographs}
+    if split == "train":
+        return (
+            f"These {len(patients):,} patients are of the training split: the model was trained on such patients, and "
+            f"the figures say nothing about new ones."
+        )
+    sentence = refuse_training_patients(patients, bundle.manifest.trained_on, purpose="evaluation")
+    if split == "val":
+        sentence += (
+            " Checkpoint and operating points were chosen on validation patients: the figures flatter the model."
+        )
+    return sentence
 
 
 def read_material(request: EvaluationRequest) -> Material:
@@ -163,22 +183,6 @@ def read_material(request: EvaluationRequest) -> Material:
         notes=_notes(everything, labels),
         files=(request.predictions, labels),
     )
-
-
-def _known_to(bundle: Bundle, radiographs: Sequence[Radiograph], split: Split) -> str:
-    """Return a sentence on whether the model has seen these patients; refuse them where it must not have."""
-    patients = {radiograph.patient for radiograph in radiographs}
-    if split == "train":
-        return (
-            f"These {len(patients):,} patients are of the training split: the model was trained on such patients, and "
-            f"the figures say nothing about new ones."
-        )
-    sentence = refuse_training_patients(patients, bundle.manifest.trained_on, purpose="evaluation")
-    if split == "val":
-        sentence += (
-            " Checkpoint and operating points were chosen on validation patients: the figures flatter the model."
-        )
-    return sentence
 
 
 def _whose(patients: NDArray[np.int64], dataset: ChestXray14 | None) -> tuple[str, ...]:
