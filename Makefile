@@ -27,8 +27,9 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-soak: $(STAMP)  ## the long checks in full, about ten minutes
+soak: $(STAMP)  ## the long checks in full, about a quarter of an hour
 	$(BIN)/python -m benchmarks.soak
+	$(BIN)/python -m benchmarks.coverage
 
 real: $(STAMP)  ## the chain on real radiographs; CHEXNET_CHESTXRAY14 names their folder
 	$(BIN)/python -m benchmarks.real
