@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jinja2 import Environment
 
-from chexnet_deploy.evaluation import words
+from chexnet_deploy.evaluation import paper, words
 from chexnet_deploy.evaluation.localize import BoxedMap, choose_pictures
 from chexnet_deploy.evaluation.records import Evaluation
 from chexnet_deploy.evaluation.run import EvaluationRun
@@ -42,6 +42,9 @@ def write_html(path: Path, run: EvaluationRun) -> None:
         localization=(
             [] if evaluation.localization is None else words.localization_rows(evaluation.localization.summary)
         ),
+        not_comparable=paper.NOT_COMPARABLE,
+        paper_auroc=paper.auroc_rows(evaluation),
+        paper_f1=paper.f1_rows(evaluation),
         boxes=None if evaluation.localization is None else words.localization_line(evaluation.localization),
         maps=_draw_maps(run.maps),
     )
@@ -137,6 +140,11 @@ drawn round the map's bright region. Only evidence for the finding is coloured; 
 <figure class="finding"><figcaption><strong>{{ finding }}</strong></figcaption><img alt="{{ finding }}: activation maps with boxes"
 src="{{ figure }}"></figure>
 {% endfor %}{% endif %}
+<h2>Published before: {{ not_comparable }}</h2>
+<p class="small">AUROC and pneumonia's F1 as Rajpurkar et al. 2017 print them (arXiv 1711.05225 v3, tables 2 and 1). Their test
+patients and their 420 expert-read images are others, and their lists were never released.</p>
+{{ table(paper_auroc, "wide") }}
+{% if paper_f1 %}{{ table(paper_f1, "wide") }}{% endif %}
 <h2>Methods</h2>
 {% for line in evaluation.methods if not line.startswith("[") %}<p>{{ line }}</p>{% endfor %}
 <div class="refs">{% for line in evaluation.methods if line.startswith("[") %}<p>{{ line }}</p>{% endfor %}</div>

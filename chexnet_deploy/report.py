@@ -79,7 +79,7 @@ def _draw_forest(engine: EngineResult) -> Figure:
     for row, finding in enumerate(findings):
         axes.plot([-finding.margin] * 2, [row - 0.35, row + 0.35], color="black", linewidth=1.6)
         if finding.difference is None or finding.difference_low is None or finding.difference_high is None:
-            axes.text(0.0, row, "undefined", va="center", fontsize=8, color="0.4")
+            axes.text(0.0, row, "undefined ", ha="right", va="center", fontsize=8, color="0.4")
             continue
         is_judged = finding.verdict != "not assessable"
         axes.plot([finding.difference_low, finding.difference_high], [row] * 2, color="0.2" if is_judged else "0.7")
@@ -135,9 +135,9 @@ _TEMPLATE = """<!doctype html>
 <style>
 {{ css }}</style></head><body>
 <h1>Bench: <span class="{{ report.verdict }}">{{ report.verdict }}</span></h1>
-<p>{{ report.finished_utc }}. {{ report.whom }} {{ report.data }}{% if report.images_sha256 %} (names' sha256
+<p>{{ report.finished_utc }}. {{ report.data }}{% if report.images_sha256 %} (names' sha256
 <code>{{ report.images_sha256[:16] }}</code>){% endif %}.
-{{ report.machine.processor }}, {{ report.machine.cores }} cores, {{ report.machine.system }};
+{{ report.whom }} {{ report.machine.processor }}, {{ report.machine.cores }} cores, {{ report.machine.system }};
 {% for name, number in report.machine.packages.items() %}{{ name }} {{ number }}{{ ", " if not loop.last }}{% endfor %}.</p>
 <table><tr>{% for name in rows[0] %}<th>{{ name }}</th>{% endfor %}</tr>
 {% for row in rows %}<tr>{% for value in row.values() %}<td>{{ value }}</td>{% endfor %}</tr>{% endfor %}</table>
