@@ -22,7 +22,7 @@ from chexnet_deploy.chestxray14 import ChestXray14
 from chexnet_deploy.cli import progress, run_program
 from training.__main__ import RECIPES
 from training.chain import RUN, train_export_bench
-from training.train import METRICS
+from training.logbook import METRICS
 
 RESULTS = Path(__file__).parent / "results" / "real-cpu.json.gz"
 CALIBRATION_IMAGES = 256

@@ -73,7 +73,9 @@ class Dialect(str, Enum):
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A .safetensors file written by python -m training.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A .safetensors file written by python -m training, or by import.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the bundles; each precision gets one in it.")],
     precision: Annotated[str, typer.Option(help="Comma-separated: fp32, fp16, int8. fp32 is always made.")] = "fp32",
     calibration: Annotated[
@@ -116,6 +118,30 @@ def export(
         typer.echo(f"{bundle.path}  {bundle.manifest.precision.value}  id {bundle.id[:12]}")
         for check in bundle.manifest.checks:
             typer.echo(f"  {check.name}: {check.value:.3g} (limit {check.limit:g})")
+
+
+@app.command("import")
+def import_legacy_file(
+    file: Annotated[Path, typer.Argument(help="A CheXNet file of PyTorch, e.g. model.pth.tar; no code in it is run.")],
+    out: Annotated[Path, typer.Option(help="New .safetensors file, for export.")],
+    form: Annotated[
+        str | None, typer.Option(help="Where it comes from: arnoweng, zoogzog, jrzech or torchxrayvision-all.")
+    ] = None,
+    findings: Annotated[
+        Path | None, typer.Option(help="Where no form fits: names of the model's outputs in order, one a line.")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Convert a circulating CheXNet file into a checkpoint; what doesn't fit exactly is refused."""
+    from chexnet_deploy.pipeline import import_legacy_file as run
+
+    made = run(file, out, form, findings)
+    for note in made.notes:
+        typer.echo(f"warning: {note}", err=True)
+    if as_json:
+        _print_json({"path": str(out), "sha256": made.checkpoint.sha256, "notes": made.notes})
+        return
+    typer.echo(f"{out}  {len(made.checkpoint.manifest.findings)} findings  sha256 {made.checkpoint.sha256[:12]}")
 
 
 class BackendName(str, Enum):

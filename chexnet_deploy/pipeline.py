@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from PIL import Image
 
@@ -38,6 +38,9 @@ from chexnet_deploy.sessions.target import open_driver
 from chexnet_deploy.sessions.tensorrt_versions import Backend, open_tensorrt
 from chexnet_deploy.spec import read_spec
 from chexnet_deploy.tables import read_image_list
+
+if TYPE_CHECKING:
+    from chexnet_deploy.export.legacy import LegacyImport
 
 MAX_GATE_IMAGES = 512  # enough to catch a broken quantisation in a minute; `bench` is where the whole set is used
 CHOSEN_LIST = "calibration.txt"
@@ -68,6 +71,19 @@ def open_torch_room() -> ModuleType:
     except ModuleNotFoundError as err:
         raise MissingPackageError(f"{err.name} is not installed. Run: pip install 'chexnet-deploy[export]'") from err
     return to_onnx
+
+
+def import_legacy_file(path: Path, out: Path, form: str | None, findings_file: Path | None) -> "LegacyImport":
+    """Convert a circulating CheXNet file into a new checkpoint.
+
+    Raises:
+        ChexnetError: torch is not installed, the file can't be converted exactly, or its findings aren't known.
+    """
+    open_torch_room()
+    from chexnet_deploy.export.legacy import import_legacy, read_findings
+
+    findings = None if findings_file is None else read_findings(findings_file)
+    return import_legacy(path, out, form=form, findings=findings)
 
 
 def export_bundles(

@@ -1,14 +1,23 @@
-"""`python -m training ROOT --run FOLDER --recipe FILE`: train CheXNet on ChestX-ray14."""
+"""`python -m training ROOT --out FOLDER --recipe FILE`: train CheXNet on ChestX-ray14.
 
+On several GPUs: `torchrun --nproc_per_node=8 -m training ROOT --out FOLDER`.
+"""
+
+import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from chexnet_deploy.cli import progress, run_program
-from training.train import METRICS, read_recipe, train
+from training.logbook import METRICS
+from training.processes import join_processes, leave_processes
+from training.recipe import read_recipe
+from training.train import Options, train
 
 RECIPES = Path(__file__).parent / "recipes"
+_IMAGENET_URL = "https://download.pytorch.org/models/densenet121-a639ec97.pth"
 
 app = typer.Typer(add_completion=False)
 
@@ -16,14 +25,36 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def main(
     root: Annotated[Path, typer.Argument(help="ChestX-ray14: tables, split lists and images.")],
-    run: Annotated[Path, typer.Option(help="Folder of this run; an unfinished run in it goes on.")],
+    out: Annotated[Path, typer.Option(help="Folder of this run; an unfinished run in it goes on.")],
     recipe: Annotated[Path, typer.Option(help="A TOML recipe.")] = RECIPES / "chexnet14.toml",
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder of prepared images; default: made in the run's folder.")
+    ] = None,
+    imagenet: Annotated[Path | None, typer.Option(help=f"ImageNet weights: {_IMAGENET_URL}")] = None,
+    shards: Annotated[
+        int | None,
+        typer.Option(min=1, help="Parts of a batch with BatchNorm statistics of their own; default: one a process."),
+    ] = None,
+    save_every: Annotated[int, typer.Option(min=0, help="Steps between two writings of resume.pt; 0: epochs.")] = 500,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that decode images for the cache.")] = os.cpu_count()
+    or 1,
 ) -> None:
-    """Train CheXNet; writes best.safetensors, metrics.jsonl and resume.pt into the run's folder."""
+    """Train CheXNet; writes best.safetensors, metrics.jsonl, a learning curve and resume.pt into the run's folder."""
     chosen = read_recipe(recipe)
-    with progress() as on_phase:
-        best = train(root, chosen, run, on_phase)
-    typer.echo(f"{best}\n{(run / METRICS).read_text().splitlines()[-1]}")
+    processes = join_processes()
+    if chosen.initial_weights == "imagenet" and imagenet is None:
+        if processes.is_first:
+            typer.echo(
+                f"no ImageNet weights were given, so training starts from scratch. They are at {_IMAGENET_URL}",
+                err=True,
+            )
+        chosen = chosen.model_copy(update={"initial_weights": "scratch"})
+    options = Options(cache=cache, imagenet=imagenet, shards=shards, save_every=save_every, workers=workers)
+    with progress() if processes.is_first else nullcontext(lambda phase, done, total: None) as on_phase:
+        best = train(root, chosen, out, on_phase, options=options, processes=processes)
+    leave_processes(processes)
+    if processes.is_first:
+        typer.echo(f"{best}\n{(out / METRICS).read_text().splitlines()[-1]}")
 
 
 if __name__ == "__main__":

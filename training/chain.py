@@ -9,7 +9,8 @@ from chexnet_deploy.bench import BenchReport, Effort
 from chexnet_deploy.bundle import Precision
 from chexnet_deploy.phases import OnPhase
 from chexnet_deploy.pipeline import bench_bundles, export_bundles
-from training.train import read_recipe, train
+from training.recipe import read_recipe
+from training.train import train
 
 RUN, BUNDLES, BENCH = "run", "bundles", "bench"
 

@@ -1,222 +1,375 @@
-"""Train CheXNet on ChestX-ray14: one device, one loop, read top to bottom.
+"""Train CheXNet on ChestX-ray14: one loop, on the CPU, on a GPU, or on as many as torchrun starts.
 
-Writes into the run's folder: best.safetensors (lowest validation loss), resume.pt (everything needed to go on exactly),
-metrics.jsonl (a line an epoch). Never touches test patients.
+Writes into the run's folder: best.safetensors (the best epoch on validation patients), resume.pt (everything needed to go on
+exactly, written again at each epoch's end and every so many steps) and what logbook.py writes. Reads images from the cache
+alone, and never those of test patients.
 """
 
-import json
+import copy
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
-from typing import Annotated, Any
+from time import perf_counter
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from chexnet_deploy.chestxray14 import ChestXray14
+from chexnet_deploy.chestxray14 import ChestXray14, truth
 from chexnet_deploy.errors import CheckpointError, SpecError
 from chexnet_deploy.export.checkpoint import CheckpointManifest, write_checkpoint
+from chexnet_deploy.export.legacy import load_imagenet_backbone
 from chexnet_deploy.export.model import CheXNet, Normalise
 from chexnet_deploy.files import write_file
 from chexnet_deploy.findings import FINDINGS
 from chexnet_deploy.metrics.auroc import auroc, mean_auroc, youden_threshold
 from chexnet_deploy.phases import OnPhase
 from chexnet_deploy.predictor import sigmoid
-from chexnet_deploy.preprocessing import Pixels, Preprocessing
-from chexnet_deploy.scoring import LabelledImages, iter_pixels
-from chexnet_deploy.spec import describe, read_toml
+from chexnet_deploy.preprocessing import Preprocessing
 from chexnet_deploy.splits import PatientSet
+from training.augment import augment
+from training.batches import ReadAhead, Shard, TrainingImages, steps_per_epoch
+from training.cache import Cache
+from training.logbook import append_throughput, draw_curve, write_metrics, write_scalars
+from training.objective import Loss, build_optimiser, build_schedule, start_from_prevalence
+from training.prepare import prepare
+from training.processes import Processes
+from training.recipe import Recipe
 
 BEST = "best.safetensors"
 RESUME = "resume.pt"
-METRICS = "metrics.jsonl"
+CACHE = "cache"
 _EVAL_BATCH = 32
+_CHECK_STEPS = 20  # between looks at the loss: each makes a GPU wait
+_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Recipe(BaseModel):
-    """One training run as data; see training/recipes."""
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a run is carried out; nothing here changes what comes out of it, but `shards`.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    resize_px: Annotated[int, Field(ge=32, le=1024, multiple_of=32)]
-    epochs: Annotated[int, Field(ge=1)]
-    batch_size: Annotated[int, Field(ge=2)]
-    max_learning_rate: Annotated[float, Field(gt=0.0)]
-    weight_decay: Annotated[float, Field(ge=0.0)]
-    flip_probability: Annotated[float, Field(ge=0.0, le=1.0)]  # left-right, as the paper's only augmentation
-    seed: Annotated[int, Field(ge=0)]
-
-
-def read_recipe(path: Path) -> Recipe:
-    """Read a recipe.
-
-    Raises:
-        SpecError: missing, not TOML, or a field is unknown, missing or out of range.
+    Attributes:
+        cache: folder of prepared images; default: in the run's folder, made if need be.
+        imagenet: torchvision's densenet121 file, for recipes that start from it.
+        shards: parts of a batch that see BatchNorm statistics of their own; default: one a process.
+        save_every: steps between two writings of resume.pt inside an epoch; 0 for none.
+        workers: processes that decode images for the cache.
     """
-    try:
-        return Recipe.model_validate(read_toml(path))
-    except ValidationError as err:
-        raise SpecError(f"{path}: {describe(err)}. See training/recipes for examples.") from err
+
+    cache: Path | None = None
+    imagenet: Path | None = None
+    shards: int | None = None
+    save_every: int = 0
+    workers: int = 1
 
 
-def train(root: Path, recipe: Recipe, run: Path, on_phase: OnPhase) -> Path:
+def train(
+    root: Path,
+    recipe: Recipe,
+    run: Path,
+    on_phase: OnPhase,
+    *,
+    options: Options = Options(),
+    processes: Processes = Processes(),  # noqa: B008 - frozen
+) -> Path:
     """Train on the official train patients, choose the epoch on the validation patients, return the best checkpoint.
 
-    A run whose folder holds resume.pt of the same recipe and split goes on after its last finished epoch.
+    A run whose folder holds resume.pt of the same recipe and split goes on exactly where that was written.
 
     Args:
         root: ChestX-ray14 on disk.
-        recipe: how.
+        recipe: what.
         run: the run's folder, made if need be.
-        on_phase: called with the phase's name, what is done and of how much, after every image read and every step.
+        on_phase: called with the phase's name, what is done and of how much.
+        options: how.
+        processes: this process's place among those of the run.
 
     Raises:
         DatasetError, ImageError: the data set can't be used.
+        SpecError: the recipe doesn't fit the data, the processes or the files given.
         CheckpointError: resume.pt belongs to another recipe or split, or the loss is no longer finite.
     """
     dataset = ChestXray14.open(root)
     preprocessing = Preprocessing(resize_px=recipe.resize_px)
-    splits = [LabelledImages.of(dataset.split(name), FINDINGS) for name in ("train", "val")]
-    total = sum(len(split.paths) for split in splits)
-    read = 0
-    cached: list[Pixels] = []
-    for split in splits:
-        arrays = []
-        for pixels in iter_pixels(split.paths, preprocessing):
-            arrays.append(pixels)
-            read += 1
-            on_phase("reading", read, total)
-        cached.append(np.concatenate(arrays))
-    run.mkdir(parents=True, exist_ok=True)
-    trained_on = PatientSet.of(set(splits[0].patients.tolist()))
-    return _Trainer(recipe, preprocessing, dataset.split_sha256(), trained_on, run).fit(
-        (cached[0], splits[0].truth), (cached[1], splits[1].truth), on_phase
-    )
+    folder = options.cache or run / CACHE
+    if processes.is_first:
+        run.mkdir(parents=True, exist_ok=True)
+        prepare(dataset, preprocessing, folder, workers=options.workers, on_phase=on_phase)
+    processes.wait_for_all()
+    cache = Cache.open(folder, preprocessing, dataset)
+    images, patients = {}, {}
+    unusable = {quarantined.name for quarantined in cache.quarantined}
+    columns = [FINDINGS.index(finding) for finding in recipe.findings]
+    for split in ("train", "val"):
+        radiographs = [r for r in dataset.split(split) if r.image not in unusable]
+        labels = truth(radiographs)[:, columns].astype(np.float32)
+        images[split] = TrainingImages(cache.pixels, cache.rows([r.image for r in radiographs]), labels)
+        patients[split] = PatientSet.of({r.patient for r in radiographs})
+    trainer = Trainer(recipe, preprocessing, run, options, processes)
+    trainer.split_sha256, trainer.trained_on = dataset.split_sha256(), patients["train"]
+    return trainer.fit(images["train"], images["val"], on_phase)
 
 
-class _Trainer:
-    """The state of a run: model, optimiser, schedule, random numbers and history."""
+class Trainer:
+    """The state of a run: model, optimiser, schedule, average, BatchNorm statistics of each shard, and history."""
 
     def __init__(
-        self, recipe: Recipe, preprocessing: Preprocessing, split_sha256: str, trained_on: PatientSet, run: Path
+        self,
+        recipe: Recipe,
+        preprocessing: Preprocessing,
+        run: Path,
+        options: Options,
+        processes: Processes,
     ) -> None:
-        self.recipe, self.preprocessing, self.run = recipe, preprocessing, run
-        self.split_sha256, self.trained_on = split_sha256, trained_on
-        # On the CPU torch's generator is the only source of randomness: initialisation, flips and the order of the images.
+        self.recipe, self.preprocessing, self.run, self.options = recipe, preprocessing, run, options
+        self.processes = processes
+        # Set by train(), which knows the patients.
+        self.split_sha256: str | None = None
+        self.trained_on: PatientSet | None = None
+        self.device = processes.device
+        self.shards = options.shards or processes.count
+        self.mine = processes.my_shards(self.shards)
+        if recipe.batch_size % self.shards or recipe.batch_size < 2 * self.shards:
+            raise SpecError(f"a batch of {recipe.batch_size} can't be split into {self.shards} shards of at least 2.")
+        # The only use of torch's own generator; everything later is drawn by seed, epoch and step.
         torch.manual_seed(recipe.seed)
-        self.model = CheXNet(len(FINDINGS)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.normalise = Normalise(preprocessing)
-        # Decay on weights only: BatchNorm's scale and shift and the biases have no scale to be kept small.
-        decayed = [p for p in self.model.parameters() if p.ndim > 1]
-        plain = [p for p in self.model.parameters() if p.ndim <= 1]
-        self.optimiser = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-            lr=recipe.max_learning_rate,
-            betas=(0.9, 0.99),
-        )
+        model = CheXNet(len(recipe.findings))
+        if recipe.initial_weights == "imagenet":
+            if options.imagenet is None:
+                raise SpecError(
+                    "this recipe starts from ImageNet weights. Give torchvision's densenet121 file by --imagenet, "
+                    'or set initial_weights = "scratch" to train from scratch.'
+                )
+            model.features.load_state_dict(load_imagenet_backbone(options.imagenet))
+        self.model: CheXNet = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.normalise = Normalise(preprocessing).to(self.device)
+        self.network: nn.Module = self.model
+        if recipe.compile_on_gpu and self.device.type == "cuda":
+            self.network = torch.compile(self.model)  # type: ignore[assignment]
+        if processes.count > 1:
+            # Each shard keeps statistics of its own; they are averaged where they are read.
+            self.network = DistributedDataParallel(self.network, broadcast_buffers=False)
+        self.optimiser = build_optimiser(self.model, recipe, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "fp16")
+        self.average = [p.detach().clone() for p in self.model.parameters()] if recipe.ema_decay else None
+        self.statistics = [self._copy_buffers() for _ in self.mine]
         self.history: list[dict[str, Any]] = []
 
-    def fit(
-        self, train: tuple[Pixels, NDArray[np.bool_]], val: tuple[Pixels, NDArray[np.bool_]], on_phase: OnPhase
-    ) -> Path:
-        """Run the epochs that are left and return the path of the best checkpoint."""
-        pixels, truth = torch.from_numpy(train[0]), torch.from_numpy(train[1]).to(torch.float32)
-        # A last batch of one image has no variance for BatchNorm, so incomplete batches are dropped; the order is new
-        # every epoch, so every image has its turn.
-        steps = len(pixels) // self.recipe.batch_size
-        if steps == 0:
-            raise SpecError(f"{len(pixels)} training images are fewer than one batch of {self.recipe.batch_size}.")
-        total = steps * self.recipe.epochs
-        self._start_from_prevalence(truth)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimiser, self.recipe.max_learning_rate, total_steps=total, pct_start=0.1, div_factor=4.0
-        )
-        self._resume(schedule)
-        for epoch in range(len(self.history), self.recipe.epochs):
-            order = torch.randperm(len(pixels))
-            self.model.train()
-            losses = []
-            for step in range(steps):
-                rows = order[step * self.recipe.batch_size : (step + 1) * self.recipe.batch_size]
-                losses.append(self._step(self._flip(pixels[rows]), truth[rows]))
-                schedule.step()
-                on_phase("training", epoch * steps + step + 1, total)
-            self._finish_epoch(epoch, float(np.mean(losses)), val, schedule)
+    def fit(self, train: TrainingImages, val: TrainingImages, on_phase: OnPhase) -> Path:
+        """Run what is left of the epochs and return the path of the best checkpoint."""
+        total = steps_per_epoch(len(train.rows), self.recipe.batch_size) * self.recipe.epochs
+        self.get_ready(train)
+        epoch, step, losses = self._resume()
+        while epoch < self.recipe.epochs:
+            losses = self._run_epoch(train, epoch, step, losses, on_phase, total)
+            self._finish_epoch(epoch, losses, val)
+            epoch, step, losses = epoch + 1, 0, []
+            self._save(epoch, step, losses)
         return self.run / BEST
 
-    def _start_from_prevalence(self, truth: Tensor) -> None:
-        """Set the head's bias so that the first answers are the prevalences, which the first epoch then needn't learn."""
-        share = truth.mean(dim=0).clamp(1e-3, 1.0 - 1e-3)
-        with torch.no_grad():
-            self.model.classifier.bias.copy_(torch.logit(share))
+    def get_ready(self, train: TrainingImages) -> None:
+        """Set up what depends on the labels: loss, first answers, schedule."""
+        labels = torch.from_numpy(train.truth)
+        self.loss = Loss(self.recipe.loss, labels).to(self.device)
+        if self.recipe.loss != "weighted_bce":  # its answers are balanced, so one half is where they start
+            start_from_prevalence(self.model.classifier, labels)
+        steps = steps_per_epoch(len(train.rows), self.recipe.batch_size)
+        self.schedule = build_schedule(self.optimiser, self.recipe, steps * self.recipe.epochs)
 
-    def _flip(self, pixels: Tensor) -> Tensor:
-        is_flipped = torch.rand(len(pixels)) < self.recipe.flip_probability
-        return torch.where(is_flipped[:, None, None, None], pixels.flip(3), pixels)
-
-    def _step(self, pixels: Tensor, truth: Tensor) -> float:
-        images = self.normalise(pixels).to(memory_format=torch.channels_last)
-        loss = nn.functional.binary_cross_entropy_with_logits(self.model(images), truth)
-        self.optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.optimiser.step()
-        value = loss.item()
-        if not math.isfinite(value):
-            raise CheckpointError(
-                f"the loss is {value}; what was kept is the best epoch before. Lower max_learning_rate."
+    def _run_epoch(
+        self, train: TrainingImages, epoch: int, step: int, losses: list[float], on_phase: OnPhase, total: int
+    ) -> list[float]:
+        """Make the steps that are left of an epoch; return the mean loss over shards of each step of it."""
+        batches = ReadAhead(
+            train,
+            seed=self.recipe.seed,
+            epoch=epoch,
+            first_step=step,
+            batch_size=self.recipe.batch_size,
+            shards=self.shards,
+            mine=self.mine,
+            pin_memory=self.device.type == "cuda",
+        )
+        self.model.train()
+        pending: list[Tensor] = []
+        start, first = perf_counter(), step
+        for shards in batches:
+            pending.append(self.step(shards))
+            step += 1
+            if not isinstance(self.schedule, ReduceLROnPlateau):
+                self.schedule.step()
+            is_to_save = bool(self.options.save_every) and step % self.options.save_every == 0
+            if is_to_save or len(pending) >= _CHECK_STEPS:
+                losses += self._settle(pending)
+            if is_to_save:
+                self._save(epoch, step, losses)
+            on_phase("training", epoch * (total // self.recipe.epochs) + step, total)
+        losses += self._settle(pending)
+        if self.processes.is_first:
+            seconds = perf_counter() - start
+            append_throughput(
+                self.run,
+                {
+                    "epoch": epoch + 1,
+                    "images_per_s": (step - first) * self.recipe.batch_size / seconds,
+                    "data_wait_share": batches.waited_s / seconds,
+                },
             )
-        return value
+        return losses
 
-    def _finish_epoch(
-        self,
-        epoch: int,
-        train_loss: float,
-        val: tuple[Pixels, NDArray[np.bool_]],
-        schedule: torch.optim.lr_scheduler.OneCycleLR,
-    ) -> None:
-        """Validate, keep the weights if they are the best so far, and write what a resumed run needs."""
-        logits = self._logits(val[0])
-        truth = torch.from_numpy(val[1]).to(torch.float32)
-        val_loss = nn.functional.binary_cross_entropy_with_logits(torch.from_numpy(logits), truth).item()
-        areas = {name: auroc(logits[:, c], val[1][:, c]) for c, name in enumerate(FINDINGS)}
+    def step(self, shards: Sequence[Shard]) -> Tensor:
+        """Take one step of the optimiser; return the mean loss of this process's shards, still on the device."""
+        self.optimiser.zero_grad()
+        total = torch.zeros((), device=self.device)
+        for number, shard in enumerate(shards):
+            is_last = number == len(shards) - 1
+            with self._statistics_of(number), self._synchronised(is_last=is_last):
+                loss = self._loss_of(shard)
+                self.scaler.scale(loss / len(shards)).backward()  # type: ignore[no-untyped-call]
+            total += loss.detach() / len(shards)
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        if self.average is not None:
+            self._average_weights()
+        return total
+
+    def _loss_of(self, shard: Shard) -> Tensor:
+        pixels, labels, draws = (
+            tensor.to(self.device, non_blocking=True) for tensor in (shard.pixels, shard.truth, shard.draws)
+        )
+        images = self.normalise(augment(pixels, draws, self.recipe.augmentation))
+        with self._arithmetic():
+            logits = self.network(images.contiguous(memory_format=torch.channels_last))
+        loss: Tensor = self.loss(logits, labels)
+        return loss
+
+    def _arithmetic(self) -> AbstractContextManager[Any]:
+        dtype = _DTYPES[self.recipe.precision]
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
+
+    def _synchronised(self, *, is_last: bool) -> AbstractContextManager[Any]:
+        """Gradients are averaged over processes once a step, with the last shard's."""
+        if isinstance(self.network, DistributedDataParallel) and not is_last:
+            return self.network.no_sync()
+        return nullcontext()
+
+    def _settle(self, pending: list[Tensor]) -> list[float]:
+        """Return the losses as numbers, averaged over processes, and refuse to go on from one that is not finite."""
+        mine = [float(loss) for loss in pending]
+        pending.clear()
+        values = [float(np.mean(each)) for each in zip(*self.processes.gather(mine), strict=True)]
+        bad = [value for value in values if not math.isfinite(value)]
+        if bad:
+            raise CheckpointError(
+                f"the loss is {bad[0]}; what was kept is the best epoch before. Lower max_learning_rate."
+            )
+        return values
+
+    def _average_weights(self) -> None:
+        assert self.average is not None
+        # Short at first, or the average would remember the random start for long.
+        n = int(next(iter(self.optimiser.state.values()))["step"])
+        decay = min(self.recipe.ema_decay, (1 + n) / (10 + n))
+        torch._foreach_lerp_(self.average, [p.detach() for p in self.model.parameters()], 1.0 - decay)
+
+    def _copy_buffers(self) -> list[Tensor]:
+        return [buffer.detach().clone() for buffer in self.model.buffers()]
+
+    @contextmanager
+    def _statistics_of(self, number: int) -> Iterator[None]:
+        """Give the model one shard's BatchNorm statistics, and keep what it makes of them."""
+        if len(self.mine) == 1:
+            yield
+            return
+        _assign(self.model.buffers(), self.statistics[number])
+        yield
+        self.statistics[number] = self._copy_buffers()
+
+    def _all_statistics(self) -> list[list[Tensor]]:
+        """Return the statistics of every shard of every process, on the CPU."""
+        mine = [self._copy_buffers()] if len(self.mine) == 1 else self.statistics
+        gathered = self.processes.gather([[buffer.cpu() for buffer in shard] for shard in mine])
+        return [shard for each in gathered for shard in each]
+
+    def _kept_model(self) -> CheXNet:
+        """Return the model as it is validated and kept: averaged weights where the recipe says so, averaged statistics."""
+        model = copy.deepcopy(self.model)
+        if self.average is not None:
+            _assign(model.parameters(), self.average)
+        if self.shards > 1:
+            merged = [torch.stack(each).double().mean(dim=0) for each in zip(*self._all_statistics(), strict=True)]
+            _assign(model.buffers(), merged)
+        return model.eval()
+
+    def _finish_epoch(self, epoch: int, losses: list[float], val: TrainingImages) -> None:
+        """Validate, and keep the weights if they are the best so far."""
+        model = self._kept_model()
+        logits = self._logits(model, val)
+        labels = torch.from_numpy(val.truth)
+        val_loss = float(self.loss.to("cpu")(torch.from_numpy(logits), labels))
+        self.loss.to(self.device)
+        if isinstance(self.schedule, ReduceLROnPlateau):
+            self.schedule.step(val_loss)
+        present = val.truth > 0
+        areas = {name: auroc(logits[:, c], present[:, c]) for c, name in enumerate(self.recipe.findings)}
         mean = mean_auroc(areas)
         line = {
             "epoch": epoch + 1,
-            "train_loss": train_loss,
+            "train_loss": float(np.mean(losses)),
             "val_loss": val_loss,
             "val_mean_auroc": None if math.isnan(mean.value) else mean.value,
             "val_findings_counted": mean.n_counted,
+            "learning_rate": self.optimiser.param_groups[0]["lr"],
         }
-        is_best = all(val_loss < earlier["val_loss"] for earlier in self.history)
+        is_best = all(_goodness(line, self.recipe) > _goodness(earlier, self.recipe) for earlier in self.history)
         self.history.append(line)
+        if not self.processes.is_first:
+            return
         if is_best:
-            self._write_best(logits, val[1], areas, val_loss)
-        self._write_resume(schedule)
-        lines = "".join(json.dumps(entry) + "\n" for entry in self.history)
-        write_file(self.run / METRICS, lines.encode())
+            self._write_best(model, logits, present, areas, val_loss)
+        write_metrics(self.run, self.history)
+        write_scalars(self.run, line)
+        draw_curve(self.run, self.history)
 
-    def _logits(self, pixels: Pixels) -> NDArray[np.float32]:
-        self.model.eval()
-        batches = []
+    def _logits(self, model: CheXNet, val: TrainingImages) -> NDArray[np.float32]:
+        """Return logits [N, C] of all validation images in order.
+
+        Whole batches are dealt to the processes: the last digits of an answer depend on its batch, and so must not depend on
+        how many processes there are.
+        """
+        starts = range(0, len(val.rows), _EVAL_BATCH)
+        mine = {}
         with torch.inference_mode():
-            for i in range(0, len(pixels), _EVAL_BATCH):
-                images = self.normalise(torch.from_numpy(pixels[i : i + _EVAL_BATCH]))
-                batches.append(self.model(images.to(memory_format=torch.channels_last)).numpy())
-        return np.concatenate(batches)
+            for start in starts[self.processes.rank :: self.processes.count]:
+                pixels = torch.from_numpy(np.ascontiguousarray(val.pixels[val.rows[start : start + _EVAL_BATCH]]))
+                images = self.normalise(pixels.to(self.device)).to(memory_format=torch.channels_last)
+                mine[start] = model(images).float().cpu().numpy()
+        answers = {start: logits for each in self.processes.gather(mine) for start, logits in each.items()}
+        return np.concatenate([answers[start] for start in starts])
 
     def _write_best(
-        self, logits: NDArray[np.float32], truth: NDArray[np.bool_], areas: dict[str, float], val_loss: float
+        self,
+        model: CheXNet,
+        logits: NDArray[np.float32],
+        present: NDArray[np.bool_],
+        areas: dict[str, float],
+        val_loss: float,
     ) -> None:
-        points = {name: youden_threshold(sigmoid(logits[:, c]), truth[:, c]) for c, name in enumerate(FINDINGS)}
+        findings = self.recipe.findings
+        points = {name: youden_threshold(sigmoid(logits[:, c]), present[:, c]) for c, name in enumerate(findings)}
         manifest = CheckpointManifest(
-            findings=FINDINGS,
+            findings=findings,
             preprocessing=self.preprocessing,
             operating_points={name: point for name, point in points.items() if not math.isnan(point)},
-            recipe=self.recipe.model_dump(),
+            recipe=self.recipe.model_dump(mode="json"),
             split_sha256=self.split_sha256,
             trained_on=self.trained_on,
             metrics={
@@ -225,39 +378,68 @@ class _Trainer:
             },
             tools={name: version(name) for name in ("chexnet-deploy", "torch")},
         )
-        write_checkpoint(self.run / BEST, self.model, manifest)
+        write_checkpoint(self.run / BEST, model, manifest)
 
-    def _write_resume(self, schedule: torch.optim.lr_scheduler.OneCycleLR) -> None:
+    def _save(self, epoch: int, step: int, losses: list[float]) -> None:
+        """Write everything a resumed run needs, complete or not at all."""
+        statistics = self._all_statistics()
+        if not self.processes.is_first:
+            return
         buffer = BytesIO()
         state = {
-            "recipe": self.recipe.model_dump(),
+            "recipe": self.recipe.model_dump(mode="json"),
             "split_sha256": self.split_sha256,
+            "shards": self.shards,
+            "epoch": epoch,
+            "step": step,
+            "losses": losses,
             "model": self.model.state_dict(),
+            "statistics": statistics,
+            "average": self.average,
             "optimiser": self.optimiser.state_dict(),
-            "schedule": schedule.state_dict(),
-            "random": torch.get_rng_state(),
+            "schedule": {k: v for k, v in self.schedule.state_dict().items() if k != "lr_lambdas"},
+            "scaler": self.scaler.state_dict(),
             "history": self.history,
         }
         torch.save(state, buffer)
         write_file(self.run / RESUME, buffer.getvalue())
 
-    def _resume(self, schedule: torch.optim.lr_scheduler.OneCycleLR) -> None:
+    def _resume(self) -> tuple[int, int, list[float]]:
+        """Return where to begin: epoch, step and the losses of its steps so far."""
         path = self.run / RESUME
         if not path.exists():
-            return
+            return 0, 0, []
         try:
-            state = torch.load(path, weights_only=True)
-            made_with = (state["recipe"], state["split_sha256"])
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            made_with = (state["recipe"], state["split_sha256"], state["shards"])
         except Exception as err:  # what torch raises on a damaged file depends on the damaged byte
             raise CheckpointError(
                 f"{path} can't be read. Delete it to start this run again from its beginning."
             ) from err
-        if made_with != (self.recipe.model_dump(), self.split_sha256):
+        if made_with != (self.recipe.model_dump(mode="json"), self.split_sha256, self.shards):
             raise CheckpointError(
-                f"{path} was made with another recipe or split. Give another folder, or delete this one."
+                f"{path} was made with another recipe, split or number of shards. Give another folder, or delete this one."
             )
         self.model.load_state_dict(state["model"])
+        self.statistics = [state["statistics"][number] for number in self.mine]
+        _assign(self.model.buffers(), self.statistics[0])
+        if self.average is not None:
+            self.average = state["average"]
         self.optimiser.load_state_dict(state["optimiser"])
-        schedule.load_state_dict(state["schedule"])
-        torch.set_rng_state(state["random"])
+        self.schedule.load_state_dict({**self.schedule.state_dict(), **state["schedule"]})
+        self.scaler.load_state_dict(state["scaler"])
         self.history = state["history"]
+        return state["epoch"], state["step"], state["losses"]
+
+
+def _goodness(line: dict[str, Any], recipe: Recipe) -> float:
+    """Return what the kept epoch has most of."""
+    if recipe.select_by == "val_loss":
+        return -float(line["val_loss"])
+    return -math.inf if line["val_mean_auroc"] is None else float(line["val_mean_auroc"])
+
+
+def _assign(targets: Iterator[Tensor] | Iterator[nn.Parameter], values: Sequence[Tensor]) -> None:
+    with torch.no_grad():
+        for target, value in zip(targets, values, strict=True):
+            target.copy_(value)

@@ -31,7 +31,7 @@ class CheckpointManifest(BaseModel):
         findings: names of the head's outputs, in order.
         operating_points: probability thresholds by finding, chosen on validation patients.
         recipe: the training recipe as read from its TOML.
-        split_sha256: hash of the image names in each split it was trained with.
+        split_sha256: hash of the image names in each split it was trained with; None where nobody knows any more.
         trained_on: the patients whose images the weights were fitted to; None where nobody knows any more.
         metrics: of the validation patients; None where undefined.
         tools: version of each tool that took part.
@@ -44,7 +44,7 @@ class CheckpointManifest(BaseModel):
     preprocessing: Preprocessing
     operating_points: dict[str, Annotated[float, Field(ge=0.0, le=1.0)]]
     recipe: dict[str, JsonValue]
-    split_sha256: Sha256
+    split_sha256: Sha256 | None
     trained_on: PatientSet | None = None
     metrics: dict[str, float | None]
     tools: dict[str, str]
@@ -82,7 +82,7 @@ def write_checkpoint(path: Path, model: CheXNet, manifest: CheckpointManifest) -
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint that `python -m training` wrote.
+    """Read a checkpoint that `python -m training` or `chexnet-deploy import` wrote.
 
     Raises:
         CheckpointError: not safetensors, no manifest, keys or shapes that don't fit, or weights that are not finite.
@@ -100,7 +100,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if content.startswith(_PICKLE_STARTS):
             raise CheckpointError(
                 f"{path} is a pickled checkpoint, and loading one can run code, so it was not opened. "
-                f"Needed: a .safetensors file written by python -m training."
+                f"Needed: a .safetensors file written by python -m training, or made of this one by chexnet-deploy import."
             ) from err
         raise CheckpointError(f"{path} is not a safetensors file ({err}). Copy it again, or train again.") from err
     manifest = _read_manifest(path, content)
@@ -131,7 +131,7 @@ def _check_weights(path: Path, weights: dict[str, torch.Tensor], model: CheXNet)
     missing, extra = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if missing or extra:
         raise CheckpointError(
-            f"{path} does not fit DenseNet-121: missing {_name_some(missing)}; not expected {_name_some(extra)}. "
+            f"{path} does not fit DenseNet-121: missing {name_some(missing)}; not expected {name_some(extra)}. "
             f"Rename the keys to torchvision's densenet121 names, or train again."
         )
     for name, tensor in weights.items():
@@ -144,7 +144,8 @@ def _check_weights(path: Path, weights: dict[str, torch.Tensor], model: CheXNet)
             raise CheckpointError(f"{path}: {name} holds NaN or infinity. Use an earlier checkpoint.")
 
 
-def _name_some(names: list[str]) -> str:
+def name_some(names: list[str]) -> str:
+    """Return the first few names and how many more there are."""
     if not names:
         return "nothing"
     more = f" and {len(names) - _NAMED_IN_ERRORS} more" if len(names) > _NAMED_IN_ERRORS else ""

@@ -1,0 +1,73 @@
+"""The processes of one run, as torchrun started them, or this one alone: who writes, and how answers come together."""
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import distributed
+
+from chexnet_deploy.errors import SpecError
+
+
+@dataclass(frozen=True, slots=True)
+class Processes:
+    """This process among those of the run.
+
+    Attributes:
+        rank: 0 writes and speaks; the others only compute.
+        count: of processes.
+        device: where this one computes.
+    """
+
+    rank: int = 0
+    count: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this one writes."""
+        return self.rank == 0
+
+    def my_shards(self, shards: int) -> range:
+        """Return the numbers of the shards of a batch that this process computes.
+
+        Raises:
+            SpecError: they can't be dealt out evenly.
+        """
+        if shards % self.count:
+            raise SpecError(f"{shards} shards can't be dealt to {self.count} processes. Give a multiple by --shards.")
+        each = shards // self.count
+        return range(self.rank * each, (self.rank + 1) * each)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every process's value, in the order of their ranks."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] = [None] * self.count
+        distributed.all_gather_object(values, value)
+        return values
+
+    def wait_for_all(self) -> None:
+        """Return when every process has come here."""
+        if self.count > 1:
+            distributed.barrier()
+
+
+def join_processes() -> Processes:
+    """Return this process's place: torchrun's, or alone on the first GPU, or on the CPU."""
+    has_gpu = torch.cuda.is_available()
+    if "RANK" not in os.environ:  # torchrun's contract
+        return Processes(device=torch.device("cuda", 0) if has_gpu else torch.device("cpu"))
+    local = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", local) if has_gpu else torch.device("cpu")
+    if has_gpu:
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if has_gpu else "gloo")
+    return Processes(distributed.get_rank(), distributed.get_world_size(), device)
+
+
+def leave_processes(processes: Processes) -> None:
+    """Say goodbye to the others."""
+    if processes.count > 1:
+        distributed.destroy_process_group()
