@@ -173,9 +173,7 @@ def _append(
     model.graph.initializer.append(numpy_helper.from_array(value, name))
     for output in ("logits", "cam"):
         _rename(model, output)
-        model.graph.node.append(
-            helper.make_node(operator, [f"{output}_before", name], [output], **attributes)
-        )
+        model.graph.node.append(helper.make_node(operator, [f"{output}_before", name], [output], **attributes))
 
 
 def _rename(model: onnx.ModelProto, output: str) -> None:

@@ -105,16 +105,16 @@ def train(
         prepare(dataset, preprocessing, folder, workers=options.workers, on_phase=on_phase)
     processes.wait_for_all()
     cache = Cache.open(folder, preprocessing, dataset)
-    images, patients = {}, {}
+    images = {}
     unusable = {quarantined.name for quarantined in cache.quarantined}
     columns = [FINDINGS.index(finding) for finding in recipe.findings]
     for split in ("train", "val"):
         radiographs = [r for r in dataset.split(split) if r.image not in unusable]
         labels = truth(radiographs)[:, columns].astype(np.float32)
         images[split] = TrainingImages(cache.pixels, cache.rows([r.image for r in radiographs]), labels)
-        patients[split] = PatientSet.of({r.patient for r in radiographs})
+    trained_on = {r.patient for r in dataset.split("train") if r.image not in unusable}
     trainer = Trainer(recipe, preprocessing, run, options, processes)
-    trainer.split_sha256, trainer.trained_on = dataset.split_sha256(), patients["train"]
+    trainer.split_sha256, trainer.trained_on = dataset.split_sha256(), PatientSet.of(trained_on)
     return trainer.fit(images["train"], images["val"], on_phase)
 
 
@@ -162,6 +162,7 @@ class Trainer:
         self.average = [p.detach().clone() for p in self.model.parameters()] if recipe.ema_decay else None
         self.statistics = [self._copy_buffers() for _ in self.mine]
         self.history: list[dict[str, Any]] = []
+        self.n_steps = 0
 
     def fit(self, train: TrainingImages, val: TrainingImages, on_phase: OnPhase) -> Path:
         """Run what is left of the epochs and return the path of the best checkpoint."""
@@ -237,6 +238,7 @@ class Trainer:
             total += loss.detach() / len(shards)
         self.scaler.step(self.optimiser)
         self.scaler.update()
+        self.n_steps += 1
         if self.average is not None:
             self._average_weights()
         return total
@@ -276,8 +278,7 @@ class Trainer:
     def _average_weights(self) -> None:
         assert self.average is not None
         # Short at first, or the average would remember the random start for long.
-        n = int(next(iter(self.optimiser.state.values()))["step"])
-        decay = min(self.recipe.ema_decay, (1 + n) / (10 + n))
+        decay = min(self.recipe.ema_decay, (1 + self.n_steps) / (10 + self.n_steps))
         torch._foreach_lerp_(self.average, [p.detach() for p in self.model.parameters()], 1.0 - decay)
 
     def _copy_buffers(self) -> list[Tensor]:
@@ -393,6 +394,7 @@ class Trainer:
             "epoch": epoch,
             "step": step,
             "losses": losses,
+            "n_steps": self.n_steps,
             "model": self.model.state_dict(),
             "statistics": statistics,
             "average": self.average,
@@ -428,7 +430,7 @@ class Trainer:
         self.optimiser.load_state_dict(state["optimiser"])
         self.schedule.load_state_dict({**self.schedule.state_dict(), **state["schedule"]})
         self.scaler.load_state_dict(state["scaler"])
-        self.history = state["history"]
+        self.history, self.n_steps = state["history"], state["n_steps"]
         return state["epoch"], state["step"], state["losses"]
 
 
