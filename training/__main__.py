@@ -5,6 +5,7 @@ On several GPUs: `torchrun --nproc_per_node=8 -m training ROOT --out FOLDER`.
 
 import os
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +15,8 @@ from chexnet_deploy.cli import progress, run_program
 from training.logbook import METRICS
 from training.processes import join_processes, leave_processes
 from training.recipe import read_recipe
-from training.train import Options, train
+from training.seeds import measure_seed_noise
+from training.train import CACHE, Options, train
 
 RECIPES = Path(__file__).parent / "recipes"
 _IMAGENET_URL = "https://download.pytorch.org/models/densenet121-a639ec97.pth"
@@ -36,6 +38,9 @@ def main(
         typer.Option(min=1, help="Parts of a batch with BatchNorm statistics of their own; default: one a process."),
     ] = None,
     save_every: Annotated[int, typer.Option(min=0, help="Steps between two writings of resume.pt; 0: epochs.")] = 500,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Train that many, each in a folder of its own, and report how they differ.")
+    ] = 1,
     workers: Annotated[int, typer.Option(min=1, help="Processes that decode images for the cache.")] = os.cpu_count()
     or 1,
 ) -> None:
@@ -50,11 +55,20 @@ def main(
             )
         chosen = chosen.model_copy(update={"initial_weights": "scratch"})
     options = Options(cache=cache, imagenet=imagenet, shards=shards, save_every=save_every, workers=workers)
-    with progress() if processes.is_first else nullcontext(lambda phase, done, total: None) as on_phase:
-        best = train(root, chosen, out, on_phase, options=options, processes=processes)
+    runs = {out: chosen}
+    if seeds > 1:
+        options = replace(options, cache=cache or out / CACHE)
+        numbers = range(chosen.seed, chosen.seed + seeds)
+        runs = {out / f"seed-{seed}": chosen.model_copy(update={"seed": seed}) for seed in numbers}
+    for folder, one in runs.items():
+        with progress() if processes.is_first else nullcontext(lambda phase, done, total: None) as on_phase:
+            best = train(root, one, folder, on_phase, options=options, processes=processes)
+        if processes.is_first:
+            typer.echo(f"{best}\n{(folder / METRICS).read_text().splitlines()[-1]}")
     leave_processes(processes)
-    if processes.is_first:
-        typer.echo(f"{best}\n{(out / METRICS).read_text().splitlines()[-1]}")
+    if seeds > 1 and processes.is_first:
+        noise = measure_seed_noise(root, chosen, out, list(numbers), options)
+        typer.echo(noise.model_dump_json(indent=1, exclude={"findings"}))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from chexnet_deploy.chestxray14 import ChestXray14, truth
+from chexnet_deploy.chestxray14 import ChestXray14, Split, truth
 from chexnet_deploy.errors import CheckpointError, SpecError
 from chexnet_deploy.export.checkpoint import CheckpointManifest, write_checkpoint
 from chexnet_deploy.export.legacy import load_imagenet_backbone
@@ -104,18 +104,57 @@ def train(
         run.mkdir(parents=True, exist_ok=True)
         prepare(dataset, preprocessing, folder, workers=options.workers, on_phase=on_phase)
     processes.wait_for_all()
-    cache = Cache.open(folder, preprocessing, dataset)
-    images = {}
+    images = read_images(dataset, recipe, folder)
+    trainer = Trainer(recipe, preprocessing, run, options, processes)
+    # All of them: a quarantined image's patient may have others.
+    trainer.trained_on = PatientSet.of({radiograph.patient for radiograph in dataset.split("train")})
+    trainer.split_sha256 = dataset.split_sha256()
+    return trainer.fit(images["train"], images["val"], on_phase)
+
+
+def read_images(dataset: ChestXray14, recipe: Recipe, cache_folder: Path) -> dict[str, TrainingImages]:
+    """Return the images of the splits "train" and "val" out of a finished cache, without those it has quarantined.
+
+    Raises:
+        DatasetError: there is no such cache, or it is of other images.
+    """
+    cache = Cache.open(cache_folder, Preprocessing(resize_px=recipe.resize_px), dataset)
     unusable = {quarantined.name for quarantined in cache.quarantined}
     columns = [FINDINGS.index(finding) for finding in recipe.findings]
-    for split in ("train", "val"):
+    images: dict[str, TrainingImages] = {}
+    splits: tuple[Split, ...] = ("train", "val")
+    for split in splits:
         radiographs = [r for r in dataset.split(split) if r.image not in unusable]
         labels = truth(radiographs)[:, columns].astype(np.float32)
         images[split] = TrainingImages(cache.pixels, cache.rows([r.image for r in radiographs]), labels)
-    trained_on = {r.patient for r in dataset.split("train") if r.image not in unusable}
-    trainer = Trainer(recipe, preprocessing, run, options, processes)
-    trainer.split_sha256, trainer.trained_on = dataset.split_sha256(), PatientSet.of(trained_on)
-    return trainer.fit(images["train"], images["val"], on_phase)
+    return images
+
+
+def validation_logits(
+    model: CheXNet, normalise: Normalise, val: TrainingImages, device: torch.device, processes: Processes | None = None
+) -> NDArray[np.float32]:
+    """Return logits [N, C] of all images in order.
+
+    Whole batches are dealt to the processes: the last digits of an answer depend on its batch, and so must not depend on
+    how many processes there are.
+
+    Args:
+        model: in eval mode, on the device.
+        normalise: likewise.
+        val: images.
+        device: where to compute.
+        processes: that share the work, all of which call this; None for this one alone.
+    """
+    together = processes or Processes()
+    starts = range(0, len(val.rows), _EVAL_BATCH)
+    mine = {}
+    with torch.inference_mode():
+        for start in starts[together.rank :: together.count]:
+            pixels = torch.from_numpy(np.ascontiguousarray(val.pixels[val.rows[start : start + _EVAL_BATCH]]))
+            images = normalise(pixels.to(device)).to(memory_format=torch.channels_last)
+            mine[start] = model(images).float().cpu().numpy()
+    answers = {start: logits for each in together.gather(mine) for start, logits in each.items()}
+    return np.concatenate([answers[start] for start in starts])
 
 
 class Trainer:
@@ -313,7 +352,7 @@ class Trainer:
     def _finish_epoch(self, epoch: int, losses: list[float], val: TrainingImages) -> None:
         """Validate, and keep the weights if they are the best so far."""
         model = self._kept_model()
-        logits = self._logits(model, val)
+        logits = validation_logits(model, self.normalise, val, self.device, self.processes)
         labels = torch.from_numpy(val.truth)
         val_loss = float(self.loss.to("cpu")(torch.from_numpy(logits), labels))
         self.loss.to(self.device)
@@ -339,22 +378,6 @@ class Trainer:
         write_metrics(self.run, self.history)
         write_scalars(self.run, line)
         draw_curve(self.run, self.history)
-
-    def _logits(self, model: CheXNet, val: TrainingImages) -> NDArray[np.float32]:
-        """Return logits [N, C] of all validation images in order.
-
-        Whole batches are dealt to the processes: the last digits of an answer depend on its batch, and so must not depend on
-        how many processes there are.
-        """
-        starts = range(0, len(val.rows), _EVAL_BATCH)
-        mine = {}
-        with torch.inference_mode():
-            for start in starts[self.processes.rank :: self.processes.count]:
-                pixels = torch.from_numpy(np.ascontiguousarray(val.pixels[val.rows[start : start + _EVAL_BATCH]]))
-                images = self.normalise(pixels.to(self.device)).to(memory_format=torch.channels_last)
-                mine[start] = model(images).float().cpu().numpy()
-        answers = {start: logits for each in self.processes.gather(mine) for start, logits in each.items()}
-        return np.concatenate([answers[start] for start in starts])
 
     def _write_best(
         self,
