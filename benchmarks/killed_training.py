@@ -51,7 +51,7 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def main(
     kills: Annotated[int, typer.Option(min=1, help="How many.")] = 20,
-    epochs: Annotated[int, typer.Option(min=1, help="Of the run.")] = 12,
+    epochs: Annotated[int, typer.Option(min=1, help="Of the run.")] = 24,
     seed: Annotated[int, typer.Option(help="Of the moments.")] = 0,
     out: Annotated[Path, typer.Option(help="Results.")] = RESULTS,
 ) -> None:
