@@ -69,7 +69,7 @@ def main(
             process = _start(folder, "pieces")
             # From the first step on: the imports before it hold nothing that could be lost.
             _wait_for_change(folder / "pieces" / RESUME, process)
-            time.sleep(moments.uniform(0.0, 2.0 * whole_s / kills))
+            time.sleep(moments.uniform(0.0, 1.2 * whole_s / kills))
             if process.poll() is not None:
                 break
             os.killpg(process.pid, signal.SIGKILL)
