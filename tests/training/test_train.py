@@ -6,11 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing import event_accumulator
 
 from chexnet_deploy.chestxray14 import ChestXray14
 from chexnet_deploy.errors import CheckpointError, SpecError
 from chexnet_deploy.export.checkpoint import read_checkpoint
-from training.logbook import METRICS
+from training.logbook import CURVE, METRICS, TENSORBOARD, THROUGHPUT
 from training.recipe import Augmentation, Recipe, read_recipe
 from training.train import BEST, RESUME, Options, train
 
@@ -65,6 +66,16 @@ def test_a_finished_run_is_not_run_again(finished: Path, phantom_root: Path) -> 
     train(phantom_root, RECIPE, finished, lambda phase, done, total: phases.add(phase))
     assert "training" not in phases
     assert {path.name: path.read_bytes() for path in finished.iterdir() if path.is_file()} == before
+
+
+def test_a_run_leaves_what_can_be_looked_at(finished: Path) -> None:
+    assert (finished / CURVE).read_bytes().startswith(b"\x89PNG")
+    events = event_accumulator.EventAccumulator(str(finished / TENSORBOARD)).Reload()
+    logged = [(event.step, event.value) for event in events.Scalars("val_loss")]
+    epochs = [json.loads(line) for line in (finished / METRICS).read_text().splitlines()]
+    assert logged == [(epoch["epoch"], pytest.approx(epoch["val_loss"])) for epoch in epochs]
+    speeds = [json.loads(line) for line in (finished / THROUGHPUT).read_text().splitlines()]
+    assert all(line["images_per_s"] > 0 and 0 <= line["data_wait_share"] < 1 for line in speeds)
 
 
 def test_it_learns_and_keeps_its_best_epoch(finished: Path, phantom_root: Path) -> None:
