@@ -11,10 +11,14 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from chexnet_deploy.chestxray14 import ChestXray14
+from chexnet_deploy.export.checkpoint import read_checkpoint
+from chexnet_deploy.export.model import Normalise
+from chexnet_deploy.metrics.auroc import auroc, mean_auroc
 from training.logbook import METRICS
 from training.processes import Processes
 from training.recipe import Recipe
-from training.train import BEST, Options, train
+from training.train import BEST, CACHE, Options, read_images, train, validation_logits
 
 CHECKOUT = Path(__file__).parents[2]
 RECIPE = Recipe(resize_px=32, epochs=1, batch_size=16, max_learning_rate=1e-3, ema_decay=0.9, seed=3)
@@ -47,6 +51,22 @@ def test_two_processes_equal_one_that_takes_both_shards(phantom_root: Path, tmp_
     lines_two, lines_one = (json.loads((tmp_path / name / METRICS).read_text()) for name in ("two", "one"))
     for name, value in lines_one.items():
         assert lines_two[name] == pytest.approx(value, abs=1e-5), name
+    # Of the same weights, to the last digit: the kept ones, validated here by one process and there by two.
+    validated = validate_alone(phantom_root, tmp_path / "two")
+    assert validated == lines_two["val_mean_auroc"]
+
+
+def validate_alone(root: Path, run: Path) -> float:
+    checkpoint = read_checkpoint(run / BEST)
+    val = read_images(ChestXray14.open(root), RECIPE, run / CACHE)["val"]
+    normalise = Normalise(checkpoint.manifest.preprocessing)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    model = checkpoint.model.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    logits = validation_logits(model, normalise, val, torch.device("cpu"))
+    torch.set_num_threads(threads)
+    areas = {name: auroc(logits[:, c], val.truth[:, c] > 0) for c, name in enumerate(RECIPE.findings)}
+    return mean_auroc(areas).value
 
 
 def test_shards_are_dealt_in_order() -> None:
