@@ -93,12 +93,14 @@ class Coverage:
     def in_words(self) -> str:
         """Return one sentence for a report."""
         if self.is_official_test:
-            return f"All {self.n_test:,} images are of official test patients ({self.n_test_patients:,})."
+            return (
+                f"All {self.n_test:,} images are of patients in the data folder's test list ({self.n_test_patients:,})."
+            )
         return (
-            f"{self.n_train_val:,} images are of {self.n_train_val_patients:,} official train_val patients, "
-            f"{self.n_test:,} of {self.n_test_patients:,} official test patients, {self.n_unlisted:,} of "
-            f"{self.n_unlisted_patients:,} in neither list: the result is not comparable with one on the official "
-            f"test split, and a model trained on the official train_val list has seen the first of these patients."
+            f"By the data folder's lists {self.n_train_val:,} images are of {self.n_train_val_patients:,} train_val patients, "
+            f"{self.n_test:,} of {self.n_test_patients:,} test patients, {self.n_unlisted:,} of "
+            f"{self.n_unlisted_patients:,} in neither list: the result is not comparable with one on the test list, "
+            f"and a model trained on the train_val list has seen its patients."
         )
 
 
@@ -200,7 +202,8 @@ def refuse_training_patients(evaluated: Iterable[int], trained_on: PatientSet | 
     if seen:
         raise DatasetError(
             f"Found {len(seen):,} of {len(numbers):,} patients that the model was trained on, e.g. {_some(seen)}; "
-            f"needed none for {purpose}. Next: take patients of another split."
+            f"needed none for {purpose}. Next: take patients of another split. Patients are known "
+            f"by number alone: of another data set than the model's, they only share numbers; number them otherwise."
         )
     return f"None of the {len(numbers):,} patients is among the {trained_on.n_patients:,} the model was trained on."
 

@@ -65,12 +65,10 @@ def test_images_are_counted_by_official_list() -> None:
     coverage = cover_official(patients, train_val_patients={2, 4, 8}, test_patients={6})
     assert coverage == Coverage(3, 3, 1, 2, 1, 1)
     assert not coverage.is_official_test
-    assert "3 images are of 2 official train_val patients, 3 of 1 official test patients, 1 of 1 in neither" in (
-        coverage.in_words()
-    )
+    assert "3 images are of 2 train_val patients, 3 of 1 test patients, 1 of 1 in neither" in (coverage.in_words())
     only_test = cover_official(patients[3:6], train_val_patients={2, 4, 8}, test_patients={6})
     assert only_test.is_official_test
-    assert only_test.in_words() == "All 3 images are of official test patients (1)."
+    assert only_test.in_words() == "All 3 images are of patients in the data folder's test list (1)."
     assert not cover_official(patients[3:], train_val_patients={2, 4, 8}, test_patients={6}).is_official_test
     assert not cover_official(patients[:0], train_val_patients={2}, test_patients={6}).is_official_test
     assert cover_official(patients, train_val_patients=(), test_patients=()).n_unlisted == 7
@@ -142,7 +140,8 @@ def test_patients_trained_on_are_refused() -> None:
         refuse_training_patients(np.array([2, 3, 8, 8]), trained_on, purpose="evaluation")
     assert str(refusal.value) == (
         "Found 2 of 3 patients that the model was trained on, e.g. 2, 8; needed none for evaluation. "
-        "Next: take patients of another split."
+        "Next: take patients of another split. Patients are known by number alone: of another data set than the model's, "
+        "they only share numbers; number them otherwise."
     )
     words = refuse_training_patients([1, 3, 3], trained_on, purpose="choosing thresholds")
     assert words == "None of the 2 patients is among the 3 the model was trained on."

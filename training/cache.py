@@ -320,4 +320,5 @@ def _read_index(folder: Path) -> tuple[Head, tuple[Chunk, ...]]:
 
 
 def _again(folder: Path) -> str:
-    return f"To make it again: delete {folder} and run {_PREPARE} ROOT --cache {folder}"
+    # Not "delete the folder": it may hold other things.
+    return f"To make it again in {folder}, delete this cache's files alone ({', '.join((PIXELS, JOURNAL, INDEX))})"
