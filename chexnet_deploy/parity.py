@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from chexnet_deploy.errors import MetricError
 from chexnet_deploy.metrics.agreement import flips, noise_share, observed_quantile, rank_churn
-from chexnet_deploy.metrics.auroc import auroc, mean_auroc
+from chexnet_deploy.metrics.auroc import mean_auroc
 from chexnet_deploy.metrics.delong import compare_all
 from chexnet_deploy.metrics.intervals import PairedDifference, patients_needed
 from chexnet_deploy.metrics.probabilities import expected_calibration_error, mcnemar_exact_p
@@ -194,8 +194,9 @@ def compare(
         raise MetricError("the reference answered with NaN or infinity, so nothing can be compared with it.")
     # A candidate that crashed or overflowed fails everywhere: NaN would slip through every `>`.
     is_finite = bool(np.isfinite(candidate).all())
-    # Not probabilities: float32 sigmoids make ties that the logits don't have.
-    areas = compare_all(reference, candidate if is_finite else reference, truth, patients)
+    # Not probabilities: float32 sigmoids make ties that the logits don't have. A finding whose answers aren't finite has no
+    # area, and must not cost the others theirs.
+    areas = compare_all(reference, np.where(np.isfinite(candidate).all(axis=0), candidate, reference), truth, patients)
     p_reference = sigmoid(reference)
     # The sigmoid of infinity is an ordinary 1; keep it from looking like an answer.
     p_candidate = np.where(np.isfinite(candidate), sigmoid(candidate), np.float32(np.nan))
@@ -263,8 +264,8 @@ def _compare_finding(
     reference, candidate = logits
     is_finite = bool(np.isfinite(candidate).all())
     margin = gate.margin_of(name)
-    # Without a finite candidate `areas` hold the reference twice; its own area says nothing and is not defined.
-    area_candidate = auroc(candidate, truth) if is_finite else math.nan
+    # Without a finite candidate `areas` hold the reference twice: they say nothing of it.
+    area_candidate = areas.candidate.area if is_finite else math.nan
     low, high = areas.interval() if is_finite else (math.nan, math.nan)
     why_not = _why_not_assessable(areas, gate)
     verdict: Literal["pass", "fail", "inconclusive", "not assessable"]

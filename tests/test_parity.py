@@ -139,6 +139,16 @@ def test_a_candidate_that_is_not_finite_never_passes(bad: float, patients: int) 
         assert report.findings[1].auroc_candidate is None
 
 
+def test_a_finding_that_is_not_finite_leaves_the_others_their_own_intervals() -> None:
+    data = many(swapped())
+    whole = judge(**data, limits=gate(margin=0.35)).findings[0]
+    data["candidate"][0, 1] = math.nan
+    report = judge(**data, limits=gate(margin=0.35))
+    mass, hernia = report.findings
+    assert (report.verdict, hernia.verdict, hernia.p_value, hernia.difference_low) == ("FAIL", "fail", None, None)
+    assert (mass.difference, mass.difference_low, mass.p_value) == (-0.25, whole.difference_low, whole.p_value)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_reference_that_is_not_finite_is_refused(bad: float) -> None:
     reference = LOGITS.copy()
