@@ -23,12 +23,11 @@ from sklearn.metrics import roc_auc_score
 from chexnet_deploy.bench import Machine, describe_machine
 from chexnet_deploy.cli import run_program
 from chexnet_deploy.metrics.delong import compare_all, compare_areas
-from chexnet_deploy.metrics.intervals import PairedDifference
+from chexnet_deploy.metrics.intervals import ALPHA, PairedDifference
 
 RESULTS = Path(__file__).parent / "results" / "coverage-cpu.json"
 COVERAGE_BAR = (0.94, 0.96)
 TYPE_I_BAR = 0.03
-ALPHA = 0.025  # one-sided, as of a 95 % interval
 N_TEST_IMAGES, N_TEST_PATIENTS, N_FINDINGS = 25_596, 2_797, 14  # ChestX-ray14's official test split
 
 app = typer.Typer(add_completion=False)

@@ -18,12 +18,11 @@ import typer
 
 from benchmarks.real import full_size_test_images
 from chexnet_deploy.bench import Effort, describe_machine
-from chexnet_deploy.bundle import Precision
 from chexnet_deploy.chestxray14 import ChestXray14
 from chexnet_deploy.cli import progress, run_program
 from chexnet_deploy.evaluation.request import EvaluationRequest
 from chexnet_deploy.evaluation.run import run_evaluation
-from chexnet_deploy.pipeline import bench_bundles, export_bundles
+from training.chain import BUNDLES, RUN, export_and_bench
 from training.logbook import METRICS, THROUGHPUT
 from training.phantom import PhantomSpec, write_phantom
 from training.processes import join_processes
@@ -67,33 +66,18 @@ def main(
                 test_list = folder / "full_size_test_images.txt"
                 test_list.write_text("".join(f"{image}\n" for image in full_size_test_images(data)))
             start = perf_counter()
-            best = train(data, chosen, folder / "run", on_phase, options=Options(workers=2), processes=join_processes())
+            best = train(data, chosen, folder / RUN, on_phase, options=Options(workers=2), processes=join_processes())
             train_s = perf_counter() - start
-            bundles = export_bundles(
+            report = export_and_bench(
                 best,
-                folder / "bundles",
-                tuple(Precision),
-                data_root=data,
-                calibration_list=None,
-                n_calibration_images=CALIBRATION_IMAGES,
-                dialect="typed",
-                on_phase=on_phase,
-            )
-            report = bench_bundles(
-                [bundle.path for bundle in bundles],
-                bundles[0].path,
                 data,
-                "test",
-                test_list,
-                None,
-                folder / "bench",
+                folder,
+                n_calibration_images=CALIBRATION_IMAGES,
+                test_list=test_list,
                 effort=Effort(min_runs=20, min_duration_s=0.5),
-                threads=None,
-                provider="cpu",
-                with_html=False,
                 on_phase=on_phase,
             )
-            request = EvaluationRequest(bundle=bundles[0].path, data=data, images=test_list, readers=readers)
+            request = EvaluationRequest(bundle=folder / BUNDLES / "fp32", data=data, images=test_list, readers=readers)
             evaluation = run_evaluation(request, on_phase=on_phase).evaluation
         dataset = ChestXray14.open(data)
         results: dict[str, Any] = {
@@ -102,8 +86,8 @@ def main(
             "recipe": chosen.model_dump(mode="json"),
             "trained_on": {split: len(dataset.split(split)) for split in ("train", "val")},
             "train_s": train_s,
-            "epochs": _lines(folder / "run" / METRICS),
-            "throughput": _lines(folder / "run" / THROUGHPUT),
+            "epochs": _lines(folder / RUN / METRICS),
+            "throughput": _lines(folder / RUN / THROUGHPUT),
             "data": evaluation.data,
             "whom": evaluation.whom,
             "mean_auroc": evaluation.mean_auroc,

@@ -285,11 +285,11 @@ def _score(
     if images is None:
         return _Answers({}, {})
     n_images = len(images.paths)
-    correlations: dict[str, list[NDArray[np.float32]]] = {name: [] for name in sessions}
+    correlations: dict[str, list[NDArray[np.float32]]] = {name: [] for name in sessions if name != REFERENCE}
 
     def on_maps(maps: Mapping[str, Maps]) -> None:
-        for name, own in maps.items():
-            correlations[name].append(map_correlation(maps[REFERENCE], own))
+        for name, parts in correlations.items():
+            parts.append(map_correlation(maps[REFERENCE], maps[name]))
 
     def on_images(done: int) -> None:
         if on_phase is not None:

@@ -22,6 +22,7 @@ from typing import Final, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from chexnet_deploy.csvfiles import name_some
 from chexnet_deploy.errors import DatasetError
 from chexnet_deploy.findings import FINDINGS
 from chexnet_deploy.tables import Box, Radiograph, read_boxes, read_image_list, read_table
@@ -92,6 +93,10 @@ class ChestXray14:
         radiographs = (self._by_image[image] for image in self.listed[name])
         return tuple(radiograph for radiograph in radiographs if radiograph.path is not None)
 
+    def listed_patients(self, *names: Split) -> frozenset[int]:
+        """Return the patients of splits, whether their images are on disk or not."""
+        return frozenset(self._by_image[image].patient for name in names for image in self.listed[name])
+
     def select(self, images: Sequence[str]) -> tuple[Radiograph, ...]:
         """Return the named images in the order given.
 
@@ -101,14 +106,14 @@ class ChestXray14:
         unknown = [image for image in images if image not in self._by_image]
         if unknown:
             raise DatasetError(
-                f"{self.table}: found no row for {_some(unknown)}; needed a row for each of the {len(images)} names. "
+                f"{self.table}: found no row for {name_some(unknown)}; needed a row for each of the {len(images)} names. "
                 f"Next: check that the list belongs to this data set."
             )
         chosen = tuple(self._by_image[image] for image in images)
         absent = [radiograph.image for radiograph in chosen if radiograph.path is None]
         if absent:
             raise DatasetError(
-                f"{self.root}: found no file for {_some(absent)}; needed all {len(images)} images. "
+                f"{self.root}: found no file for {name_some(absent)}; needed all {len(images)} images. "
                 f"Next: unpack them into images/ or shorten the list."
             )
         return chosen
@@ -183,20 +188,20 @@ def _read_split(root: Path, by_image: Mapping[str, Radiograph]) -> Mapping[str, 
         unknown = [image for image in images if image not in by_image]
         if unknown:
             raise DatasetError(
-                f"{root / name}: found {_some(unknown)} without a row in the table; needed a row for every listed "
+                f"{root / name}: found {name_some(unknown)} without a row in the table; needed a row for every listed "
                 f"image. Next: take the list and the table from the same release."
             )
     train_val, test = lists[TRAIN_VAL_LIST], lists[TEST_LIST]
     twice = sorted(set(train_val) & set(test))
     if twice:
         raise DatasetError(
-            f"{root / TEST_LIST}: found {_some(twice)} in {TRAIN_VAL_LIST} too; needed each image in one list. "
+            f"{root / TEST_LIST}: found {name_some(twice)} in {TRAIN_VAL_LIST} too; needed each image in one list. "
             f"Next: restore the official lists."
         )
     shared = sorted({by_image[image].patient for image in train_val} & {by_image[image].patient for image in test})
     if shared:
         raise DatasetError(
-            f"{root / TEST_LIST}: found patients {_some(shared)} in {TRAIN_VAL_LIST} too; needed each patient in one "
+            f"{root / TEST_LIST}: found patients {name_some(shared)} in {TRAIN_VAL_LIST} too; needed each patient in one "
             f"list. Next: restore the official lists, which share none."
         )
     val_patients = {
@@ -209,8 +214,3 @@ def _read_split(root: Path, by_image: Mapping[str, Radiograph]) -> Mapping[str, 
             "test": test,
         }
     )
-
-
-def _some(names: Sequence[object]) -> str:
-    shown = ", ".join(str(name) for name in names[:5])
-    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5:,} more"

@@ -153,5 +153,10 @@ def find_findings(header: Row, words: Sequence[str]) -> dict[str, int]:
 
 def quote_some(names: Sequence[str]) -> str:
     """Return the first few names for a message, and how many more there are."""
-    shown = ", ".join(repr(name[:60]) for name in names[:5])
+    return name_some([repr(name[:60]) for name in names])
+
+
+def name_some(names: Sequence[object]) -> str:
+    """Return the first few names as they are, and how many more there are."""
+    shown = ", ".join(str(name) for name in names[:5])
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5:,} more"

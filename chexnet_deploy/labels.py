@@ -13,8 +13,7 @@ from typing import Final, Literal, TypeAlias
 
 from chexnet_deploy.csvfiles import Row, find_column, find_findings, read_rows, require_column
 from chexnet_deploy.findings import FINDINGS
-from chexnet_deploy.splits import patient_of
-from chexnet_deploy.tables import read_table
+from chexnet_deploy.tables import patient_of, read_table
 
 Sex: TypeAlias = Literal["F", "M", "unknown"]
 View: TypeAlias = Literal["AP", "PA", "unknown"]

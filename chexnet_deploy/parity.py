@@ -17,7 +17,7 @@ from chexnet_deploy.errors import MetricError
 from chexnet_deploy.metrics.agreement import flips, noise_share, observed_quantile, rank_churn
 from chexnet_deploy.metrics.auroc import mean_auroc
 from chexnet_deploy.metrics.delong import compare_all
-from chexnet_deploy.metrics.intervals import PairedDifference, patients_needed
+from chexnet_deploy.metrics.intervals import ALPHA, PairedDifference, patients_needed
 from chexnet_deploy.metrics.probabilities import expected_calibration_error, mcnemar_exact_p
 from chexnet_deploy.predictor import sigmoid
 from chexnet_deploy.sessions import Logits
@@ -25,7 +25,6 @@ from chexnet_deploy.spec import Gate
 
 Verdict: TypeAlias = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 EXIT_CODES: dict[str, int] = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3}
-ALPHA = 0.025  # one-sided; the same decision as the lower end of a 95 % interval
 
 
 class _Record(BaseModel):

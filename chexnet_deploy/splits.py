@@ -6,7 +6,6 @@ model has seen a patient as soon as it was trained on any of their images.
 
 import base64
 import hashlib
-import re
 import zlib
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from chexnet_deploy.csvfiles import name_some
 from chexnet_deploy.errors import DatasetError
 from chexnet_deploy.files import Sha256
 
@@ -24,7 +24,6 @@ MAX_PATIENT: Final = 99_999_999
 """The largest number an image name of ChestX-ray14 can hold."""
 MAX_PATIENTS: Final = 1_000_000
 MAX_ENCODED_CHARACTERS: Final = 32_768  # a manifest has a cap of 64 KiB, and holds other things too
-_IMAGE_NAME: Final = re.compile(r"(\d{8})_\d{3}\.png", re.ASCII)
 
 KNOWN_SPLITS: Final = MappingProxyType(
     {
@@ -37,12 +36,6 @@ KNOWN_SPLITS: Final = MappingProxyType(
     }
 )
 """Fingerprint -> whose list it is."""
-
-
-def patient_of(image: str) -> int | None:
-    """Return the patient number in an image name like 00000002_000.png; None where the name has another form."""
-    name = _IMAGE_NAME.fullmatch(image)
-    return int(name[1]) if name else None
 
 
 def patients_sha256(patients: Iterable[int]) -> str:
@@ -120,7 +113,7 @@ def cover_official(
     both = set(train_val_patients) & set(test_patients)
     if both:
         raise DatasetError(
-            f"Found patients {_some(both)} in both official lists; needed each in one. Next: restore the lists."
+            f"Found patients {name_some(sorted(both))} in both official lists; needed each in one. Next: restore the lists."
         )
     in_train_val = np.isin(patients, np.fromiter(train_val_patients, np.int64))
     in_test = np.isin(patients, np.fromiter(test_patients, np.int64))
@@ -201,7 +194,7 @@ def refuse_training_patients(evaluated: Iterable[int], trained_on: PatientSet | 
     seen = numbers & trained_on.patients()
     if seen:
         raise DatasetError(
-            f"Found {len(seen):,} of {len(numbers):,} patients that the model was trained on, e.g. {_some(seen)}; "
+            f"Found {len(seen):,} of {len(numbers):,} patients that the model was trained on, e.g. {name_some(sorted(seen))}; "
             f"needed none for {purpose}. Next: take patients of another split. Patients are known "
             f"by number alone: of another data set than the model's, they only share numbers; number them otherwise."
         )
@@ -225,8 +218,3 @@ def _decode(encoded: str) -> NDArray[np.int64]:
     rows, bits = np.nonzero(np.unpackbits(bitmap[places]).reshape(-1, 8))
     numbers: NDArray[np.int64] = places[rows] * 8 + bits
     return numbers
-
-
-def _some(patients: Collection[int]) -> str:
-    named = ", ".join(map(str, sorted(patients)[:5]))
-    return named if len(patients) <= 5 else f"{named} and {len(patients) - 5:,} more"

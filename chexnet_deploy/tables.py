@@ -153,12 +153,18 @@ def read_image_list(path: Path) -> tuple[str, ...]:
     return tuple(rows)
 
 
+def patient_of(image: str) -> int | None:
+    """Return the patient number in an image name like 00000002_000.png; None where the name has another form."""
+    name = _IMAGE_NAME.fullmatch(image)
+    return int(name[1]) if name else None
+
+
 def check_image(row: Row, image: str) -> int:
     """Return the patient's number in an image's name; refuse another name."""
-    name = _IMAGE_NAME.fullmatch(image)
-    if not name:
+    patient = patient_of(image)
+    if patient is None:
         raise row.error(f"{image!r}", "an image name like 00000002_000.png")
-    return int(name[1])
+    return patient
 
 
 def check_patient(row: Row, image: str, patient: str) -> int:

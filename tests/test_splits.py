@@ -22,11 +22,11 @@ from chexnet_deploy.splits import (
     PatientSet,
     cover_official,
     even_patients_sha256,
-    patient_of,
     patients_sha256,
     recognise_split,
     refuse_training_patients,
 )
+from chexnet_deploy.tables import patient_of
 
 
 @pytest.mark.parametrize(

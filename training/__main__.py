@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from chexnet_deploy.cli import progress, run_program
+from chexnet_deploy.export.legacy import IMAGENET_FILE
 from training.logbook import METRICS
 from training.processes import join_processes, leave_processes
 from training.recipe import read_recipe
@@ -19,7 +20,6 @@ from training.seeds import measure_seed_noise
 from training.train import CACHE, Options, train
 
 RECIPES = Path(__file__).parent / "recipes"
-_IMAGENET_URL = "https://download.pytorch.org/models/densenet121-a639ec97.pth"
 
 app = typer.Typer(add_completion=False)
 
@@ -32,7 +32,7 @@ def main(
     cache: Annotated[
         Path | None, typer.Option(help="Folder of prepared images; default: made in the run's folder.")
     ] = None,
-    imagenet: Annotated[Path | None, typer.Option(help=f"ImageNet weights: {_IMAGENET_URL}")] = None,
+    imagenet: Annotated[Path | None, typer.Option(help=f"ImageNet weights: {IMAGENET_FILE}")] = None,
     shards: Annotated[
         int | None,
         typer.Option(min=1, help="Parts of a batch with BatchNorm statistics of their own; default: one a process."),
@@ -50,7 +50,7 @@ def main(
     if chosen.initial_weights == "imagenet" and imagenet is None:
         if processes.is_first:
             typer.echo(
-                f"no ImageNet weights were given, so training starts from scratch. They are at {_IMAGENET_URL}",
+                f"no ImageNet weights were given, so training starts from scratch. They are at {IMAGENET_FILE}",
                 err=True,
             )
         chosen = chosen.model_copy(update={"initial_weights": "scratch"})

@@ -243,8 +243,7 @@ def listed_radiographs(dataset: ChestXray14) -> tuple[Radiograph, ...]:
     Raises:
         DatasetError: a test image or another image of a test patient is among them.
     """
-    listed, test = {*dataset.listed["train"], *dataset.listed["val"]}, set(dataset.listed["test"])
-    test_patients = {r.patient for r in dataset.radiographs if r.image in test}
+    listed, test_patients = {*dataset.listed["train"], *dataset.listed["val"]}, dataset.listed_patients("test")
     chosen = tuple(radiograph for radiograph in dataset.radiographs if radiograph.image in listed)
     leaked = [radiograph.image for radiograph in chosen if radiograph.patient in test_patients]
     if leaked:  # ChestXray14.open refuses such lists too; this is the last door before training

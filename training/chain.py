@@ -40,8 +40,34 @@ def train_export_bench(
         ChexnetError: any step refused.
     """
     best = train(data, read_recipe(recipe), folder / RUN, on_phase)
-    bundles = export_bundles(
+    return export_and_bench(
         best,
+        data,
+        folder,
+        n_calibration_images=n_calibration_images,
+        test_list=test_list,
+        effort=effort,
+        on_phase=on_phase,
+    )
+
+
+def export_and_bench(
+    checkpoint: Path,
+    data: Path,
+    folder: Path,
+    *,
+    n_calibration_images: int,
+    test_list: Path | None,
+    effort: Effort,
+    on_phase: OnPhase,
+) -> BenchReport:
+    """Run what comes after training; see train_export_bench.
+
+    Raises:
+        ChexnetError: any step refused.
+    """
+    bundles = export_bundles(
+        checkpoint,
         folder / BUNDLES,
         tuple(Precision),
         data_root=data,

@@ -105,10 +105,16 @@ def train(
         prepare(dataset, preprocessing, folder, workers=options.workers, on_phase=on_phase)
     processes.wait_for_all()
     images = read_images(dataset, recipe, folder)
-    trainer = Trainer(recipe, preprocessing, run, options, processes)
-    # All of them: a quarantined image's patient may have others.
-    trainer.trained_on = PatientSet.of({radiograph.patient for radiograph in dataset.split("train")})
-    trainer.split_sha256 = dataset.split_sha256()
+    trainer = Trainer(
+        recipe,
+        preprocessing,
+        run,
+        options,
+        processes,
+        split_sha256=dataset.split_sha256(),
+        # All of them: a quarantined image's patient may have others.
+        trained_on=PatientSet.of({radiograph.patient for radiograph in dataset.split("train")}),
+    )
     return trainer.fit(images["train"], images["val"], on_phase)
 
 
@@ -167,12 +173,12 @@ class Trainer:
         run: Path,
         options: Options,
         processes: Processes,
+        *,
+        split_sha256: str | None = None,
+        trained_on: PatientSet | None = None,
     ) -> None:
         self.recipe, self.preprocessing, self.run, self.options = recipe, preprocessing, run, options
-        self.processes = processes
-        # Set by train(), which knows the patients.
-        self.split_sha256: str | None = None
-        self.trained_on: PatientSet | None = None
+        self.processes, self.split_sha256, self.trained_on = processes, split_sha256, trained_on
         self.device = processes.device
         self.shards = options.shards or processes.count
         self.mine = processes.my_shards(self.shards)
@@ -353,9 +359,7 @@ class Trainer:
         """Validate, and keep the weights if they are the best so far."""
         model = self._kept_model()
         logits = validation_logits(model, self.normalise, val, self.device, self.processes)
-        labels = torch.from_numpy(val.truth)
-        val_loss = float(self.loss.to("cpu")(torch.from_numpy(logits), labels))
-        self.loss.to(self.device)
+        val_loss = float(self.loss(*(torch.from_numpy(each).to(self.device) for each in (logits, val.truth))))
         if isinstance(self.schedule, ReduceLROnPlateau):
             self.schedule.step(val_loss)
         present = val.truth > 0

@@ -27,7 +27,6 @@ from chexnet_deploy.evaluation.sources import Material, read_material, run_bundl
 from chexnet_deploy.expert_labels import MAJORITY_FILE, READERS_FILE, ExpertLabels
 from chexnet_deploy.files import sha256_hex
 from chexnet_deploy.phases import OnPhase
-from chexnet_deploy.splits import patient_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -131,9 +130,8 @@ def _compare(
         return compare_with_readers(material.labelled, experts, given, thresholds_from=words)
     assert request.data is not None  # EvaluationRequest checks it
     dataset = ChestXray14.open(request.data)
-    test = {number for name in dataset.listed["test"] if (number := patient_of(name)) is not None}
     everything = material.everything
-    rows = tuning_rows(everything.patients, experts, test)
+    rows = tuning_rows(everything.patients, experts, dataset.listed_patients("test"))
     thresholds = choose_thresholds(decision_values(everything)[rows], everything.truth[rows], everything.findings)
     n_images, n_patients = int(rows.sum()), np.unique(everything.patients[rows]).size
     return compare_with_readers(

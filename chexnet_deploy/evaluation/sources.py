@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chexnet_deploy.bundle import Bundle
-from chexnet_deploy.chestxray14 import ChestXray14, Split, truth
+from chexnet_deploy.chestxray14 import ChestXray14, Split
 from chexnet_deploy.errors import DatasetError
 from chexnet_deploy.evaluation.localize import BoxedMap, localize
 from chexnet_deploy.evaluation.records import Localization
@@ -19,7 +19,7 @@ from chexnet_deploy.predictions import LabelledScores, read_predictions
 from chexnet_deploy.predictor import Predictor
 from chexnet_deploy.scoring import LabelledImages, score_files
 from chexnet_deploy.sessions import open_session
-from chexnet_deploy.splits import cover_official, patient_of, recognise_split, refuse_training_patients
+from chexnet_deploy.splits import cover_official, recognise_split, refuse_training_patients
 from chexnet_deploy.tables import Radiograph, read_image_list
 
 
@@ -106,7 +106,7 @@ def run_bundle(bundle: Bundle, request: EvaluationRequest, on_phase: OnPhase) ->
         )["model"]
     finally:
         session.close()
-    labelled = _label(radiographs, manifest.findings, logits.astype(np.float64))
+    labelled = _label(radiographs, images, manifest.findings, logits.astype(np.float64))
     return Material(
         labelled=labelled,
         everything=labelled,
@@ -192,11 +192,11 @@ def _whose(patients: NDArray[np.int64], dataset: ChestXray14 | None) -> tuple[st
     if known is not None:
         sentences.append(f"By the fingerprint of their even numbers these are the patients of {_the(known)}.")
     if dataset is not None:
-        train_val, test = (
-            {number for name in names if (number := patient_of(name)) is not None}
-            for names in ((*dataset.listed["train"], *dataset.listed["val"]), dataset.listed["test"])
+        coverage = cover_official(
+            patients,
+            train_val_patients=dataset.listed_patients("train", "val"),
+            test_patients=dataset.listed_patients("test"),
         )
-        coverage = cover_official(patients, train_val_patients=train_val, test_patients=test)
         sentences.append(coverage.in_words())
     return tuple(sentences)
 
@@ -239,14 +239,16 @@ def _select(labelled: LabelledScores, names: set[str]) -> LabelledScores:
     )
 
 
-def _label(radiographs: Sequence[Radiograph], findings: tuple[str, ...], logits: NDArray[np.float64]) -> LabelledScores:
+def _label(
+    radiographs: Sequence[Radiograph], images: LabelledImages, findings: tuple[str, ...], logits: NDArray[np.float64]
+) -> LabelledScores:
     return LabelledScores(
-        names=tuple(radiograph.image for radiograph in radiographs),
+        names=images.names,
         findings=findings,
         scores=logits,
         kind="logit",
-        truth=truth(radiographs)[:, [FINDINGS.index(finding) for finding in findings]],
-        patients=np.array([radiograph.patient for radiograph in radiographs], np.int64),
+        truth=images.truth,
+        patients=images.patients,
         sex=tuple(radiograph.sex for radiograph in radiographs),
         age_years=np.array([radiograph.age_years for radiograph in radiographs], np.float64),
         view=tuple(radiograph.view for radiograph in radiographs),

@@ -13,6 +13,7 @@ from chexnet_deploy.errors import MetricError
 from chexnet_deploy.metrics.student_t import student_t_quantile, student_t_tail
 
 Interval = tuple[float, float]
+ALPHA = 0.025  # of the one-sided test; the same decision as the lower end of a 95 % interval
 
 _NORMAL = NormalDist()
 _ROUNDING = 1e-12  # differences of areas and relative variances below this are rounding
@@ -180,11 +181,11 @@ def patients_needed(comparison: PairedDifference, margin: float, power: float = 
     p = comparison.non_inferiority_p(margin)
     if math.isnan(p) or not room > 0:
         return None
-    if p < 0.025:
+    if p < ALPHA:
         return 0
     n_positive_patients = comparison.reference.n_positive_patients
     variance = comparison._variance
-    needed = n_positive_patients * variance * ((_NORMAL.inv_cdf(0.975) + _NORMAL.inv_cdf(power)) / room) ** 2
+    needed = n_positive_patients * variance * ((_NORMAL.inv_cdf(1 - ALPHA) + _NORMAL.inv_cdf(power)) / room) ** 2
     return max(1, math.ceil(needed) - n_positive_patients)
 
 

@@ -63,9 +63,9 @@ class Lane:
         # One piece for all contexts of this lane, which never run at once.
         self._memory_bytes = max(1, memory_bytes)
         self._memory: Any = cuda.mem_alloc(self._memory_bytes)
-        self._contexts: list[Any] = []
         self._execution: Any = self._make_context()
-        self._graphs: dict[int, CudaGraph] = {}
+        # By batch size, each with the context it was captured from, which must outlive it.
+        self._graphs: dict[int, tuple[CudaGraph, Any]] = {}
 
     def run(self, pixels: Pixels) -> tuple[Logits, Maps]:
         """Return logits and maps of checked pixels."""
@@ -104,21 +104,20 @@ class Lane:
             # Once without capture: TensorRT finishes what it put off, which a capture could not hold.
             self._execute(context)
             self._stream.synchronize()
-            self._graphs[n] = CudaGraph(driver, self._stream.handle, partial(self._enqueue_captured, context))
+            graph = CudaGraph(driver, self._stream.handle, partial(self._enqueue_captured, context))
+            self._graphs[n] = graph, context
         self._stream.synchronize()
 
     def free_graphs(self) -> None:
         """Drop what was captured; runs go on without."""
-        for graph in self._graphs.values():
+        for graph, _ in self._graphs.values():
             graph.free()
         self._graphs.clear()
-        self._contexts[1:] = []
 
     def free(self) -> None:
         """Give everything back while the context is current; what is freed later would find none."""
         self.free_graphs()
         self._execution = None
-        self._contexts.clear()
         for memory in (*self._device.values(), self._memory):
             memory.free()
         self._device.clear()
@@ -130,8 +129,8 @@ class Lane:
         self._cuda.memcpy_htod_async(self._device[INPUT], self._host[INPUT][:n], self._stream)
 
     def _compute(self, n: int) -> None:
-        graph = self._graphs.get(n)
-        if graph is not None:
+        if n in self._graphs:
+            graph, _ = self._graphs[n]
             graph.launch()
             return
         self._set_batch(self._execution, n)
@@ -161,7 +160,6 @@ class Lane:
             execution.device_memory = int(self._memory)
         for name, memory in self._device.items():
             execution.set_tensor_address(name, int(memory))
-        self._contexts.append(execution)
         return execution
 
     def _set_batch(self, execution: Any, n: int) -> None:
