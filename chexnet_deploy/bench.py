@@ -26,7 +26,7 @@ from chexnet_deploy.phases import OnPhase
 from chexnet_deploy.preprocessing import Pixels
 from chexnet_deploy.probe import N_PROBES
 from chexnet_deploy.scoring import LabelledImages, score_files
-from chexnet_deploy.sessions import Logits, Maps, Provider, Session, check_known_answers, open_session
+from chexnet_deploy.sessions import Logits, Maps, Provider, Session, check_known_answers, open_session, resolve_provider
 from chexnet_deploy.spec import EngineSpec, LatencyGate
 
 REFERENCE = "reference"
@@ -90,7 +90,7 @@ class BenchReport(_Record):
         finished_utc: when, ISO 8601.
         data: what the images are, in words.
         whom: whether the model was trained on their patients, in words.
-        provider: what ONNX Runtime ran the engines on; the reference always runs on the CPU.
+        provider: what ran the ONNX engines; the reference always runs on ONNX Runtime's CPU.
         images_sha256: hash of the names of the images, one a line, in the order they were run; None without images.
     """
 
@@ -163,7 +163,7 @@ def run_bench(
     whom: str = "",
     effort: Effort,
     threads: int | None = None,
-    provider: Provider = "cpu",
+    provider: Provider = "auto",
     on_phase: OnPhase | None = None,
 ) -> BenchRun:
     """Measure engines beside their reference and judge each by its spec.
@@ -176,7 +176,7 @@ def run_bench(
         whom: whether the model was trained on their patients, likewise.
         effort: how long to measure.
         threads: CPU threads for one call; None takes all cores.
-        provider: what ONNX Runtime runs the engines on.
+        provider: what runs the ONNX engines; the reference always runs on ONNX Runtime's CPU.
         on_phase: called with the phase's name, what is done and of how much.
 
     Raises:
@@ -184,6 +184,7 @@ def run_bench(
         SpecError: a spec is for another precision or GPU.
         SessionError: an engine refuses to run here, or answers otherwise than when it was proven.
     """
+    provider = resolve_provider(provider)
     for bundle, spec in engines:
         if reference.id not in (bundle.id, *bundle.manifest.ancestors):
             raise BundleError(
@@ -194,7 +195,7 @@ def run_bench(
                 f"the spec is for {spec.precision.value}, but {bundle.path} is {bundle.manifest.precision.value}. "
                 f"Give the spec of that precision."
             )
-        here = f"ONNX Runtime ({provider})" if bundle.manifest.target is None else bundle.manifest.target.gpu
+        here = provider if bundle.manifest.target is None else bundle.manifest.target.gpu
         if not spec.is_for(here):
             raise SpecError(
                 f"the spec is for a GPU named {spec.gpu}, but {bundle.path} runs on {here}. Give its own spec."
@@ -202,7 +203,7 @@ def run_bench(
     names = _distinct_names([bundle for bundle, _ in engines])
     sessions: dict[str, Session] = {}
     try:
-        sessions[REFERENCE] = open_session(reference, threads=threads)
+        sessions[REFERENCE] = open_session(reference, threads=threads, provider="cpu")
         for name, (bundle, _) in zip(names, engines, strict=True):
             sessions[name] = open_session(bundle, threads=threads, provider=provider)
         answers = _score(sessions, reference, images, on_phase)
@@ -248,7 +249,7 @@ def describe_machine() -> Machine:
         ]
         processor = models[0] if models else processor
     packages = {}
-    for name in ("chexnet-deploy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "numpy", "pillow"):
+    for name in ("chexnet-deploy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "numpy", "pillow"):
         try:
             packages[name] = version(name)
         except PackageNotFoundError:

@@ -132,6 +132,8 @@ class Manifest(_Record):
         checks: what was measured before the bundle was kept.
         tools: version of each tool that took part.
         float_convolutions: ONNX node names of the convolutions of an int8 model that stay in floating point.
+        weakest_convolutions: those that int8 hurts most, with the RMS logit difference each makes alone as a share of the
+            logits' standard deviation; measured only where the gate failed with all of them in int8.
         trained_on: the patients the weights were fitted to, so that nobody is evaluated on them; None where unknown.
         target: for plans only.
         engine: for plans only.
@@ -139,7 +141,7 @@ class Manifest(_Record):
 
     schema_version: Literal[1] = 1
     precision: Precision
-    dialect: Literal["float", "typed", "trt8"] = "float"
+    dialect: Literal["float", "typed", "trt8", "cpu"] = "float"
     findings: Annotated[tuple[str, ...], Field(min_length=1, max_length=256)]
     preprocessing: Preprocessing
     head_bias: tuple[float, ...]
@@ -152,6 +154,7 @@ class Manifest(_Record):
     checks: tuple[Check, ...] = ()
     tools: dict[str, str]
     float_convolutions: tuple[str, ...] = ()
+    weakest_convolutions: dict[str, Annotated[float, Field(ge=0.0)]] = {}
     trained_on: PatientSet | None = None
     target: Target | None = None
     engine: EngineCard | None = None
@@ -173,8 +176,8 @@ class Manifest(_Record):
         if (self.precision is Precision.INT8) != (self.calibration is not None):
             raise ValueError("an int8 model has a calibration and no other model has one")
         if (self.precision is Precision.INT8) != (self.dialect != "float"):
-            raise ValueError("an int8 model has dialect typed or trt8; other models have dialect float")
-        if self.float_convolutions and self.precision is not Precision.INT8:
+            raise ValueError("an int8 model has dialect typed, trt8 or cpu; other models have dialect float")
+        if (self.float_convolutions or self.weakest_convolutions) and self.precision is not Precision.INT8:
             raise ValueError("only an int8 model names the convolutions that stay in floating point")
         if not all(math.isfinite(bias) for bias in self.head_bias):
             raise ValueError("a head bias is not finite")

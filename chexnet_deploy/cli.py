@@ -47,13 +47,21 @@ Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads for one ca
 
 
 class ProviderName(str, Enum):
-    """What ONNX Runtime runs on."""
+    """What runs an ONNX bundle."""
 
+    AUTO = "auto"
+    OPENVINO = "openvino"
     CPU = "cpu"
     CUDA = "cuda"
 
 
-OnProvider = Annotated[ProviderName, typer.Option(help="What ONNX Runtime runs an ONNX bundle on; never another.")]
+OnProvider = Annotated[
+    ProviderName,
+    typer.Option(
+        help="What runs an ONNX bundle: OpenVINO, ONNX Runtime on the cpu or on cuda; never another. "
+        "auto is OpenVINO where it is installed, else cpu."
+    ),
+]
 
 
 class SplitName(str, Enum):
@@ -62,13 +70,6 @@ class SplitName(str, Enum):
     TRAIN = "train"
     VAL = "val"
     TEST = "test"
-
-
-class Dialect(str, Enum):
-    """Which int8 form: typed for TensorRT 10 and later, trt8 for TensorRT 8.6."""
-
-    TYPED = "typed"
-    TRT8 = "trt8"
 
 
 @app.command()
@@ -81,16 +82,19 @@ def export(
     calibration: Annotated[
         Path | None, typer.Option(help="Image names for int8, one a line; default: chosen, and written to OUT.")
     ] = None,
-    calibration_images: Annotated[int, typer.Option(help="How many to choose, where no list is given.")] = 512,
+    calibration_images: Annotated[int, typer.Option(help="How many to choose, where no list is given.")] = 256,
     data: DataOption = None,
-    dialect: Annotated[Dialect, typer.Option(help="The form of int8.")] = Dialect.TYPED,
+    dialect: Annotated[
+        str,
+        typer.Option(help="Comma-separated forms of int8: typed (TensorRT 10 and later), trt8 (TensorRT 8.6), cpu."),
+    ] = "typed",
     engine: Annotated[
         bool, typer.Option("--engine", help="Build a TensorRT plan of each too, on the GPU here.")
     ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Make fp32, fp16 and int8 bundles of a checkpoint; each is kept only if it answers as the one before."""
-    from chexnet_deploy.pipeline import build_bundle, export_bundles, parse_precisions, require_tensorrt
+    from chexnet_deploy.pipeline import build_bundle, export_bundles, parse_dialects, parse_precisions, require_tensorrt
 
     if engine:
         require_tensorrt("tensorrt")
@@ -102,7 +106,7 @@ def export(
             data_root=data,
             calibration_list=calibration,
             n_calibration_images=calibration_images,
-            dialect=dialect.value,
+            dialects=parse_dialects(dialect),
             on_phase=on_phase,
         )
         if engine:
@@ -201,7 +205,7 @@ def bench(
     min_runs: Annotated[int, typer.Option(min=1, help="Rounds at the least.")] = 100,
     min_duration_s: Annotated[float, typer.Option(min=0.0, help="Seconds for each engine and scenario.")] = 3.0,
     threads: Threads = None,
-    provider: OnProvider = ProviderName.CPU,
+    provider: OnProvider = ProviderName.AUTO,
     as_json: JsonFlag = False,
 ) -> None:
     """Prove an engine on this machine: accuracy beside its fp32 model, and latency; PASS, FAIL or INCONCLUSIVE."""
@@ -237,7 +241,7 @@ def predict(
     images: Annotated[list[Path], typer.Argument(help="PNG or JPEG radiographs.")],
     cam: Annotated[Path | None, typer.Option(help="New folder for pictures of where the model looked.")] = None,
     threads: Threads = None,
-    provider: OnProvider = ProviderName.CPU,
+    provider: OnProvider = ProviderName.AUTO,
     as_json: JsonFlag = False,
 ) -> None:
     """Name the findings in radiographs, with probabilities."""
@@ -282,7 +286,7 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="New folder for report.json and report.html.")] = None,
     html: Annotated[bool, typer.Option(help="Write report.html too.")] = True,
     threads: Threads = None,
-    provider: OnProvider = ProviderName.CPU,
+    provider: OnProvider = ProviderName.AUTO,
     as_json: JsonFlag = False,
 ) -> None:
     """Measure a bundle, or anyone's predictions, on labelled images: AUROC with intervals clustered by patient.

@@ -41,9 +41,11 @@ from chexnet_deploy.tables import read_image_list
 
 if TYPE_CHECKING:
     from chexnet_deploy.export.legacy import LegacyImport
+    from chexnet_deploy.quantize.forms import Dialect
 
 MAX_GATE_IMAGES = 512  # enough to catch a broken quantisation in a minute; `bench` is where the whole set is used
 CHOSEN_LIST = "calibration.txt"
+N_CONVOLUTIONS = 120  # of DenseNet-121 without its head
 
 
 def parse_precisions(text: str) -> tuple[Precision, ...]:
@@ -58,6 +60,19 @@ def parse_precisions(text: str) -> tuple[Precision, ...]:
     if unknown:
         raise SpecError(f"no precision named {', '.join(map(repr, unknown))}. There are {', '.join(known)}.")
     return tuple(precision for precision in Precision if precision is Precision.FP32 or precision.value in wanted)
+
+
+def parse_dialects(text: str) -> tuple["Dialect", ...]:
+    """Return the forms of int8 that a comma-separated list names.
+
+    Raises:
+        SpecError: an unknown form, or one twice.
+    """
+    known: tuple[Dialect, ...] = ("typed", "trt8", "cpu")
+    wanted = [name.strip() for name in text.split(",")]
+    if any(wanted.count(name) > 1 for name in wanted) or set(wanted) - set(known):
+        raise SpecError(f"got int8 dialects {text!r}, needed some of {', '.join(known)}, each once.")
+    return tuple(name for name in known if name in wanted)
 
 
 def open_torch_room() -> ModuleType:
@@ -94,10 +109,12 @@ def export_bundles(
     data_root: Path | None,
     calibration_list: Path | None,
     n_calibration_images: int,
-    dialect: Literal["typed", "trt8"],
+    dialects: Sequence["Dialect"],
     on_phase: OnPhase,
 ) -> list[Bundle]:
-    """Make a bundle for each precision in `out`, fp32 first.
+    """Make a bundle for each precision in `out`, fp32 first; of int8 one for each dialect.
+
+    The only int8, and the typed one of several, is in `int8`; the others are in `int8-cpu`, `int8-trt8`.
 
     Raises:
         ChexnetError: any step refused; what was kept before it stays.
@@ -109,7 +126,10 @@ def export_bundles(
         raise CalibrationError(
             "a calibration list is for int8 alone. Add it by --precision int8, or leave the list away."
         )
-    taken = [out / precision.value for precision in precisions if (out / precision.value).exists()]
+    int8_folders = {dialect: out / _int8_folder(dialect, dialects) for dialect in dialects}
+    folders = [out / precision.value for precision in precisions if precision is not Precision.INT8]
+    folders += int8_folders.values() if Precision.INT8 in precisions else []
+    taken = [folder for folder in folders if folder.exists()]
     if taken:
         raise BundleError(f"{taken[0]} is there already. Choose another --out, or delete it first.")
     # The data are checked before any work is done: a wrong list should not cost minutes.
@@ -143,18 +163,26 @@ def export_bundles(
             fp32.manifest.preprocessing,
             on_images=lambda done: on_phase("read calibration images", done, n_names),
         )
-        bundles.append(
-            to_int8(
-                fp32,
-                calibration,
-                out / Precision.INT8.value,
-                read_spec("int8").gate,
-                validation,
-                dialect=dialect,
-                on_images=lambda done: on_phase("quantise int8", done, n_names),
+        for dialect, folder in int8_folders.items():
+            # Measured only where the gate fails, so its length is not known before.
+            phases = (f"quantise {folder.name}", f"find what {folder.name} must leave in floating point")
+            bundles.append(
+                to_int8(
+                    fp32,
+                    calibration,
+                    folder,
+                    read_spec("int8").gate,
+                    validation,
+                    dialect=dialect,
+                    on_images=lambda done, phase=phases[0]: on_phase(phase, done, n_names),  # type: ignore[misc]
+                    on_layer=lambda done, phase=phases[1]: on_phase(phase, done, N_CONVOLUTIONS),  # type: ignore[misc]
+                )
             )
-        )
     return bundles
+
+
+def _int8_folder(dialect: str, dialects: Sequence[str]) -> str:
+    return "int8" if len(dialects) == 1 or dialect == "typed" else f"int8-{dialect}"
 
 
 def require_tensorrt(backend: Backend) -> None:

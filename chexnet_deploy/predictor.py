@@ -57,7 +57,7 @@ class Predictor:
         self._operating_points = dict(manifest.operating_points)
 
     @classmethod
-    def open(cls, path: Path | str, *, threads: int | None = None, provider: Provider = "cpu") -> "Predictor":
+    def open(cls, path: Path | str, *, threads: int | None = None, provider: Provider = "auto") -> "Predictor":
         """Verify a bundle, load it and check its known answers; see open_session for the arguments.
 
         Raises:

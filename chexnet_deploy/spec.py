@@ -59,6 +59,8 @@ class Gate(_Record):
         min_positive_patients: a finding with fewer is not assessable.
         max_abs_probability_difference: on every image and finding.
         p999_abs_probability_difference: 99.9 % quantile over images and findings.
+        logit_noise_share: root mean square logit difference of each finding as a share of the reference logits' standard
+            deviation; None does not gate it. A model that answers everyone alike can't pass by differing little.
         invariance_abs_probability_difference: between an image's answers in any slot, batch size or thread.
         latency: limits, "unproven" where nobody has measured this target yet (the verdict is then INCONCLUSIVE), or
             "not gated" for specs that promise no speed.
@@ -68,6 +70,7 @@ class Gate(_Record):
     min_positive_patients: Annotated[int, Field(ge=1)] = 20
     max_abs_probability_difference: Annotated[float, Field(gt=0.0, le=1.0)]
     p999_abs_probability_difference: Annotated[float, Field(gt=0.0, le=1.0)]
+    logit_noise_share: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     invariance_abs_probability_difference: Annotated[float, Field(gt=0.0, le=1.0)] = 0.02
     latency: LatencyGate | Literal["unproven", "not gated"]
 

@@ -39,7 +39,7 @@ class EvaluationRequest:
     thresholds: Path | None = None
     has_localization: bool = False
     threads: int | None = None
-    provider: Provider = "cpu"
+    provider: Provider = "auto"
 
     def __post_init__(self) -> None:
         if (self.bundle is None) == (self.predictions is None):
@@ -71,7 +71,7 @@ class EvaluationRequest:
                 "--localization needs activation maps, and a CSV has none. Give a bundle and --data ROOT instead.",
             ),
             (
-                not runs and (self.threads is not None or self.provider != "cpu"),
+                not runs and (self.threads is not None or self.provider != "auto"),
                 "--threads and --provider say how a bundle runs, and predictions run nothing. Leave them away.",
             ),
             (
