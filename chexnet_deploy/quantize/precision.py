@@ -144,6 +144,7 @@ def _keep(
         operating_points=old.operating_points,
         files=hash_files({ONNX_MODEL: model, PROBE: parent.read_probe_bytes()}),
         checkpoint_sha256=old.checkpoint_sha256,
+        release=old.release,
         trained_on=old.trained_on,
         ancestors=(*old.ancestors, parent.id),
         calibration=calibration,
