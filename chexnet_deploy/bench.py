@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, computed_field
 
 from chexnet_deploy.bundle import Bundle, EngineCard, Precision, Target
-from chexnet_deploy.errors import BundleError, SpecError
+from chexnet_deploy.errors import BundleError, SpecError, TrustError
 from chexnet_deploy.files import sha256_hex
 from chexnet_deploy.invariance import InvarianceReport, measure_invariance
 from chexnet_deploy.latency import LatencyReport, measure_latency
@@ -27,6 +27,7 @@ from chexnet_deploy.preprocessing import Pixels
 from chexnet_deploy.probe import N_PROBES
 from chexnet_deploy.scoring import LabelledImages, score_files
 from chexnet_deploy.sessions import Logits, Maps, Provider, Session, check_known_answers, open_session, resolve_provider
+from chexnet_deploy.signing.trust import Trust
 from chexnet_deploy.spec import EngineSpec, LatencyGate
 
 REFERENCE = "reference"
@@ -131,11 +132,15 @@ class Effort:
     min_duration_s: float = 3.0
 
 
-def find_reference(engine: Bundle) -> Bundle:
+def find_reference(engine: Bundle, *, trust: Trust | None = None) -> Bundle:
     """Return the fp32 bundle an engine came from: itself, or the one beside it whose id its ancestry names.
 
+    Args:
+        engine: opened.
+        trust: what the fp32 bundle must show, too.
+
     Raises:
-        BundleError: none lies beside it.
+        BundleError: none lies beside it, or none that trust accepts.
     """
     if not engine.manifest.ancestors:
         return engine
@@ -143,13 +148,14 @@ def find_reference(engine: Bundle) -> Bundle:
     for folder in sorted(engine.path.resolve().parent.iterdir()):
         if (folder / "manifest.json").is_file():
             try:
-                bundle = Bundle.open(folder)
-            except BundleError:
-                continue  # a damaged neighbour is nobody's ancestor
+                bundle = Bundle.open(folder, trust=trust)
+            except (BundleError, TrustError):
+                continue  # a damaged or foreign neighbour is nobody's ancestor
             if bundle.id == wanted:
                 return bundle
+    how = "" if trust is None else " and signed by a trusted key"
     raise BundleError(
-        f"the fp32 bundle that {engine.path} came from (id {wanted[:12]}…) does not lie whole beside it. "
+        f"the fp32 bundle that {engine.path} came from (id {wanted[:12]}…) does not lie beside it, whole{how}. "
         f"Give it by --reference."
     )
 

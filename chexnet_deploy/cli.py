@@ -18,12 +18,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from chexnet_deploy.errors import ChexnetError, GateError
+from chexnet_deploy import cli_signing
+from chexnet_deploy.cli_signing import JsonFlag, TrustOption, read_trust
+from chexnet_deploy.errors import ChexnetError, GateError, SpecError
 from chexnet_deploy.phases import OnPhase
 
 if TYPE_CHECKING:
     from chexnet_deploy.bench import BenchReport
     from chexnet_deploy.evaluation.records import Evaluation
+    from chexnet_deploy.signing.release import Release
 
 app = typer.Typer(
     add_completion=False,
@@ -40,7 +43,6 @@ _DISK_ERRORS = {
 
 _INTERRUPTED = "interrupted; nothing half-written was left behind"
 
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 DataOption = Annotated[Path | None, typer.Option("--data", help="ChestX-ray14: tables, split lists and images.")]
 ImagesOption = Annotated[Path | None, typer.Option("--images", help="Only the images this list names, one a line.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads for one call; default: all cores.")]
@@ -91,6 +93,10 @@ def export(
     engine: Annotated[
         bool, typer.Option("--engine", help="Build a TensorRT plan of each too, on the GPU here.")
     ] = False,
+    line: Annotated[str | None, typer.Option(help="The model line this is a release of, e.g. chexnet-adult.")] = None,
+    release: Annotated[
+        int | None, typer.Option(min=1, help="Its number, greater than every one before; needs --line.")
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Make fp32, fp16 and int8 bundles of a checkpoint; each is kept only if it answers as the one before."""
@@ -107,6 +113,7 @@ def export(
             calibration_list=calibration,
             n_calibration_images=calibration_images,
             dialects=parse_dialects(dialect),
+            release=_release(line, release),
             on_phase=on_phase,
         )
         if engine:
@@ -165,6 +172,7 @@ def build(
     timing_cache: Annotated[
         Path | None, typer.Option(help="A file that makes the same build quicker next time.")
     ] = None,
+    trust: TrustOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Build a TensorRT plan of a bundle on the GPU it will run on; kept only if it gives the known answers."""
@@ -178,6 +186,7 @@ def build(
             backend=backend.value,
             device=device,
             timing_cache=timing_cache,
+            trust=read_trust(trust),
             cancelled=cancelled,
             on_phase=on_phase,
         )
@@ -204,6 +213,7 @@ def bench(
     html: Annotated[bool, typer.Option(help="Write report.html too.")] = True,
     min_runs: Annotated[int, typer.Option(min=1, help="Rounds at the least.")] = 100,
     min_duration_s: Annotated[float, typer.Option(min=0.0, help="Seconds for each engine and scenario.")] = 3.0,
+    trust: TrustOption = None,
     threads: Threads = None,
     provider: OnProvider = ProviderName.AUTO,
     as_json: JsonFlag = False,
@@ -223,6 +233,7 @@ def bench(
             spec,
             out,
             effort=Effort(min_runs, min_duration_s),
+            trust=read_trust(trust),
             threads=threads,
             provider=provider.value,
             with_html=html,
@@ -240,6 +251,7 @@ def predict(
     bundle: Annotated[Path, typer.Argument(help="A bundle.")],
     images: Annotated[list[Path], typer.Argument(help="PNG or JPEG radiographs.")],
     cam: Annotated[Path | None, typer.Option(help="New folder for pictures of where the model looked.")] = None,
+    trust: TrustOption = None,
     threads: Threads = None,
     provider: OnProvider = ProviderName.AUTO,
     as_json: JsonFlag = False,
@@ -247,7 +259,7 @@ def predict(
     """Name the findings in radiographs, with probabilities."""
     from chexnet_deploy.pipeline import predict_files
 
-    predictions = predict_files(bundle, images, cam, threads=threads, provider=provider.value)
+    predictions = predict_files(bundle, images, cam, trust=read_trust(trust), threads=threads, provider=provider.value)
     if as_json:
         _print_json({str(p): {"probabilities": x.probabilities, "present": x.present} for p, x in predictions.items()})
         return
@@ -285,6 +297,7 @@ def evaluate(
     ] = False,
     out: Annotated[Path | None, typer.Option(help="New folder for report.json and report.html.")] = None,
     html: Annotated[bool, typer.Option(help="Write report.html too.")] = True,
+    trust: TrustOption = None,
     threads: Threads = None,
     provider: OnProvider = ProviderName.AUTO,
     as_json: JsonFlag = False,
@@ -308,6 +321,7 @@ def evaluate(
         has_localization=localization,
         threads=threads,
         provider=provider.value,
+        trust=read_trust(trust),
     )
     with progress() as on_phase:
         result = run(request, out, with_html=html, on_phase=on_phase)
@@ -320,16 +334,20 @@ def evaluate(
 
 
 @app.command()
-def inspect(path: Annotated[Path, typer.Argument(help="A bundle, or a .safetensors checkpoint.")]) -> None:
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A bundle, or a .safetensors checkpoint.")], trust: TrustOption = None
+) -> None:
     """Verify a bundle or a checkpoint and print its manifest as JSON."""
     if path.suffix == ".safetensors":
+        if trust is not None:
+            raise SpecError("checkpoints aren't signed, and --trust is for bundles. Leave it away.")
         from chexnet_deploy.pipeline import open_torch_room
 
         typer.echo(open_torch_room().read_checkpoint(path).manifest.model_dump_json(indent=2))
         return
     from chexnet_deploy.bundle import Bundle
 
-    bundle = Bundle.open(path)
+    bundle = Bundle.open(path, trust=read_trust(trust))
     _print_json({"id": bundle.id, **json.loads(bundle.manifest.model_dump_json())})
 
 
@@ -348,6 +366,9 @@ def doctor(as_json: JsonFlag = False) -> None:
         typer.echo(f"{'yes' if ability.is_ready else 'no ':3}  {ability.name}: {ability.found}")
         if ability.next_step:
             typer.echo(f"     {ability.next_step}")
+
+
+app.add_typer(cli_signing.app)
 
 
 def main() -> None:
@@ -483,6 +504,23 @@ def print_table(rows: list[dict[str, str]]) -> None:
     for row in rows:
         table.add_row(*row.values())
     Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _release(line: str | None, number: int | None) -> "Release | None":
+    """Return the release that two options name, or none."""
+    from pydantic import ValidationError
+
+    from chexnet_deploy.signing.release import Release
+
+    if line is None and number is None:
+        return None
+    if line is None or number is None:
+        raise SpecError("found one of --line and --release, needed both or neither. Give the other too.")
+    try:
+        return Release(line=line, number=number)
+    except ValidationError as err:
+        first = err.errors()[0]
+        raise SpecError(f"--{'line' if 'line' in first['loc'] else 'release'}: {first['msg']}. Correct it.") from err
 
 
 def _print_json(value: object) -> None:

@@ -25,6 +25,7 @@ def examine() -> list[Ability]:
         _needs("run ONNX bundles on the CPU", ("onnxruntime",), "cpu"),
         _needs("run ONNX bundles fastest on a CPU", ("openvino",), "openvino"),
         _needs("HTML reports", ("matplotlib", "jinja2"), "report"),
+        _needs("sign and verify bundles", ("cryptography",), "signing"),
         _needs("export and quantise", ("torch", "onnx", "safetensors", "onnxruntime"), "export"),
         _tensorrt(),
     ]

@@ -25,9 +25,17 @@ def sha256_hex(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file that is either complete or as it was before, also after a crash or SIGKILL."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.partial-", delete=False) as partial:
+def write_file(path: Path, content: bytes, *, partial_in: Path | None = None) -> None:
+    """Write a file that is either complete or as it was before, also after a crash or SIGKILL.
+
+    Args:
+        path: where.
+        content: all of it.
+        partial_in: folder on the same file system for the unfinished file; None for the file's own.
+    """
+    with tempfile.NamedTemporaryFile(
+        dir=partial_in or path.parent, prefix=f".{path.name}.partial-", delete=False
+    ) as partial:
         try:
             partial.write(content)
             partial.flush()

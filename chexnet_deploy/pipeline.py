@@ -36,6 +36,8 @@ from chexnet_deploy.scoring import LabelledImages
 from chexnet_deploy.sessions import Provider
 from chexnet_deploy.sessions.target import open_driver
 from chexnet_deploy.sessions.tensorrt_versions import Backend, open_tensorrt
+from chexnet_deploy.signing.release import Release
+from chexnet_deploy.signing.trust import Trust
 from chexnet_deploy.spec import read_spec
 from chexnet_deploy.tables import read_image_list
 
@@ -110,9 +112,10 @@ def export_bundles(
     calibration_list: Path | None,
     n_calibration_images: int,
     dialects: Sequence["Dialect"],
+    release: Release | None = None,
     on_phase: OnPhase,
 ) -> list[Bundle]:
-    """Make a bundle for each precision in `out`, fp32 first; of int8 one for each dialect.
+    """Make a bundle for each precision in `out`, fp32 first, all of the same release; of int8 one for each dialect.
 
     The only int8, and the typed one of several, is in `int8`; the others are in `int8-cpu`, `int8-trt8`.
 
@@ -138,7 +141,7 @@ def export_bundles(
     if dataset is not None and Precision.INT8 in precisions:
         names = _calibration_names(dataset, calibration_list, n_calibration_images)
     on_phase("export fp32", 0, 1)
-    fp32: Bundle = to_onnx.export_onnx(checkpoint, out / Precision.FP32.value)
+    fp32: Bundle = to_onnx.export_onnx(checkpoint, out / Precision.FP32.value, release)
     if names is not None and calibration_list is None:
         write_file(out / CHOSEN_LIST, "".join(f"{name}\n" for name in names).encode())
     on_phase("export fp32", 1, 1)
@@ -203,17 +206,20 @@ def build_bundle(
     backend: Backend = "tensorrt",
     device: int = 0,
     timing_cache: Path | None = None,
+    trust: Trust | None = None,
     cancelled: threading.Event | None = None,
     on_phase: OnPhase,
 ) -> Bundle:
     """Build a plan bundle; the spec is that of the bundle's precision where none is named.
+
+    The plan is of its bundle's release and isn't signed: whoever vouches for plans signs it once `bench` has passed.
 
     Raises:
         ChexnetError: no GPU or TensorRT, or a step refused; nothing is kept.
     """
     from chexnet_deploy.builder.engine import build_engine
 
-    bundle = Bundle.open(path)
+    bundle = Bundle.open(path, trust=trust)
     chosen = read_spec(bundle.manifest.precision.value if spec is None else spec)
     return build_engine(
         bundle,
@@ -237,6 +243,7 @@ def bench_bundles(
     out: Path,
     *,
     effort: Effort,
+    trust: Trust | None = None,
     threads: int | None,
     provider: Provider,
     with_html: bool,
@@ -252,8 +259,10 @@ def bench_bundles(
     report_room = _open_page_room("report") if with_html else None
     if image_list is not None and data_root is None:
         raise SpecError("a list of images needs the data they are in. Give ChestX-ray14 by --data.")
-    bundles = [Bundle.open(path) for path in engine_paths]
-    reference = find_reference(bundles[0]) if reference_path is None else Bundle.open(reference_path)
+    bundles = [Bundle.open(path, trust=trust) for path in engine_paths]
+    reference = (
+        find_reference(bundles[0], trust=trust) if reference_path is None else Bundle.open(reference_path, trust=trust)
+    )
     specs = [read_spec(bundle.manifest.precision.value if spec is None else spec) for bundle in bundles]
     images, data, whom = None, "no labelled images", ""
     if data_root is not None:
@@ -278,13 +287,19 @@ def bench_bundles(
             for name, logits in run.logits.items():
                 write_predictions(partial / f"logits-{name}.csv", images, reference.manifest.findings, logits)
         if report_room is not None:
-            with Predictor.open(engine_paths[-1], threads=threads, provider=provider) as predictor:
+            with Predictor.open(engine_paths[-1], trust=trust, threads=threads, provider=provider) as predictor:
                 report_room.write_html(partial / "report.html", run, predictor)
     return run.report
 
 
 def predict_files(
-    bundle: Path, images: Sequence[Path], cam_folder: Path | None, *, threads: int | None, provider: Provider
+    bundle: Path,
+    images: Sequence[Path],
+    cam_folder: Path | None,
+    *,
+    trust: Trust | None = None,
+    threads: int | None,
+    provider: Provider,
 ) -> dict[Path, Prediction]:
     """Predict each file, and draw the map of each finding called present (or of the likeliest) into a new folder.
 
@@ -298,7 +313,7 @@ def predict_files(
         )
     with ExitStack() as stack:
         partial = None if cam_folder is None else stack.enter_context(_new_folder(cam_folder))
-        predictor = stack.enter_context(Predictor.open(bundle, threads=threads, provider=provider))
+        predictor = stack.enter_context(Predictor.open(bundle, trust=trust, threads=threads, provider=provider))
         predictions = {}
         for path in images:
             gray = read_image(path)

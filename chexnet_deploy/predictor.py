@@ -16,6 +16,7 @@ from chexnet_deploy.bundle import Bundle, Manifest
 from chexnet_deploy.errors import SessionError
 from chexnet_deploy.images import Gray, read_image
 from chexnet_deploy.sessions import Logits, Provider, Session, open_session
+from chexnet_deploy.signing.trust import Trust
 
 ImageSource: TypeAlias = Path | str | Gray
 
@@ -57,13 +58,20 @@ class Predictor:
         self._operating_points = dict(manifest.operating_points)
 
     @classmethod
-    def open(cls, path: Path | str, *, threads: int | None = None, provider: Provider = "auto") -> "Predictor":
-        """Verify a bundle, load it and check its known answers; see open_session for the arguments.
+    def open(
+        cls,
+        path: Path | str,
+        *,
+        trust: Trust | None = None,
+        threads: int | None = None,
+        provider: Provider = "auto",
+    ) -> "Predictor":
+        """Verify a bundle, load it and check its known answers; see Bundle.open and open_session for the arguments.
 
         Raises:
-            BundleError, SessionError, MissingPackageError: see Bundle.open and open_session.
+            BundleError, TrustError, SessionError, MissingPackageError: see Bundle.open and open_session.
         """
-        bundle = Bundle.open(Path(path))
+        bundle = Bundle.open(Path(path), trust=trust)
         return cls(open_session(bundle, threads=threads, provider=provider), bundle.manifest)
 
     def predict(self, image: ImageSource) -> Prediction:

@@ -17,6 +17,7 @@ from chexnet_deploy.export.model import DeployGraph
 from chexnet_deploy.probe import Probe, draw_probe_pixels
 from chexnet_deploy.sessions.base import Session
 from chexnet_deploy.sessions.ort import OrtSession
+from chexnet_deploy.signing.release import Release
 
 OPSET = 17  # the newest that TensorRT 8.6 reads, and only the TorchScript exporter still writes it
 LOGIT_TOLERANCE = 1e-4  # times max(1, |logit|)
@@ -25,8 +26,13 @@ INVARIANCE_TOLERANCE = 1e-5  # times max(1, |logit|)
 INVARIANCE_BATCHES = (1, 2, 3, 8)
 
 
-def export_onnx(checkpoint_path: Path, out: Path) -> Bundle:
+def export_onnx(checkpoint_path: Path, out: Path, release: Release | None = None) -> Bundle:
     """Export a checkpoint to a new fp32 bundle at `out`.
+
+    Args:
+        checkpoint_path: a .safetensors checkpoint.
+        out: where; nothing may be there yet.
+        release: which release of which model line this is; what is made of the bundle inherits it.
 
     Raises:
         CheckpointError: the checkpoint can't be used.
@@ -54,6 +60,7 @@ def export_onnx(checkpoint_path: Path, out: Path) -> Bundle:
         operating_points=checkpoint.manifest.operating_points,
         files=hash_files({ONNX_MODEL: model, PROBE: probe_bytes}),
         checkpoint_sha256=checkpoint.sha256,
+        release=release,
         trained_on=checkpoint.manifest.trained_on,
         probe_max_abs_logit_error=checks[0].value,
         checks=checks,

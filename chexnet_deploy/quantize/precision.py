@@ -209,6 +209,7 @@ def _write(
         operating_points=old.operating_points,
         files=hash_files({ONNX_MODEL: model, PROBE: probe}),
         checkpoint_sha256=old.checkpoint_sha256,
+        release=old.release,
         trained_on=old.trained_on,
         ancestors=(*old.ancestors, parent.id),
         calibration=calibration,

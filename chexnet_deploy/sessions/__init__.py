@@ -30,7 +30,7 @@ def open_session(bundle: Bundle, *, threads: int | None = None, provider: Provid
     """Load a bundle on the backend it was made for and check its known answers.
 
     Args:
-        bundle: verified.
+        bundle: verified; if it was opened with trust, its release is the oldest that runs here from now on.
         threads: CPU threads for one call, for ONNX bundles; None takes all cores.
         provider: what runs an ONNX bundle.
 
@@ -38,6 +38,7 @@ def open_session(bundle: Bundle, *, threads: int | None = None, provider: Provid
         MissingPackageError: the backend is not installed.
         SessionError: the plan is for another machine, the backend refuses the model, or it answers otherwise than when
             the bundle was made.
+        TrustError: a newer release has run since the bundle was opened, or that it ran can't be kept.
     """
     session: Session
     if bundle.manifest.target is not None:
@@ -46,7 +47,12 @@ def open_session(bundle: Bundle, *, threads: int | None = None, provider: Provid
         session = TrtSession.open(bundle)
     else:
         session = _open_onnx(bundle, threads, provider)
-    check_known_answers(session, bundle, n_probes=N_STARTUP_PROBES)
+    try:
+        check_known_answers(session, bundle, n_probes=N_STARTUP_PROBES)
+        bundle.keep_release()
+    except BaseException:
+        session.close()
+        raise
     return session
 
 
