@@ -29,7 +29,6 @@ from chexnet_deploy.evaluation.request import EvaluationRequest
 from chexnet_deploy.evaluation.run import run_evaluation
 from chexnet_deploy.evaluation.sources import choose_images, say_who_is_known
 from chexnet_deploy.files import new_directory, write_file
-from chexnet_deploy.images import read_image
 from chexnet_deploy.phases import OnPhase
 from chexnet_deploy.predictor import Prediction, Predictor, draw_cam
 from chexnet_deploy.scoring import LabelledImages
@@ -273,7 +272,7 @@ def predict_files(
         predictor = stack.enter_context(Predictor.open(bundle, threads=threads, provider=provider))
         predictions = {}
         for path in images:
-            gray = read_image(path)
+            gray = predictor.read(path)
             predictions[path] = prediction = predictor.predict(gray)
             if partial is not None:
                 likeliest = max(prediction.probabilities, key=prediction.probabilities.__getitem__)
