@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Empty, LifoQueue
 
@@ -22,7 +22,7 @@ class DicomImage:
     """One radiograph.
 
     Attributes:
-        header: what is known of it.
+        header: what is known of it; its pixel data are dropped.
         gray: [H, W] uint8, bone bright.
     """
 
@@ -35,7 +35,7 @@ class DecodeLimits:
     """What a decoding process may cost.
 
     Attributes:
-        deadline_s: wall-clock time of one image, waiting for a free process not counted; then the process is killed.
+        deadline_s: wall-clock time of one image, then the process is killed; waiting for a free process is not counted.
         memory_mib: address space of a process. 36 million pixels in JPEG 2000 take 700 MB of it.
         images_per_process: after as many it is replaced, so that a codec's leaks stay small.
     """
@@ -65,6 +65,7 @@ class Decoder:
             raise ValueError(f"got {processes} processes, needed at least 1")
         self._limits = limits or DecodeLimits()
         self._is_closed = False
+        self._spare: DecodingProcess | None = None
         self._lock = threading.Lock()
         # One seat a process; an empty seat is a process to be started. Last in, first out keeps one warm.
         self._seats: LifoQueue[DecodingProcess | None] = LifoQueue()
@@ -94,13 +95,18 @@ class Decoder:
         if scope is not None:
             check_scope(name, header, scope)
         if header.is_compressed:
-            return DicomImage(header, self._decode(name, header))
-        n_pixels = header.rows * header.columns
-        words = np.frombuffer(header.pixel_data, f"<u{header.grayscale.bits_allocated // 8}", n_pixels)
-        return DicomImage(header, header.grayscale.apply(words.reshape(header.rows, header.columns)))
+            gray = self._decode(name, header)
+        else:
+            n_pixels = header.rows * header.columns
+            words = np.frombuffer(header.pixel_data, f"<u{header.grayscale.bits_allocated // 8}", n_pixels)
+            gray = header.grayscale.apply(words.reshape(header.rows, header.columns))
+        # Without them the header doesn't keep the whole file in memory.
+        return DicomImage(replace(header, pixel_data=memoryview(b"")), gray)
 
     def warm_up(self) -> None:
         """Start every process and return when all can decode, so that the first image doesn't wait for one.
+
+        One more is started, to step in for one that is lost: a service's next image doesn't wait for a start either.
 
         Raises:
             SessionError: this decoder is closed, or a process doesn't start.
@@ -112,18 +118,23 @@ class Decoder:
         finally:
             for process in processes:
                 self._give_back(process)
+        with self._lock:
+            if self._spare is None and not self._is_closed:
+                self._spare = self._start()
 
     def close(self) -> None:
         """End the processes; those at work end with their image."""
         with self._lock:
             self._is_closed = True
-        free = []
+            spare, self._spare = self._spare, None
+        free = [spare]
         with contextlib.suppress(Empty):
             while True:
                 free.append(self._seats.get_nowait())
         for process in free:
             if process is not None:
                 process.kill()
+        for _ in free[1:]:
             self._seats.put(None)  # wakes a thread that waits for a seat, which then sees that all is closed
 
     def __enter__(self) -> "Decoder":
@@ -138,21 +149,29 @@ class Decoder:
             with self._lock:
                 if self._is_closed:
                     raise SessionError("the decoder is closed. Open another one.")
-                return process or DecodingProcess(memory_mib=self._limits.memory_mib)
+                return process or self._start()
         except BaseException:
             self._seats.put(process)
             raise
 
     def _give_back(self, process: DecodingProcess) -> None:
-        with self._lock:
-            is_kept = not self._is_closed
-        if not is_kept:
-            process.kill()
-        self._seats.put(process if is_kept else None)
+        with self._lock:  # so that `close` either finds it in its seat, or leaves it to this thread
+            if not self._is_closed:
+                self._seats.put(process)
+                return
+        process.kill()
+        self._seats.put(None)
 
     def _replace(self, process: DecodingProcess) -> DecodingProcess:
-        """End a process and start another one, which gets ready while nobody waits for it."""
+        """End a process and return the spare one, or one that gets ready while nobody waits for it."""
         process.kill()
+        with self._lock:
+            spare, self._spare = self._spare, None
+            if spare is not None and not self._is_closed:
+                self._spare = self._start()
+        return spare or self._start()
+
+    def _start(self) -> DecodingProcess:
         return DecodingProcess(memory_mib=self._limits.memory_mib)
 
     def _decode(self, name: object, header: DicomHeader) -> Gray:
@@ -169,7 +188,7 @@ class Decoder:
         try:
             process.wait_ready()
             words = process.decode(request, header.pixel_data, deadline_s=self._limits.deadline_s)
-            gray = grayscale.apply(_as_allocated(name, header, words))
+            gray = grayscale.apply(_as_allocated(name, header, words))  # before the memory is used again
             if process.n_images >= self._limits.images_per_process:
                 process = self._replace(process)
         except DecodeError as err:
@@ -178,7 +197,10 @@ class Decoder:
             raise ImageRefusedError(
                 err.reason, refusal(name, str(err), "whole pixel data", "send or export it again")
             ) from err
-        except SessionError:
+        except ImageRefusedError:
+            raise
+        except BaseException:
+            # Its answer may still come, and must not be taken for the next image's.
             process = self._replace(process)
             raise
         finally:

@@ -16,7 +16,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from chexnet_deploy.errors import ChexnetError, RefusalReason, SessionError
+from chexnet_deploy.errors import RefusalReason, SessionError
 
 MAX_LINE_BYTES: Final = 4096
 START_DEADLINE_S: Final = 60.0
@@ -56,20 +56,28 @@ class DecodingProcess:
     """
 
     def __init__(self, *, memory_mib: int) -> None:
-        self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError as err:
+            raise _not_started(err) from err
         self._is_ready = False
         self._shared: mmap.mmap | None = None
         self.n_images = 0
+        arguments = ["-B", "-m", "chexnet_deploy.dicom.child", str(theirs.fileno()), str(memory_mib)]
         with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-B", "-m", "chexnet_deploy.dicom.child", str(theirs.fileno()), str(memory_mib)],
-                pass_fds=(theirs.fileno(),),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                cwd="/",  # `-m` puts it on the import path: a file beside the images must not be imported
-                env=_environment(),
-            )
+            try:
+                self._process = subprocess.Popen(
+                    [sys.executable, *arguments],
+                    pass_fds=(theirs.fileno(),),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    cwd="/",  # `-m` puts it on the import path: a file beside the images must not be imported
+                    env=_environment(),
+                )
+            except OSError as err:
+                self._channel.close()
+                raise _not_started(err) from err
 
     def wait_ready(self) -> None:
         """Return once it can be asked.
@@ -86,10 +94,7 @@ class DecodingProcess:
             self._is_ready = False
         if not self._is_ready:
             self.kill()
-            raise SessionError(
-                f"the decoding process did not start (exit status {self._process.returncode}). It needs the packages of "
-                f"chexnet-deploy[dicom] and the memory it is limited to: raise memory_mib, or reinstall the extra."
-            )
+            raise _not_started(f"exit status {self._process.returncode}")
 
     def decode(
         self, request: DecodeRequest, source: memoryview, *, deadline_s: float
@@ -115,18 +120,20 @@ class DecodingProcess:
         self._shared[: len(source)] = source
         question = {
             **asdict(request),
+            "number": self.n_images,
             "source_bytes": len(source),
             "pixels_at": pixels_at,
             "deadline_s": math.ceil(deadline_s),
         }
         try:
-            bits = _read_answer(self._ask(json.dumps(question).encode(), new_memory, end))
+            answer = self._ask(json.dumps(question).encode(), new_memory, end)
         except TimeoutError as err:
             found = f"an image not decoded in {deadline_s:g} s"
             raise DecodeError(RefusalReason.DECODE_TIMEOUT, found, is_usable=False) from err
         except OSError as err:
             raise DecodeError(RefusalReason.DECODE_FAILED, self._end(), is_usable=False) from err
         self.n_images += 1
+        bits = _read_answer(answer, self.n_images - 1)
         words = np.frombuffer(self._shared, f"u{bits // 8}", n_pixels, pixels_at)
         return words.reshape(request.rows, request.columns)
 
@@ -143,8 +150,7 @@ class DecodingProcess:
         """
         if self._shared is not None and len(self._shared) >= n_bytes:
             return []
-        memory = _new_shared_memory(-(-n_bytes // _STEP_BYTES) * _STEP_BYTES)
-        self._shared = mmap.mmap(memory, 0)
+        memory, self._shared = _new_shared_memory(-(-n_bytes // _STEP_BYTES) * _STEP_BYTES)
         return [memory]
 
     def _ask(self, question: bytes, new_memory: list[int], end: float) -> bytes:
@@ -171,21 +177,32 @@ class DecodingProcess:
         return f"pixel data on which the decoder ended ({how})"
 
 
-def _read_answer(line: bytes) -> int:
-    """Return the bits of a word; the child may have been taken over, so its answer is read like a stranger's."""
+def _not_started(why: object) -> SessionError:
+    return SessionError(
+        f"the decoding process did not start ({why}). It needs the packages of chexnet-deploy[dicom] and the memory it is "
+        f"limited to: raise memory_mib, free memory, or reinstall the extra."
+    )
+
+
+def _read_answer(line: bytes, number: int) -> int:
+    """Return the bits of a word.
+
+    The child may have been taken over, so its answer is read like a stranger's; one that is none ends it.
+    """
     try:
         answer = json.loads(line)
-        bits, error = answer.get("bits"), answer.get("error")
+        bits, error = (answer.get("bits"), answer.get("error")) if answer.get("number") == number else (None, None)
     except (ValueError, AttributeError, RecursionError):
-        bits, error = None, "no answer"
+        bits, error = None, None
     if bits in (8, 16):
         return int(bits)
     words = error if isinstance(error, str) and error.isprintable() and len(error) <= 60 else "no answer"
-    raise DecodeError(RefusalReason.DECODE_FAILED, f"pixel data that can't be decoded ({words})", is_usable=True)
+    found = f"pixel data that can't be decoded ({words})"
+    raise DecodeError(RefusalReason.DECODE_FAILED, found, is_usable=words is error)
 
 
-def _new_shared_memory(n_bytes: int) -> int:
-    """Return the descriptor of anonymous memory whose size nobody can change any more.
+def _new_shared_memory(n_bytes: int) -> tuple[int, mmap.mmap]:
+    """Return the descriptor and the view of anonymous memory whose size nobody can change any more.
 
     Without the seals a child could cut it short, and this process would end (SIGBUS) where it reads beyond.
     """
@@ -193,12 +210,12 @@ def _new_shared_memory(n_bytes: int) -> int:
     try:
         os.ftruncate(memory, n_bytes)
         fcntl.fcntl(memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        return memory, mmap.mmap(memory, 0)
     except OSError as err:
         os.close(memory)
-        raise ChexnetError(
+        raise SessionError(
             f"no shared memory of {n_bytes:,} bytes ({err.strerror}). Free memory, then try again."
         ) from err
-    return memory
 
 
 def _environment() -> dict[str, str]:

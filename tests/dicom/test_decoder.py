@@ -120,6 +120,33 @@ def test_a_process_that_hangs_is_killed_at_the_deadline() -> None:
         np.testing.assert_array_equal(decoder.decode(make_dicom(syntax=RLE)).gray, EXPECTED)
 
 
+def test_an_interrupted_question_is_not_answered_to_the_next_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    brighter = make_dicom((WORDS + 1000).astype(np.uint16), syntax=RLE)
+    with Decoder() as decoder:
+        decoder.decode(make_dicom(syntax=RLE))
+        asked = pid(decoder)
+        with monkeypatch.context() as patch:
+            patch.setattr(process_room, "_read_answer", lambda line, number: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                decoder.decode(brighter)
+        assert pid(decoder) != asked
+        np.testing.assert_array_equal(decoder.decode(make_dicom(syntax=RLE)).gray, EXPECTED)
+
+
+def test_a_spare_steps_in_for_a_lost_process() -> None:
+    with Decoder() as decoder:
+        decoder.warm_up()
+        spare = decoder._spare
+        assert spare is not None
+        spare.wait_ready()
+        os.kill(pid(decoder), signal.SIGKILL)
+        with pytest.raises(ImageRefusedError, match="SIGKILL"):
+            decoder.decode(make_dicom(syntax=RLE))
+        assert pid(decoder) == spare._process.pid
+        assert decoder._spare is not None
+        np.testing.assert_array_equal(decoder.decode(make_dicom(syntax=RLE)).gray, EXPECTED)
+
+
 def test_a_process_is_replaced_after_its_images() -> None:
     with Decoder(limits=DecodeLimits(images_per_process=2)) as decoder:
         pids = []
@@ -221,20 +248,30 @@ def test_limits_check_themselves(make: Callable[[], object]) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", [b"", b"{", b"[]", b'{"bits": 24}', b'{"error": 5}', b'{"error": "' + b"x" * 99 + b'"}', b"[" * 4000]
+    "line",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'{"number": 0, "bits": 24}',
+        b'{"number": 1, "bits": 8}',
+        b'{"number": 0, "error": 5}',
+        b"[" * 4000,
+    ],
 )
 def test_a_child_is_answered_to_like_a_stranger(line: bytes) -> None:
     with pytest.raises(process_room.DecodeError, match=r"can't be decoded \(no answer\)"):
-        process_room._read_answer(line)
+        process_room._read_answer(line, 0)
 
 
 def test_the_shared_memory_cannot_be_cut_short() -> None:
-    memory = process_room._new_shared_memory(4096)
+    memory, view = process_room._new_shared_memory(4096)
     try:
         for size in (0, 8192):
             with pytest.raises(PermissionError):
                 os.ftruncate(memory, size)
     finally:
+        view.close()
         os.close(memory)
 
 

@@ -11,10 +11,11 @@ from chexnet_deploy.bundle import Bundle, Manifest
 from chexnet_deploy.dicom.decoder import Decoder
 from chexnet_deploy.dicom.header import read_header
 from chexnet_deploy.dicom.scope_check import check_scope, find_scope_faults
-from chexnet_deploy.errors import ImageRefusedError, RefusalReason
+from chexnet_deploy.errors import ImageRefusedError, RefusalReason, SpecError
 from chexnet_deploy.predictor import Predictor
 from chexnet_deploy.scope import ScopePolicy
 from chexnet_deploy.sessions import open_session
+from chexnet_deploy.spec import read_scope
 
 
 def faults(scope: ScopePolicy | None = None, **edits: Any) -> list[RefusalReason]:
@@ -88,6 +89,34 @@ def test_the_manifest_carries_the_scope(bundles: dict[str, Bundle]) -> None:
     assert manifest.scope is None
     scoped = manifest.model_copy(update={"scope": ScopePolicy(age_years=(0, 120))})
     assert Manifest.model_validate_json(scoped.to_json(), strict=True).scope == ScopePolicy(age_years=(0, 120))
+
+
+def test_export_writes_the_scope_into_every_bundle(checkpoint_path: Path, tmp_path: Path) -> None:
+    from chexnet_deploy.bundle import Precision
+    from chexnet_deploy.pipeline import export_bundles
+
+    (tmp_path / "scope.toml").write_text('views = ["PA"]\nage_years = [21, 90]\n')
+    scope = read_scope(tmp_path / "scope.toml")
+    assert scope == ScopePolicy(views=("PA",), age_years=(21, 90))
+    made = export_bundles(
+        checkpoint_path,
+        tmp_path / "bundles",
+        (Precision.FP32, Precision.FP16),
+        data_root=None,
+        calibration_list=None,
+        n_calibration_images=100,
+        dialect="typed",
+        on_phase=lambda phase, done, total: None,
+        scope=scope,
+    )
+    assert [bundle.manifest.scope for bundle in made] == [scope, scope]
+
+
+@pytest.mark.parametrize("text", ["view = ['PA']", "views = [1]", "age_years = [30, 20]", "views =", "age_years = 18"])
+def test_a_scope_file_that_is_wrong(tmp_path: Path, text: str) -> None:
+    (tmp_path / "scope.toml").write_text(text)
+    with pytest.raises(SpecError, match=r"scope\.toml"):
+        read_scope(tmp_path / "scope.toml")
 
 
 def test_the_predictor_refuses_what_is_out_of_scope(bundles: dict[str, Bundle], tmp_path: Path) -> None:
