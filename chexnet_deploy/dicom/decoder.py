@@ -5,12 +5,13 @@ import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Empty, LifoQueue
+from time import monotonic
 
 import numpy as np
 from numpy.typing import NDArray
 
 from chexnet_deploy.dicom.header import DicomHeader, read_header
-from chexnet_deploy.dicom.process import DecodeError, DecodeRequest, DecodingProcess
+from chexnet_deploy.dicom.process import START_DEADLINE_S, DecodeError, DecodeRequest, DecodingProcess
 from chexnet_deploy.dicom.scope_check import check_scope
 from chexnet_deploy.errors import ImageRefusedError, RefusalReason, SessionError
 from chexnet_deploy.gray import Gray, read_image_file, refusal
@@ -35,7 +36,8 @@ class DecodeLimits:
     """What a decoding process may cost.
 
     Attributes:
-        deadline_s: wall-clock time of one image, then the process is killed; waiting for a free process is not counted.
+        deadline_s: wall-clock time of one image, then the process is killed. It begins when a process is free; after
+            `warm_up` the start of a process that replaces a lost one is in it too.
         memory_mib: address space of a process. 36 million pixels in JPEG 2000 take 700 MB of it.
         images_per_process: after as many it is replaced, so that a codec's leaks stay small.
     """
@@ -66,6 +68,7 @@ class Decoder:
         self._limits = limits or DecodeLimits()
         self._is_closed = False
         self._spare: DecodingProcess | None = None
+        self._is_warm = False
         self._lock = threading.Lock()
         # One seat a process; an empty seat is a process to be started. Last in, first out keeps one warm.
         self._seats: LifoQueue[DecodingProcess | None] = LifoQueue()
@@ -113,12 +116,14 @@ class Decoder:
         """
         processes = [self._take() for _ in range(self._seats.qsize())]
         try:
-            for process in processes:
-                process.wait_ready()
+            are_ready = [process.wait_ready() for process in processes]
         finally:
             for process in processes:
                 self._give_back(process)
+        if not all(are_ready):
+            raise SessionError("the decoding processes are still starting. Give the machine time, then warm up again.")
         with self._lock:
+            self._is_warm = True
             if self._spare is None and not self._is_closed:
                 self._spare = self._start()
 
@@ -185,9 +190,13 @@ class Decoder:
             grayscale.is_signed,
         )
         process = self._take()
+        deadline_s, start = self._limits.deadline_s, monotonic()
         try:
-            process.wait_ready()
-            words = process.decode(request, header.pixel_data, deadline_s=self._limits.deadline_s)
+            if not process.wait_ready(deadline_s=deadline_s if self._is_warm else START_DEADLINE_S):
+                message = refusal(name, "no decoding process ready in time", "one", "send it again")
+                raise ImageRefusedError(RefusalReason.DECODE_TIMEOUT, message)
+            used_s = monotonic() - start if self._is_warm else 0.0
+            words = process.decode(request, header.pixel_data, deadline_s=max(deadline_s - used_s, 0.0))
             gray = grayscale.apply(_as_allocated(name, header, words))  # before the memory is used again
             if process.n_images >= self._limits.images_per_process:
                 process = self._replace(process)

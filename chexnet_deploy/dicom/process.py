@@ -20,7 +20,7 @@ from chexnet_deploy.errors import RefusalReason, SessionError
 
 MAX_LINE_BYTES: Final = 4096
 START_DEADLINE_S: Final = 60.0
-"""A cold disk and a busy machine; a second is usual."""
+"""Of a process that nobody could wait for before: a cold disk and a busy machine. A second is usual."""
 _STEP_BYTES: Final = 2**20
 
 
@@ -60,6 +60,7 @@ class DecodingProcess:
             self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         except OSError as err:
             raise _not_started(err) from err
+        self._started = monotonic()
         self._is_ready = False
         self._shared: mmap.mmap | None = None
         self.n_images = 0
@@ -79,22 +80,26 @@ class DecodingProcess:
                 self._channel.close()
                 raise _not_started(err) from err
 
-    def wait_ready(self) -> None:
-        """Return once it can be asked.
+    def wait_ready(self, *, deadline_s: float = START_DEADLINE_S) -> bool:
+        """Return whether it can be asked, as soon as it can, and at the deadline at the latest.
 
         Raises:
-            SessionError: it ended, or didn't start in START_DEADLINE_S.
+            SessionError: it ended, or has not got ready since START_DEADLINE_S.
         """
         if self._is_ready:
-            return
-        self._channel.settimeout(START_DEADLINE_S)
+            return True
+        self._channel.settimeout(max(deadline_s, 0.001))
         try:
             self._is_ready = self._channel.recv(MAX_LINE_BYTES) == b"ready"
+        except TimeoutError:
+            if monotonic() - self._started < START_DEADLINE_S:
+                return False
         except OSError:
-            self._is_ready = False
+            pass
         if not self._is_ready:
             self.kill()
-            raise _not_started(f"exit status {self._process.returncode}")
+            raise _not_started(f"exit status {self._process.returncode}")  # -9: it was ended here
+        return True
 
     def decode(
         self, request: DecodeRequest, source: memoryview, *, deadline_s: float
@@ -128,7 +133,7 @@ class DecodingProcess:
         try:
             answer = self._ask(json.dumps(question).encode(), new_memory, end)
         except TimeoutError as err:
-            found = f"an image not decoded in {deadline_s:g} s"
+            found = f"an image not decoded in {deadline_s:.2g} s"
             raise DecodeError(RefusalReason.DECODE_TIMEOUT, found, is_usable=False) from err
         except OSError as err:
             raise DecodeError(RefusalReason.DECODE_FAILED, self._end(), is_usable=False) from err

@@ -120,6 +120,25 @@ def test_a_process_that_hangs_is_killed_at_the_deadline() -> None:
         np.testing.assert_array_equal(decoder.decode(make_dicom(syntax=RLE)).gray, EXPECTED)
 
 
+def test_after_warming_up_a_start_counts_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Decoder(limits=DecodeLimits(deadline_s=0.3)) as decoder:
+        decoder.warm_up()
+        assert decoder._spare is not None
+        os.kill(decoder._spare._process.pid, signal.SIGSTOP)  # it never gets ready
+        os.kill(pid(decoder), signal.SIGKILL)
+        start = monotonic()
+        for _ in range(2):
+            with pytest.raises(ImageRefusedError):
+                decoder.decode(make_dicom(syntax=RLE))
+        assert monotonic() - start < 2.0
+        with pytest.raises(ImageRefusedError, match="no decoding process ready in time") as caught:
+            decoder.decode(make_dicom(syntax=RLE))
+        assert caught.value.reason is RefusalReason.DECODE_TIMEOUT
+        monkeypatch.setattr(process_room, "START_DEADLINE_S", 0.5)  # it is given up, and another one started
+        with pytest.raises(SessionError, match="did not start"):
+            decoder.decode(make_dicom(syntax=RLE))
+
+
 def test_an_interrupted_question_is_not_answered_to_the_next_image(monkeypatch: pytest.MonkeyPatch) -> None:
     brighter = make_dicom((WORDS + 1000).astype(np.uint16), syntax=RLE)
     with Decoder() as decoder:
