@@ -146,7 +146,9 @@ def _drop_element(content: bytearray, seed: Seed, chance: random.Random) -> None
 
 def _repeat_element(content: bytearray, seed: Seed, chance: random.Random) -> None:
     first, last = _span(seed, chance)
-    content[first:first] = seed.content[first:last] * chance.choice((1, 2, 500))
+    times = chance.choice((1, 2, 500))
+    # The generator's own copies must not be what fills the memory.
+    content[first:first] = seed.content[first:last] * min(times, max(1, 2**21 // (last - first + 1)))
 
 
 def _move(content: bytearray, seed: Seed, chance: random.Random) -> None:

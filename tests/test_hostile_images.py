@@ -41,3 +41,11 @@ def test_missed_bars_are_said() -> None:
     outcome = hostile_images._judge({"png8": Counter(escaped=1)}, slow, grown, ["input 0 of png8: KeyError"], 1)
     assert len(outcome.failures) == 3
     assert outcome.slowest_s == 3.5
+
+
+def test_the_cost_of_isolation_is_measured_on_equal_pictures() -> None:
+    from benchmarks.dicom_isolation import measure
+
+    costs = measure(64, 48, runs=2)
+    assert len(costs) == 5
+    assert all(cost.isolated_ms > 0 and cost.in_process_ms > 0 for cost in costs.values())

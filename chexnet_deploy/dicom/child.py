@@ -65,9 +65,9 @@ def _answer(question: dict[str, Any], shared: mmap.mmap) -> dict[str, str | int]
     resource.setrlimit(resource.RLIMIT_CPU, (limit_s, resource.getrlimit(resource.RLIMIT_CPU)[1]))
     plugin = _plugin(question["transfer_syntax_uid"])
     if plugin not in get_decoder(UID(question["transfer_syntax_uid"])).available_plugins:
-        return {"error": f"the {plugin} package is missing"}
+        return {"error": f"{plugin} is missing or without this codec"}
     try:
-        words = _decode(question, plugin, shared[: question["source_bytes"]])
+        words = decode_words(question, shared[: question["source_bytes"]])
     except MemoryError:
         return {"error": "more memory than it may have"}
     except Exception as err:  # noqa: BLE001  a decoder fed with damaged bytes raises whatever it likes
@@ -78,8 +78,13 @@ def _answer(question: dict[str, Any], shared: mmap.mmap) -> dict[str, str | int]
     return {"bits": 8 * words.itemsize}
 
 
-def _decode(question: dict[str, Any], plugin: str, source: bytes) -> NDArray[Any]:
-    """Return the decoded words, unsigned whatever they mean."""
+def decode_words(question: dict[str, Any], source: bytes) -> NDArray[Any]:
+    """Return the decoded words [rows, columns], unsigned whatever they mean; raises whatever the codec raises.
+
+    Args:
+        question: process.DecodeRequest's fields by name.
+        source: encapsulated pixel data.
+    """
     options: Any = {  # pydicom's types want a TypedDict that it doesn't export
         "transfer_syntax_uid": UID(question["transfer_syntax_uid"]),
         "rows": question["rows"],
@@ -93,7 +98,7 @@ def _decode(question: dict[str, Any], plugin: str, source: bytes) -> NDArray[Any
         "pixel_keyword": "PixelData",
     }
     decoder = get_decoder(options["transfer_syntax_uid"])
-    pixels, _ = decoder.as_array(source, decoding_plugin=plugin, raw=True, **options)
+    pixels, _ = decoder.as_array(source, decoding_plugin=_plugin(question["transfer_syntax_uid"]), raw=True, **options)
     return pixels.view(f"u{pixels.dtype.itemsize}")
 
 
