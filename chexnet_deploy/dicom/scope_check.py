@@ -47,7 +47,7 @@ def check_scope(name: object, header: DicomHeader, scope: ScopePolicy) -> None:
         return
     parts, views = "/".join(scope.body_parts), "/".join(scope.views)
     needed = f"{'/'.join(scope.modalities)} of {parts}, {views}, {scope.age_years[0]} to {scope.age_years[1]} years"
-    message = refusal(
-        name, ", ".join(faults.values()), f"{needed}: the scope in the bundle's manifest", "read it without"
-    )
+    needed += ", the model's scope"
+    next_step = "send what is in it, or export the model with the scope it was tested for"
+    message = refusal(name, ", ".join(faults.values()), needed, next_step)
     raise ImageRefusedError(next(iter(faults)), message)
