@@ -27,6 +27,7 @@ from chexnet_deploy.files import Sha256, sha256_hex, write_directory
 from chexnet_deploy.plainfiles import PlainFile
 from chexnet_deploy.preprocessing import Preprocessing
 from chexnet_deploy.probe import Probe
+from chexnet_deploy.scope import ScopePolicy
 from chexnet_deploy.signing.release import Release
 from chexnet_deploy.signing.signatures import MAX_SIGNATURE_BYTES, SIGNATURE
 from chexnet_deploy.signing.trust import Trust
@@ -149,6 +150,7 @@ class Manifest(_Record):
             logits' standard deviation; measured only where the gate failed with all of them in int8.
         release: which release of which model line this is; None for a bundle that is nobody's release.
         trained_on: the patients the weights were fitted to, so that nobody is evaluated on them; None where unknown.
+        scope: the radiographs the model is meant for; None stands for ScopePolicy's defaults.
         target: for plans only.
         engine: for plans only.
     """
@@ -171,6 +173,7 @@ class Manifest(_Record):
     weakest_convolutions: dict[str, Annotated[float, Field(ge=0.0)]] = {}
     release: Release | None = None
     trained_on: PatientSet | None = None
+    scope: ScopePolicy | None = None
     target: Target | None = None
     engine: EngineCard | None = None
 

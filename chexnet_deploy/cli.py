@@ -90,6 +90,9 @@ def export(
         str,
         typer.Option(help="Comma-separated forms of int8: typed (TensorRT 10 and later), trt8 (TensorRT 8.6), cpu."),
     ] = "typed",
+    scope: Annotated[
+        Path | None, typer.Option(help="TOML: modalities, body parts, views and ages the model is meant for.")
+    ] = None,
     engine: Annotated[
         bool, typer.Option("--engine", help="Build a TensorRT plan of each too, on the GPU here.")
     ] = False,
@@ -101,7 +104,9 @@ def export(
 ) -> None:
     """Make fp32, fp16 and int8 bundles of a checkpoint; each is kept only if it answers as the one before."""
     from chexnet_deploy.pipeline import build_bundle, export_bundles, parse_dialects, parse_precisions, require_tensorrt
+    from chexnet_deploy.spec import read_scope
 
+    policy = None if scope is None else read_scope(scope)
     if engine:
         require_tensorrt("tensorrt")
     with progress() as on_phase:
@@ -115,6 +120,7 @@ def export(
             dialects=parse_dialects(dialect),
             release=_release(line, release),
             on_phase=on_phase,
+            scope=policy,
         )
         if engine:
             with cancellation() as cancelled:

@@ -24,6 +24,7 @@ def examine() -> list[Ability]:
     return [
         _needs("run ONNX bundles on the CPU", ("onnxruntime",), "cpu"),
         _needs("run ONNX bundles fastest on a CPU", ("openvino",), "openvino"),
+        _needs("read DICOM", ("pydicom", "python-gdcm"), "dicom"),
         _needs("HTML reports", ("matplotlib", "jinja2"), "report"),
         _needs("sign and verify bundles", ("cryptography",), "signing"),
         _needs("export and quantise", ("torch", "onnx", "safetensors", "onnxruntime"), "export"),

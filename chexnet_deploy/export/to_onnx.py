@@ -15,6 +15,7 @@ from chexnet_deploy.errors import ExportError
 from chexnet_deploy.export.checkpoint import Checkpoint, read_checkpoint
 from chexnet_deploy.export.model import DeployGraph
 from chexnet_deploy.probe import Probe, draw_probe_pixels
+from chexnet_deploy.scope import ScopePolicy
 from chexnet_deploy.sessions.base import Session
 from chexnet_deploy.sessions.ort import OrtSession
 from chexnet_deploy.signing.release import Release
@@ -26,13 +27,16 @@ INVARIANCE_TOLERANCE = 1e-5  # times max(1, |logit|)
 INVARIANCE_BATCHES = (1, 2, 3, 8)
 
 
-def export_onnx(checkpoint_path: Path, out: Path, release: Release | None = None) -> Bundle:
-    """Export a checkpoint to a new fp32 bundle at `out`.
+def export_onnx(
+    checkpoint_path: Path, out: Path, *, release: Release | None = None, scope: ScopePolicy | None = None
+) -> Bundle:
+    """Export a checkpoint to a new fp32 bundle at `out`; what is made of it inherits release and scope.
 
     Args:
         checkpoint_path: a .safetensors checkpoint.
         out: where; nothing may be there yet.
-        release: which release of which model line this is; what is made of the bundle inherits it.
+        release: which release of which model line this is.
+        scope: the radiographs the model is meant for; None: ScopePolicy's defaults hold.
 
     Raises:
         CheckpointError: the checkpoint can't be used.
@@ -62,6 +66,7 @@ def export_onnx(checkpoint_path: Path, out: Path, release: Release | None = None
         checkpoint_sha256=checkpoint.sha256,
         release=release,
         trained_on=checkpoint.manifest.trained_on,
+        scope=scope,
         probe_max_abs_logit_error=checks[0].value,
         checks=checks,
         tools={name: version(name) for name in ("chexnet-deploy", "torch", "onnx", "onnxruntime")},

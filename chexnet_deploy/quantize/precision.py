@@ -211,6 +211,7 @@ def _write(
         checkpoint_sha256=old.checkpoint_sha256,
         release=old.release,
         trained_on=old.trained_on,
+        scope=old.scope,
         ancestors=(*old.ancestors, parent.id),
         calibration=calibration,
         probe_max_abs_logit_error=verdict.probe_max_abs_logit_error,
