@@ -23,6 +23,7 @@ HEAVY = (
     "pydicom",
     "cryptography",
     "gdcm",
+    "highdicom",
 )
 
 
