@@ -8,6 +8,7 @@
     ├── ExportError           an exported graph doesn't answer as the model it came from
     ├── GateError             a parity gate failed; the command line exits 1
     ├── ImageError            an image file can't be read without guessing
+    │   └── RefusedImageError it was read, and isn't what the network is for; `reason` says why in one word
     ├── MetricError           a statistic is undefined on this data
     ├── MissingPackageError   an optional package is needed; the message names the extra to install
     ├── SessionError          a backend refused a model or its input
@@ -48,6 +49,22 @@ class GateError(ChexnetError):
 
 class ImageError(ChexnetError):
     """An image file can't be read without guessing."""
+
+
+class RefusedImageError(ImageError):
+    """An image was read, and isn't what the network is for.
+
+    Args:
+        reason: why, in one word that never changes, for logs and programs; holds nothing about a patient.
+        message: why, for people.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type["RefusedImageError"], tuple[str, str]]:
+        return type(self), (self.reason, str(self))  # the default would pass the message alone
 
 
 class MetricError(ChexnetError):
