@@ -60,7 +60,7 @@ def main(
     results = {
         "machine": describe_machine().model_dump(),
         "policy": POLICY.model_dump(),
-        "train_val_out_of_fold": rates(train_val, [_verdicts(row) for row in scores]),
+        "train_val_out_of_fold": rates(train_val, [verdicts_of_scores(row) for row in scores]),
         "test": rates(test, [judge_all_turns(read(radiograph)) for radiograph in test]),
         "test_changed": changed_rates(test),
         "dicom": {name: describe(gray) for name, gray in files.items()},
@@ -89,8 +89,8 @@ def judge_all_turns(gray: Gray) -> list[str]:
     return [verdict(np.ascontiguousarray(way)) for way in (*turned, *(255 - way for way in turned))]
 
 
-def _verdicts(scores: NDArray[np.float64]) -> list[str]:
-    """Return the same from the scores of one radiograph alone: turning a picture only exchanges them."""
+def verdicts_of_scores(scores: NDArray[np.float64]) -> list[str]:
+    """Return what `judge_all_turns` does from a radiograph's scores alone, [8]: turning a picture only exchanges them."""
     turns = tuple(Turn)
     found = []
     for quarter, negative in ((way % 4, way // 4) for way in range(8)):

@@ -85,8 +85,8 @@ def main(
 
 
 def is_adult(radiograph: Radiograph) -> bool:
-    """Say whether the patient is known to be 18 or older."""
-    return radiograph.age_years is not None and radiograph.age_years >= ADULT_YEARS
+    """Say whether the patient is 18 or older."""
+    return radiograph.age_years >= ADULT_YEARS
 
 
 def describe_chests(radiographs: Sequence[Radiograph]) -> Chests:
