@@ -9,7 +9,7 @@
     ├── ExportError           an exported graph doesn't answer as the model it came from
     ├── GateError             a parity gate failed; the command line exits 1
     ├── ImageError            an image file can't be read without guessing
-    │   └── ImageRefusedError a DICOM file can't be used; `reason` says why in one word, for logs and programs
+    │   └── ImageRefusedError it was read, and isn't what the network is for; `reason` says why in one word
     ├── MetricError           a statistic is undefined on this data
     ├── MissingPackageError   an optional package is needed; the message names the extra to install
     ├── SessionError          a backend refused a model or its input
@@ -79,6 +79,19 @@ class RefusalReason(str, Enum):
     BODY_PART = "body-part"
     VIEW = "view"
     AGE = "age"
+    # Of the picture itself, by input_guard.py; too small is above.
+    EXTREME_ASPECT = "extreme-aspect"
+    BLANK = "blank"
+    TOO_FEW_GRAY_LEVELS = "too-few-gray-levels"
+    MOSTLY_BLACK_OR_WHITE = "mostly-black-or-white"
+    NOT_A_FRONTAL_CHEST = "not-a-frontal-chest"
+    TURNED_CLOCKWISE = "turned-clockwise"
+    UPSIDE_DOWN = "upside-down"
+    TURNED_COUNTERCLOCKWISE = "turned-counterclockwise"
+    INVERTED = "inverted"
+    INVERTED_AND_TURNED_CLOCKWISE = "inverted-and-turned-clockwise"
+    INVERTED_AND_UPSIDE_DOWN = "inverted-and-upside-down"
+    INVERTED_AND_TURNED_COUNTERCLOCKWISE = "inverted-and-turned-counterclockwise"
 
 
 class ImageError(ChexnetError):
@@ -88,7 +101,7 @@ class ImageError(ChexnetError):
 
 
 class ImageRefusedError(ImageError):
-    """A DICOM file can't be used.
+    """An image can't be used, or isn't what the network is for.
 
     Args:
         reason: why, for logs and programs; holds nothing about a patient.
