@@ -19,7 +19,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from chexnet_deploy.errors import ImageError, ImageRefusedError, RefusalReason
-from chexnet_deploy.images import Gray
+from chexnet_deploy.gray import Gray
 
 Edges: TypeAlias = NDArray[np.float64]
 """[8, 8, 8]: direction, row and column of a cell. Direction d is where it gets brighter, d * 45 degrees from +x to +y (down)."""

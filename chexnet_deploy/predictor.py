@@ -15,6 +15,7 @@ from PIL import Image
 from chexnet_deploy.bundle import Bundle, Manifest
 from chexnet_deploy.errors import SessionError
 from chexnet_deploy.images import Gray, ImageReader
+from chexnet_deploy.input_guard import check_image
 from chexnet_deploy.scope import ScopePolicy
 from chexnet_deploy.sessions import Logits, Provider, Session, open_session
 from chexnet_deploy.signing.trust import Trust
@@ -84,7 +85,7 @@ class Predictor:
             image: a PNG, JPEG or DICOM file, or gray uint8 [H, W] with bone bright.
 
         Raises:
-            ImageError: the image can't be read without guessing, or is a DICOM file out of the model's scope.
+            ImageError: the image can't be read without guessing, or is out of the model's scope.
         """
         return self.predict_batch([image])[0]
 
@@ -92,7 +93,7 @@ class Predictor:
         """Return the findings in several radiographs, in order, run as one batch.
 
         Raises:
-            ImageError: an image can't be read without guessing, or is a DICOM file out of the model's scope.
+            ImageError: an image can't be read without guessing, or is out of the model's scope.
             SessionError: none or more images than the session takes.
         """
         if isinstance(images, str | Path | np.ndarray):
@@ -109,7 +110,9 @@ class Predictor:
         Raises:
             ImageError: see predict.
         """
-        return self._reader.read(Path(image), scope=self._scope) if isinstance(image, str | Path) else image
+        gray = self._reader.read(Path(image), scope=self._scope) if isinstance(image, str | Path) else image
+        check_image(gray, self._scope.picture)
+        return gray
 
     def close(self) -> None:
         """Free the model, and end the process that decodes DICOM."""

@@ -7,6 +7,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from chexnet_deploy.input_guard import ImageGuardPolicy
+
 _Code = Annotated[str, StringConstraints(pattern=r"^[A-Z0-9_ ]{1,16}$")]  # DICOM's code string, PS3.5 section 6.2
 _Years = Annotated[int, Field(ge=0, le=150)]
 
@@ -18,6 +20,8 @@ class ScopePolicy(BaseModel):
     children (one in twenty is under 18), but too few for a figure of any finding, so a known child is refused; an unknown
     age is accepted, as emergency patients have none. An unknown view is refused: the model has never seen a lateral.
 
+    Header fields are those of DICOM files; `picture` holds for every image file and array.
+
     Attributes:
         modalities: (0008,0060).
         body_parts: (0018,0015), or CHEST where the Anatomic Region Sequence says so.
@@ -26,6 +30,8 @@ class ScopePolicy(BaseModel):
         accepts_unknown_body_part: an empty one.
         accepts_unknown_view: an empty one.
         accepts_unknown_age: none, and no dates to count it from.
+        picture: what the picture itself must look like; off unless a scope asks for it, as drawings and pictures smaller
+            than a radiograph are refused by it.
     """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
@@ -37,6 +43,7 @@ class ScopePolicy(BaseModel):
     accepts_unknown_body_part: bool = False
     accepts_unknown_view: bool = False
     accepts_unknown_age: bool = True
+    picture: ImageGuardPolicy = ImageGuardPolicy(guard="off")
 
     @model_validator(mode="after")
     def _is_consistent(self) -> "ScopePolicy":
