@@ -227,7 +227,7 @@ class _Tally:
 
 @contextmanager
 def watched() -> Iterator[Spy]:
-    """Count what reaches ONNX Runtime, which goes on as ever, and TensorRT, of which a recorder takes the place.
+    """Count what reaches ONNX Runtime and OpenVINO, which go on as ever, and TensorRT, of which a recorder takes the place.
 
     So the TensorRT entry is watched on machines without a GPU too.
     """
@@ -237,6 +237,12 @@ def watched() -> Iterator[Spy]:
         spy.n_bytes += len(model)
         return real(model, *arguments, **options)
 
+    read_model = import_module("openvino").Core.read_model
+
+    def read(core: Any, model: bytes, *arguments: Any, **options: Any) -> Any:
+        spy.n_bytes += len(model)
+        return read_model(core, model, *arguments, **options)
+
     def deserialize(plan: bytes) -> None:
         spy.n_bytes += len(plan)
 
@@ -245,6 +251,7 @@ def watched() -> Iterator[Spy]:
     driver = mock.MagicMock(Error=_HangError, MemoryError=_HangError)
     with ExitStack() as stack:
         stack.enter_context(mock.patch("onnxruntime.InferenceSession", make_session))
+        stack.enter_context(mock.patch("openvino.Core.read_model", read))
         stack.enter_context(mock.patch.object(trt_room, "open_driver", return_value=driver))
         stack.enter_context(mock.patch.object(trt_room, "open_tensorrt", return_value=(tensorrt, None)))
         stack.enter_context(mock.patch.object(trt_room, "this_target", return_value=TARGET))

@@ -31,6 +31,12 @@ from chexnet_deploy.signing.trust import Trust
 from chexnet_deploy.spec import EngineSpec, LatencyGate
 
 REFERENCE = "reference"
+RUNS_ON: Mapping[Provider, str] = {
+    "auto": "a CPU",
+    "openvino": "OpenVINO (cpu)",
+    "cpu": "ONNX Runtime (cpu)",
+    "cuda": "ONNX Runtime (cuda)",
+}
 STAGE_RUNS = 20
 MIN_RUNS_FOR_P99 = 100  # a 99th percentile of fewer is their maximum, and says nothing of the hundredth
 
@@ -201,7 +207,7 @@ def run_bench(
                 f"the spec is for {spec.precision.value}, but {bundle.path} is {bundle.manifest.precision.value}. "
                 f"Give the spec of that precision."
             )
-        here = provider if bundle.manifest.target is None else bundle.manifest.target.gpu
+        here = RUNS_ON[provider] if bundle.manifest.target is None else bundle.manifest.target.gpu
         if not spec.is_for(here):
             raise SpecError(
                 f"the spec is for a GPU named {spec.gpu}, but {bundle.path} runs on {here}. Give its own spec."

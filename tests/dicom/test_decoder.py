@@ -214,8 +214,11 @@ def test_too_little_memory_is_said() -> None:
     assert caught.value.reason is RefusalReason.DECODE_FAILED
 
 
-def test_a_process_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process_room, "_environment", lambda: {"PYTHONPATH": "/nowhere"})
+def test_a_process_that_does_not_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # An empty package of the same name hides the installed one.
+    (tmp_path / "chexnet_deploy").mkdir()
+    (tmp_path / "chexnet_deploy" / "__init__.py").touch()
+    monkeypatch.setattr(process_room, "_environment", lambda: {"PYTHONPATH": str(tmp_path)})
     with Decoder() as decoder, pytest.raises(SessionError, match="did not start"):
         decoder.decode(make_dicom(syntax=RLE))
 

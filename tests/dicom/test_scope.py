@@ -105,7 +105,7 @@ def test_export_writes_the_scope_into_every_bundle(checkpoint_path: Path, tmp_pa
         data_root=None,
         calibration_list=None,
         n_calibration_images=100,
-        dialect="typed",
+        dialects=("typed",),
         on_phase=lambda phase, done, total: None,
         scope=scope,
     )
