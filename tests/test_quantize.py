@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from chexnet_deploy.quantize.ranges import INT8_MAX, activation_ranges
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -16,7 +17,6 @@ from chexnet_deploy.predictor import sigmoid
 from chexnet_deploy.quantize.calibration import CalibrationSet, choose_calibration
 from chexnet_deploy.quantize.graphs import quantizable_convs, round_up_to_half, to_float16
 from chexnet_deploy.quantize.precision import to_fp16, to_int8
-from chexnet_deploy.quantize.ranges import INT8_MAX, activation_ranges
 from chexnet_deploy.scoring import LabelledImages
 from chexnet_deploy.sessions.ort import OrtSession
 from chexnet_deploy.spec import Gate, read_spec
