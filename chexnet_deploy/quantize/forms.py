@@ -9,7 +9,7 @@
 docs/quantisation.md holds what each step is worth.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -67,6 +67,26 @@ class Prepared:
         return insert_qdq(self.graph, activations, weights, holds_float_weights=self.dialect == "trt8")
 
 
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """A float graph and what the calibration images did in it, before any scale is chosen.
+
+    Attributes:
+        graph: float32, BatchNorms folded.
+        convs: outputs of the convolutions that become int8, in the graph's order.
+        body: the same without the network's first, whose input is the pixels.
+        parts: of the concats.
+        seen: ranges and moments on the calibration images.
+    """
+
+    dialect: Dialect
+    graph: onnx.ModelProto
+    convs: tuple[str, ...]
+    body: tuple[str, ...]
+    parts: ConcatParts
+    seen: Observed
+
+
 def prepare(
     model: onnx.ModelProto, dialect: Dialect, pixels: Pixels, *, on_images: Callable[[int], None] | None = None
 ) -> Prepared:
@@ -82,6 +102,13 @@ def prepare(
         CalibrationError: a tensor has no range on these images.
         ExportError: a weight is beyond float16.
     """
+    return choose_integers(calibrate(model, dialect, pixels, on_images=on_images))
+
+
+def calibrate(
+    model: onnx.ModelProto, dialect: Dialect, pixels: Pixels, *, on_images: Callable[[int], None] | None = None
+) -> Calibrated:
+    """Run the calibration images; arguments and errors as `prepare`."""
     is_for_cpu = dialect == "cpu"
     graph = fold_batch_norms(to_gray_stem(model) if is_for_cpu else model)
     # TensorRT's forms leave the first convolution alone: its input is already an eighth of its output.
@@ -91,16 +118,31 @@ def prepare(
     tensors = {node.output[0] for node in graph.graph.node if node.op_type == "Relu"}
     tensors |= {conv.input[0] for conv in body} | set(parts.others)
     seen = observe(graph, sorted(tensors), convs, pixels, on_images=on_images)
-    graph, seen = equalise_inputs(graph, body, seen)
+    return Calibrated(dialect, graph, _outputs(convs), _outputs(body), parts, seen)
+
+
+def choose_integers(calibrated: Calibrated) -> Prepared:
+    """Equalise channels, then choose scales and round the weights.
+
+    Raises:
+        ExportError: a weight is beyond float16.
+    """
+    is_for_cpu = calibrated.dialect == "cpu"
+    body = [conv for conv in convolutions(calibrated.graph) if conv.output[0] in calibrated.body]
+    graph, seen = equalise_inputs(calibrated.graph, body, calibrated.seen)
     activations = {conv.input[0]: _of_input(seen, conv.input[0], is_unsigned=is_for_cpu) for conv in body}
     if is_for_cpu:
-        graph = normalise_parts(graph, parts, seen)
-        activations |= _of_parts(parts)
-    names = {conv.output[0] for conv in convs}
-    convs = [node for node in convolutions(graph) if node.output[0] in names]
+        graph = normalise_parts(graph, calibrated.parts, seen)
+        activations |= _of_parts(calibrated.parts)
+    convs = [node for node in convolutions(graph) if node.output[0] in calibrated.convs]
     weights = {conv.input[1]: _round(graph, conv, seen, fits_avx2=is_for_cpu) for conv in convs}
     inputs = {conv.name: (conv.input[1], conv.input[0] if conv.input[0] in activations else None) for conv in convs}
-    return Prepared(dialect, to_float16(graph) if dialect == "typed" else graph, inputs, activations, weights)
+    graph = to_float16(graph) if calibrated.dialect == "typed" else graph
+    return Prepared(calibrated.dialect, graph, inputs, activations, weights)
+
+
+def _outputs(nodes: Iterable[onnx.NodeProto]) -> tuple[str, ...]:
+    return tuple(node.output[0] for node in nodes)
 
 
 def _of_input(seen: Observed, tensor: str, *, is_unsigned: bool) -> Quantised:
