@@ -83,7 +83,7 @@ def published_order(model: CheXNet) -> CheXNet:
     published = copy.deepcopy(model)
     for name, block in published.features.named_children():
         if name.startswith("transition"):
-            pool: torch.nn.Module = block.pool
+            pool = block.get_submodule("pool")
             del block.pool
             block.add_module("pool", pool)
     return published
