@@ -10,6 +10,8 @@
     ├── ImageError            an image file can't be read without guessing
     ├── MetricError           a statistic is undefined on this data
     ├── MissingPackageError   an optional package is needed; the message names the extra to install
+    ├── NodeError             the DICOM node's configuration, folders or address are wrong
+    │   └── AuditError        an audit log was changed, cut short, or can't be written
     ├── SessionError          a backend refused a model or its input
     └── SpecError             an engine spec or a recipe is wrong
 
@@ -56,6 +58,14 @@ class MetricError(ChexnetError):
 
 class MissingPackageError(ChexnetError):
     """An optional package is needed; the message names the extra to install."""
+
+
+class NodeError(ChexnetError):
+    """The DICOM node's configuration, folders or address are wrong."""
+
+
+class AuditError(NodeError):
+    """An audit log was changed, cut short, or can't be written."""
 
 
 class SessionError(ChexnetError):
