@@ -12,7 +12,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from types import MappingProxyType
@@ -29,7 +29,7 @@ _HASH_FIELD: Final = ',"hash":"'
 _LINE: Final = re.compile(rb'(\{"seq":.*),"hash":"([0-9a-f]{64})"\}')
 _HEAD: Final = re.compile(r"(\d+) ([0-9a-f]{64})\n?")
 
-Value = str | int | float | None | Mapping[str, str]
+Value = str | int | float | None | Mapping[str, str] | Sequence[str]
 
 
 class Head(NamedTuple):

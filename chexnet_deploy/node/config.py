@@ -39,8 +39,9 @@ class Limits(_Record):
 
     Attributes:
         max_waiting: connections that have not asked for an association yet; beyond it the oldest gives way.
-        max_associations: open at once; beyond it one that makes no progress gives way, or the newest is told to wait.
-        quiet_after_s: without progress for so long, an association may be ended to let another in.
+        max_associations: open at once; beyond it one that makes no progress gives way, and until there is one the newest
+            waits, for request_deadline_s at the most.
+        quiet_after_s: without progress for so long, an association may be ended to let another in; never otherwise.
         request_deadline_s: from connecting to the whole association request.
         pdu_deadline_s: from a PDU's first byte to its last, and for a peer to take what is sent to it.
         idle_s: between two PDUs.
@@ -55,7 +56,7 @@ class Limits(_Record):
     # Three descriptors each, and the library behind waits for them with select(), which ends at 1024.
     max_associations: Annotated[int, Field(ge=1, le=128)] = 16
     max_associations_per_peer: Annotated[int, Field(ge=1, le=128)] = 8
-    quiet_after_s: Seconds = 1.0
+    quiet_after_s: Seconds = 0.5
     request_deadline_s: Seconds = 5.0
     pdu_deadline_s: Seconds = 5.0
     idle_s: Seconds = 30.0

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import functools
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from time import monotonic
 from typing import Final, ParamSpec, Protocol, TypeVar
@@ -117,11 +117,11 @@ class Connection:
         if self._task is not None:
             self._task.cancel()
 
-    async def run(self, admit: Callable[["Connection"], bool]) -> None:
+    async def run(self, admit: Callable[["Connection"], Awaitable[bool]]) -> None:
         """Serve the peer to its end.
 
         Args:
-            admit: asked once a whole association request is there; False turns the peer away until later.
+            admit: asked once a whole association request is there; may take a while; False turns the peer away.
         """
         self._task = asyncio.current_task()
         last_words = b""
@@ -129,7 +129,7 @@ class Connection:
             kind, request = await self._read_pdu()
             if kind != PduType.ASSOCIATE_RQ:
                 raise PduFault("pdu-order")
-            if admit(self):
+            if await admit(self):
                 self._is_associated = True
                 await self._associate(request)
                 self.ended = self.ended or "closed"

@@ -131,7 +131,7 @@ class Desk:
             "pixels": stored.pixels,
             "file": self._pseudonyms.name("file", _digest(stored)),
             "versions": dict(self._worker.versions),
-            "documents": len(answer.documents),
+            "documents": [self._pseudonyms.name("document", document) for document in answer.documents],
             "reason": answer.refusal,
             "worker": fault,
         }

@@ -20,7 +20,9 @@ from chexnet_deploy.node.config import Limits, Listen
 from chexnet_deploy.node.connection import BUFFER_BYTES, Address, Connection, Intake
 
 _LOOK_EVERY_S = 0.2  # for deadlines that have passed
+_ASK_EVERY_S = 0.02  # whether an association has ended or fallen quiet
 _BACKLOG = 128
+_KERNEL_BYTES = 262_144  # of a connection, on its way in; what is not read must wait at the sender
 
 T = TypeVar("T")
 
@@ -48,6 +50,7 @@ class Guard:
         self._listen_to, self._limits, self._intake = listen, limits, intake
         self._hand_over, self._on_end = hand_over, on_end
         self._waiting: dict[Connection, None] = {}  # by age; not associated yet
+        self._asking: dict[Connection, None] = {}  # for an association
         self._associated: dict[Connection, None] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._disk = ThreadPoolExecutor(limits.max_associations, thread_name_prefix="intake")
@@ -87,12 +90,19 @@ class Guard:
         self._halt()
 
     async def _listen(self) -> Address:
-        # A small stream buffer is the whole of what a connection can make the event loop keep.
-        self._server = await asyncio.start_server(
-            self._accept, self._listen_to.host, self._listen_to.port, limit=BUFFER_BYTES, backlog=_BACKLOG
-        )
+        # A small buffer in the stream and one in the kernel are the whole of what a peer can fill unasked.
+        host, port = self._listen_to.host, self._listen_to.port
+        listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _KERNEL_BYTES)
+        try:
+            listener.bind((host, port))
+            self._server = await asyncio.start_server(self._accept, sock=listener, limit=BUFFER_BYTES, backlog=_BACKLOG)
+        except OSError:
+            listener.close()
+            raise
         self._sweeper = asyncio.ensure_future(self._sweep())
-        host, port = self._server.sockets[0].getsockname()[:2]
+        host, port = listener.getsockname()[:2]
         return host, port
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -110,8 +120,8 @@ class Guard:
             await connection.run(self._admit)
         finally:
             self._tasks.discard(task)
-            self._waiting.pop(connection, None)
-            self._associated.pop(connection, None)
+            for group in (self._waiting, self._asking, self._associated):
+                group.pop(connection, None)
             self._on_end(connection.peer, connection.ended)
 
     def _make_room(self, peer: str) -> None:
@@ -121,8 +131,23 @@ class Guard:
         elif len(self._waiting) >= self._limits.max_waiting:
             self._evict(_oldest_of_the_most(self._waiting), self._waiting)
 
-    def _admit(self, connection: Connection) -> bool:
-        self._waiting.pop(connection, None)
+    async def _admit(self, connection: Connection) -> bool:
+        """Give a peer that has asked for an association a place, within the time that it had to ask."""
+        if connection not in self._waiting:
+            return False  # evicted while it asked
+        del self._waiting[connection]
+        if len(self._asking) >= self._limits.max_waiting:
+            self._evict(_oldest_of_the_most(self._asking), self._asking)
+        self._asking[connection] = None
+        end_s = connection.opened_s + self._limits.request_deadline_s
+        while not self._find_place(connection):
+            if monotonic() > end_s:
+                return False
+            await asyncio.sleep(_ASK_EVERY_S)
+        self._asking.pop(connection, None)
+        return True
+
+    def _find_place(self, connection: Connection) -> bool:
         others = [c for c in self._associated if c.peer == connection.peer]
         if len(others) < self._limits.max_associations_per_peer:
             if len(self._associated) < self._limits.max_associations:
@@ -145,7 +170,7 @@ class Guard:
     async def _sweep(self) -> None:
         while True:
             now_s = monotonic()
-            for connection in [*self._waiting, *self._associated]:
+            for connection in [*self._waiting, *self._asking, *self._associated]:
                 if connection.is_overdue(now_s):
                     connection.end("deadline")
             await asyncio.sleep(_LOOK_EVERY_S)
@@ -153,7 +178,7 @@ class Guard:
     async def _close_server(self) -> None:
         if self._server is not None:
             self._server.close()
-        for connection in list(self._waiting):
+        for connection in [*self._waiting, *self._asking]:
             connection.end("stopped")
 
     async def _end_all(self) -> None:
