@@ -222,12 +222,16 @@ def wait_for_port(port: int, *, timeout_s: float = 10.0) -> None:
 
 
 def store(port: int, datasets: Sequence[Dataset], *, calling: str = SCANNER) -> list[int | None]:
-    """Send data sets over one association and return each one's status; None where no answer came."""
+    """Send data sets over one association and return each one's status; None where no answer came, nothing where nobody
+    let us in.
+    """
     application = AE(calling)
     application.acse_timeout = application.dimse_timeout = application.network_timeout = 30
     application.add_requested_context(ComputedRadiographyImageStorage, ExplicitVRLittleEndian)
     association = application.associate("127.0.0.1", port, ae_title=NODE)
     statuses: list[int | None] = []
+    if not association.is_established:
+        return statuses
     for dataset in datasets:
         try:
             statuses.append(association.send_c_store(dataset).get("Status"))
