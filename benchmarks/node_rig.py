@@ -222,8 +222,9 @@ def wait_for_port(port: int, *, timeout_s: float = 10.0) -> None:
 
 
 def store(port: int, datasets: Sequence[Dataset], *, calling: str = SCANNER) -> list[int | None]:
-    """Send data sets over one association and return each one's status; None where no answer came, nothing where nobody
-    let us in.
+    """Send data sets over one association and return each one's status.
+
+    None stands where no answer came; the list is empty where nobody let us in.
     """
     application = AE(calling)
     application.acse_timeout = application.dimse_timeout = application.network_timeout = 30
