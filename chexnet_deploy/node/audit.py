@@ -168,6 +168,19 @@ def verify(path: Path, head: str | None = None) -> Head:
     return found
 
 
+def verify_file(path: Path, head: str | None) -> Head:
+    """Check a log against a head noted elsewhere or, without one, against the head file beside it.
+
+    Raises:
+        AuditError: as `verify`, or the head file is missing.
+    """
+    if head is not None:
+        return verify(path, head)
+    found, noted = verify(path), read_head(_head_path(path))
+    _check_not_behind(path, found, noted)
+    return found
+
+
 def read_head(path: Path) -> Head:
     """Read a head file.
 

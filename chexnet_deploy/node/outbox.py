@@ -94,7 +94,7 @@ class Outbox:
         path = folder / OUTBOX
         try:
             path.touch(mode=0o600)
-            connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            connection = sqlite3.connect(path, timeout=1.0, isolation_level=None, check_same_thread=False)
             # FULL: a committed entry outlives a power failure. secure_delete: a sent document leaves nothing behind.
             for pragma in ("journal_mode=WAL", "synchronous=FULL", "secure_delete=ON", "locking_mode=EXCLUSIVE"):
                 connection.execute(f"PRAGMA {pragma}")
