@@ -24,6 +24,7 @@ from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]  # m
 CHECKOUT = Path(__file__).parents[1]
 SCANNER, NODE, PACS = "SCANNER", "CHEXNET", "PACS"
 READY_S = 60.0
+SETTLED_S = 0.3  # storescp writes in place
 
 CONFIG = """
 folder = "{folder}"
@@ -200,9 +201,11 @@ class Pacs:
         self.process.wait()
 
     def received(self) -> dict[str, Dataset]:
-        """Return what it has, by SOP Instance UID."""
+        """Return what it has, by SOP Instance UID; a file that it may be writing still is left for later."""
         found: dict[str, Dataset] = {}
         for path in self.folder.iterdir():
+            if time.time() - path.stat().st_mtime < SETTLED_S:
+                continue
             dataset = dcmread(path)
             found[str(dataset.SOPInstanceUID)] = dataset
         return found
