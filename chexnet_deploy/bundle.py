@@ -23,6 +23,7 @@ from chexnet_deploy.errors import BundleError
 from chexnet_deploy.files import Sha256, sha256_hex, write_directory
 from chexnet_deploy.preprocessing import Preprocessing
 from chexnet_deploy.probe import Probe
+from chexnet_deploy.scope import ScopePolicy
 from chexnet_deploy.splits import PatientSet
 
 MANIFEST = "manifest.json"
@@ -133,6 +134,7 @@ class Manifest(_Record):
         tools: version of each tool that took part.
         float_convolutions: ONNX node names of the convolutions of an int8 model that stay in floating point.
         trained_on: the patients the weights were fitted to, so that nobody is evaluated on them; None where unknown.
+        scope: the radiographs the model is meant for; None stands for ScopePolicy's defaults.
         target: for plans only.
         engine: for plans only.
     """
@@ -153,6 +155,7 @@ class Manifest(_Record):
     tools: dict[str, str]
     float_convolutions: tuple[str, ...] = ()
     trained_on: PatientSet | None = None
+    scope: ScopePolicy | None = None
     target: Target | None = None
     engine: EngineCard | None = None
 

@@ -84,6 +84,9 @@ def export(
     calibration_images: Annotated[int, typer.Option(help="How many to choose, where no list is given.")] = 512,
     data: DataOption = None,
     dialect: Annotated[Dialect, typer.Option(help="The form of int8.")] = Dialect.TYPED,
+    scope: Annotated[
+        Path | None, typer.Option(help="TOML: modalities, body parts, views and ages the model is meant for.")
+    ] = None,
     engine: Annotated[
         bool, typer.Option("--engine", help="Build a TensorRT plan of each too, on the GPU here.")
     ] = False,
@@ -91,7 +94,9 @@ def export(
 ) -> None:
     """Make fp32, fp16 and int8 bundles of a checkpoint; each is kept only if it answers as the one before."""
     from chexnet_deploy.pipeline import build_bundle, export_bundles, parse_precisions, require_tensorrt
+    from chexnet_deploy.spec import read_scope
 
+    policy = None if scope is None else read_scope(scope)
     if engine:
         require_tensorrt("tensorrt")
     with progress() as on_phase:
@@ -104,6 +109,7 @@ def export(
             n_calibration_images=calibration_images,
             dialect=dialect.value,
             on_phase=on_phase,
+            scope=policy,
         )
         if engine:
             with cancellation() as cancelled:

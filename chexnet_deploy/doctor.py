@@ -23,6 +23,7 @@ def examine() -> list[Ability]:
     """Return what works here."""
     return [
         _needs("run ONNX bundles on the CPU", ("onnxruntime",), "cpu"),
+        _needs("read DICOM", ("pydicom", "python-gdcm"), "dicom"),
         _needs("HTML reports", ("matplotlib", "jinja2"), "report"),
         _needs("export and quantise", ("torch", "onnx", "safetensors", "onnxruntime"), "export"),
         _tensorrt(),

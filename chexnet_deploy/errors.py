@@ -8,6 +8,7 @@
     ├── ExportError           an exported graph doesn't answer as the model it came from
     ├── GateError             a parity gate failed; the command line exits 1
     ├── ImageError            an image file can't be read without guessing
+    │   └── ImageRefusedError a DICOM file can't be used; `reason` says why in one word, for logs and programs
     ├── MetricError           a statistic is undefined on this data
     ├── MissingPackageError   an optional package is needed; the message names the extra to install
     ├── NodeError             the DICOM node's configuration, folders or address are wrong
@@ -18,6 +19,8 @@
 A message says what was found, what was needed, and the next step. Errors of other libraries are translated at the
 door of the room that uses them, `from err`. Anything else that escapes is a bug: the command line exits 70.
 """
+
+from enum import Enum
 
 
 class ChexnetError(Exception):
@@ -48,8 +51,52 @@ class GateError(ChexnetError):
     """A parity gate failed."""
 
 
+class RefusalReason(str, Enum):
+    """Why an image was refused, in one word that never changes: for audit logs, metrics and status codes."""
+
+    UNREADABLE = "unreadable"  # no such file, a pipe, 0 bytes; and every refusal of a PNG or JPEG
+    NOT_DICOM = "not-dicom"  # no preamble and DICM mark
+    TRUNCATED = "truncated"  # something declares more bytes than there are
+    TOO_LARGE = "too-large"  # the file, its matrix, one element, or the number or depth of its elements
+    TOO_SMALL = "too-small"
+    DAMAGED_HEADER = "damaged-header"
+    TRANSFER_SYNTAX = "transfer-syntax"
+    NO_PIXELS = "no-pixels"
+    MULTI_FRAME = "multi-frame"
+    COLOUR = "colour"
+    BIT_DEPTH = "bit-depth"
+    FOR_PROCESSING = "for-processing"
+    GRAYSCALE = "grayscale"  # a look-up table, rescale or window that means nothing
+    CONTRADICTION = "contradiction"  # two parts of the file say different things of the same pixels
+    DECODE_FAILED = "decode-failed"
+    DECODE_TIMEOUT = "decode-timeout"
+    SPECIES = "species"
+    MODALITY = "modality"
+    BODY_PART = "body-part"
+    VIEW = "view"
+    AGE = "age"
+
+
 class ImageError(ChexnetError):
     """An image file can't be read without guessing."""
+
+    reason: RefusalReason = RefusalReason.UNREADABLE
+
+
+class ImageRefusedError(ImageError):
+    """A DICOM file can't be used.
+
+    Args:
+        reason: why, for logs and programs; holds nothing about a patient.
+        message: why, for people.
+    """
+
+    def __init__(self, reason: RefusalReason, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type["ImageRefusedError"], tuple[RefusalReason, str]]:
+        return type(self), (self.reason, str(self))  # the default would pass the message alone
 
 
 class MetricError(ChexnetError):

@@ -29,9 +29,9 @@ from chexnet_deploy.evaluation.request import EvaluationRequest
 from chexnet_deploy.evaluation.run import run_evaluation
 from chexnet_deploy.evaluation.sources import choose_images, say_who_is_known
 from chexnet_deploy.files import new_directory, write_file
-from chexnet_deploy.images import read_image
 from chexnet_deploy.phases import OnPhase
 from chexnet_deploy.predictor import Prediction, Predictor, draw_cam
+from chexnet_deploy.scope import ScopePolicy
 from chexnet_deploy.scoring import LabelledImages
 from chexnet_deploy.sessions import Provider
 from chexnet_deploy.sessions.target import open_driver
@@ -96,8 +96,9 @@ def export_bundles(
     n_calibration_images: int,
     dialect: Literal["typed", "trt8"],
     on_phase: OnPhase,
+    scope: ScopePolicy | None = None,
 ) -> list[Bundle]:
-    """Make a bundle for each precision in `out`, fp32 first.
+    """Make a bundle for each precision in `out`, fp32 first; all carry the scope.
 
     Raises:
         ChexnetError: any step refused; what was kept before it stays.
@@ -118,7 +119,7 @@ def export_bundles(
     if dataset is not None and Precision.INT8 in precisions:
         names = _calibration_names(dataset, calibration_list, n_calibration_images)
     on_phase("export fp32", 0, 1)
-    fp32: Bundle = to_onnx.export_onnx(checkpoint, out / Precision.FP32.value)
+    fp32: Bundle = to_onnx.export_onnx(checkpoint, out / Precision.FP32.value, scope=scope)
     if names is not None and calibration_list is None:
         write_file(out / CHOSEN_LIST, "".join(f"{name}\n" for name in names).encode())
     on_phase("export fp32", 1, 1)
@@ -273,7 +274,7 @@ def predict_files(
         predictor = stack.enter_context(Predictor.open(bundle, threads=threads, provider=provider))
         predictions = {}
         for path in images:
-            gray = read_image(path)
+            gray = predictor.read(path)
             predictions[path] = prediction = predictor.predict(gray)
             if partial is not None:
                 likeliest = max(prediction.probabilities, key=prediction.probabilities.__getitem__)

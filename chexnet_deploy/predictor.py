@@ -14,7 +14,8 @@ from PIL import Image
 
 from chexnet_deploy.bundle import Bundle, Manifest
 from chexnet_deploy.errors import SessionError
-from chexnet_deploy.images import Gray, read_image
+from chexnet_deploy.images import Gray, ImageReader
+from chexnet_deploy.scope import ScopePolicy
 from chexnet_deploy.sessions import Logits, Provider, Session, open_session
 
 ImageSource: TypeAlias = Path | str | Gray
@@ -55,6 +56,8 @@ class Predictor:
         self._findings = manifest.findings
         self._preprocessing = manifest.preprocessing
         self._operating_points = dict(manifest.operating_points)
+        self._scope = manifest.scope or ScopePolicy()
+        self._reader = ImageReader()
 
     @classmethod
     def open(cls, path: Path | str, *, threads: int | None = None, provider: Provider = "cpu") -> "Predictor":
@@ -70,10 +73,10 @@ class Predictor:
         """Return the findings in one radiograph.
 
         Args:
-            image: a file, or gray uint8 [H, W] with bone bright.
+            image: a PNG, JPEG or DICOM file, or gray uint8 [H, W] with bone bright.
 
         Raises:
-            ImageError: the image can't be read without guessing.
+            ImageError: the image can't be read without guessing, or is a DICOM file out of the model's scope.
         """
         return self.predict_batch([image])[0]
 
@@ -81,19 +84,28 @@ class Predictor:
         """Return the findings in several radiographs, in order, run as one batch.
 
         Raises:
-            ImageError: an image can't be read without guessing.
+            ImageError: an image can't be read without guessing, or is a DICOM file out of the model's scope.
             SessionError: none or more images than the session takes.
         """
         if isinstance(images, str | Path | np.ndarray):
             raise SessionError(f"got one {type(images).__name__}, needed a list of images. For one image: predict.")
         if not images:
             raise SessionError("got no images, needed at least one.")
-        pixels = [self._preprocessing(_to_gray(image)) for image in images]
+        pixels = [self._preprocessing(self.read(image)) for image in images]
         logits, maps = self._session.run(pixels[0] if len(pixels) == 1 else np.concatenate(pixels))
         return [self._name(*row) for row in zip(logits, maps, strict=True)]
 
+    def read(self, image: ImageSource) -> Gray:
+        """Return the gray picture that `predict` would look at.
+
+        Raises:
+            ImageError: see predict.
+        """
+        return self._reader.read(Path(image), scope=self._scope) if isinstance(image, str | Path) else image
+
     def close(self) -> None:
-        """Free the model."""
+        """Free the model, and end the process that decodes DICOM."""
+        self._reader.close()
         self._session.close()
 
     def __enter__(self) -> "Predictor":
@@ -125,7 +137,3 @@ def draw_cam(gray: Gray, cam: NDArray[np.float32]) -> NDArray[np.uint8]:
     opacity = 0.5 * heat
     blended: NDArray[np.uint8] = (gray[..., None] * (1.0 - opacity) + colour * opacity).round().astype(np.uint8)
     return blended
-
-
-def _to_gray(image: ImageSource) -> Gray:
-    return read_image(Path(image)) if isinstance(image, str | Path) else image

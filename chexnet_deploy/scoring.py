@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from chexnet_deploy.chestxray14 import truth
 from chexnet_deploy.errors import DatasetError
 from chexnet_deploy.findings import FINDINGS
-from chexnet_deploy.images import read_image
+from chexnet_deploy.images import ImageReader
 from chexnet_deploy.preprocessing import Pixels, Preprocessing
 from chexnet_deploy.sessions import Logits, Maps, Session
 from chexnet_deploy.subgroups import subgroups
@@ -77,10 +77,10 @@ def iter_pixels(paths: Iterable[Path], preprocessing: Preprocessing) -> Iterator
         ImageError: a file can't be read without guessing.
     """
     remaining = iter(paths)
-    with ThreadPoolExecutor(READERS) as pool:
+    with ImageReader(processes=READERS) as reader, ThreadPoolExecutor(READERS) as pool:
 
         def submit(path: Path) -> Future[Pixels]:
-            return pool.submit(lambda: preprocessing(read_image(path)))
+            return pool.submit(lambda: preprocessing(reader.read(path)))
 
         pending = deque(submit(path) for path in islice(remaining, 2 * BATCH_SIZE))
         while pending:

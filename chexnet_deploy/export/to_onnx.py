@@ -15,6 +15,7 @@ from chexnet_deploy.errors import ExportError
 from chexnet_deploy.export.checkpoint import Checkpoint, read_checkpoint
 from chexnet_deploy.export.model import DeployGraph
 from chexnet_deploy.probe import Probe, draw_probe_pixels
+from chexnet_deploy.scope import ScopePolicy
 from chexnet_deploy.sessions.base import Session
 from chexnet_deploy.sessions.ort import OrtSession
 
@@ -25,8 +26,13 @@ INVARIANCE_TOLERANCE = 1e-5  # times max(1, |logit|)
 INVARIANCE_BATCHES = (1, 2, 3, 8)
 
 
-def export_onnx(checkpoint_path: Path, out: Path) -> Bundle:
+def export_onnx(checkpoint_path: Path, out: Path, *, scope: ScopePolicy | None = None) -> Bundle:
     """Export a checkpoint to a new fp32 bundle at `out`.
+
+    Args:
+        checkpoint_path: a .safetensors file.
+        out: a new directory.
+        scope: the radiographs the model is meant for; None: ScopePolicy's defaults hold.
 
     Raises:
         CheckpointError: the checkpoint can't be used.
@@ -55,6 +61,7 @@ def export_onnx(checkpoint_path: Path, out: Path) -> Bundle:
         files=hash_files({ONNX_MODEL: model, PROBE: probe_bytes}),
         checkpoint_sha256=checkpoint.sha256,
         trained_on=checkpoint.manifest.trained_on,
+        scope=scope,
         probe_max_abs_logit_error=checks[0].value,
         checks=checks,
         tools={name: version(name) for name in ("chexnet-deploy", "torch", "onnx", "onnxruntime")},

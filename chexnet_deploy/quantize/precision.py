@@ -145,6 +145,7 @@ def _keep(
         files=hash_files({ONNX_MODEL: model, PROBE: parent.read_probe_bytes()}),
         checkpoint_sha256=old.checkpoint_sha256,
         trained_on=old.trained_on,
+        scope=old.scope,
         ancestors=(*old.ancestors, parent.id),
         calibration=calibration,
         probe_max_abs_logit_error=float(np.abs(logits - probe.logits).max()),
