@@ -5,6 +5,7 @@
     ├── CalibrationError      a calibration set is too small, repeated, constant or overlaps the evaluation set
     ├── CheckpointError       weights can't be loaded, or don't fit the model
     ├── DatasetError          a data set's tables or images contradict each other
+    ├── DicomError            a DICOM result can't be made or kept without guessing
     ├── ExportError           an exported graph doesn't answer as the model it came from
     ├── GateError             a parity gate failed; the command line exits 1
     ├── ImageError            an image file can't be read without guessing
@@ -41,6 +42,10 @@ class CheckpointError(ChexnetError):
 
 class DatasetError(ChexnetError):
     """A data set's tables or images contradict each other."""
+
+
+class DicomError(ChexnetError):
+    """A DICOM result can't be made or kept without guessing."""
 
 
 class ExportError(ChexnetError):

@@ -1,1 +1,1 @@
-"""DICOM in: one radiograph, checked on its header before a codec sees it, decoded in a process of its own."""
+"""DICOM in and out; each file a room, opened only where it is needed."""
