@@ -4,12 +4,15 @@
 
 A modality stores one synthetic image after another, each with a UID of its own, and sends again what was not acknowledged,
 as modalities do. At a random moment the node is killed, and started again. In the end every image that was ever
-acknowledged must have both its documents at the destination (DCMTK's storescp), each equal, element by element, to what
-the model answers without a node; and the audit log must be whole.
+acknowledged must have its report and its pictures at the destination (DCMTK's storescp), each equal, element by element
+but for times, to what is answered without a node; and the audit log must be whole.
 """
 
+import contextlib
 import json
 import random
+import shutil
+import sqlite3
 import tempfile
 import threading
 import time
@@ -22,15 +25,20 @@ from pydantic import BaseModel, ConfigDict
 from pydicom import Dataset, dcmread
 from pydicom.filebase import DicomBytesIO
 
-from benchmarks.node_answering import PredictingWork
 from benchmarks.node_rig import NodeProcess, Pacs, find_dcmtk, store, write_radiograph
 from chexnet_deploy.bench import describe_machine
 from chexnet_deploy.cli import progress, run_program
 from chexnet_deploy.node.audit import read_head, verify
+from chexnet_deploy.node.config import read_config
+from chexnet_deploy.node.join import RadiographWork
 
 RESULTS = Path(__file__).parent / "results" / "node-kills-cpu.json"
 LONGEST_LIFE_S = 0.8  # after the node is ready: some dozens of images
-SETTLE_S = 120.0
+SETTLE_S = 240.0
+MADE_AT = {
+    *("ContentDate", "ContentTime", "InstanceCreationDate", "InstanceCreationTime", "ContributionDateTime"),
+    *("ObservationDateTime", "SeriesDate", "SeriesTime"),
+}
 
 app = typer.Typer(add_completion=False)
 
@@ -40,8 +48,8 @@ class Survived(BaseModel):
 
     Attributes:
         acknowledged: images that were answered with status 0000, once or more.
-        lost: of these, without both documents in the end.
-        wrong: documents at the destination that differ from the model's, or belong to no image.
+        lost: of these, without all their documents in the end.
+        wrong: documents at the destination that differ from those made without a node, or belong to no image.
         cut_transfers: images whose association broke off before the answer.
         statuses: how often each C-STORE status came.
     """
@@ -149,10 +157,10 @@ def kill_node(
             on_done(i + 1)
         modality.stop()
         settle_s = time.monotonic() + SETTLE_S
-        while len(pacs.received()) < 2 * len(modality.acknowledged) and time.monotonic() < settle_s:
+        while not _is_settled(node) and time.monotonic() < settle_s:
             time.sleep(0.2)
         node.stop()
-        lost, wrong = _compare(modality, pacs, bundle)
+        lost, wrong = _compare(modality, pacs, node)
         head = verify(node.state / "audit.jsonl", read_head(node.state / "audit.jsonl.head").hash)
     finally:
         node.kill()
@@ -169,9 +177,35 @@ def kill_node(
     )
 
 
-def _compare(modality: _Modality, pacs: Pacs, bundle: Path) -> tuple[list[str], list[str]]:
-    """Return the images without both documents, and the documents that the model would not give."""
-    work = PredictingWork(bundle)
+def _is_settled(node: NodeProcess) -> bool:
+    """Whether the node has nothing left to answer or to send."""
+    waiting = "SELECT count(*) FROM entry WHERE state = 'waiting'"
+    if any((node.state / "received").iterdir()):
+        return False
+    # Read as it lies on disk: the node has the file for itself.
+    copy = node.folder / "outbox-copy"
+    shutil.rmtree(copy, ignore_errors=True)
+    copy.mkdir()
+    for path in node.state.glob("outbox.sqlite*"):
+        shutil.copy(path, copy)
+    with contextlib.closing(sqlite3.connect(copy / "outbox.sqlite")) as connection:
+        return bool(connection.execute(waiting).fetchone() == (0,))
+
+
+def timeless(document: Dataset) -> Dataset:
+    """Return a document without the times at which it was made."""
+    kept = Dataset()
+    for element in document:
+        if element.VR == "SQ":
+            kept.add_new(element.tag, "SQ", [timeless(item) for item in element.value])
+        elif element.keyword not in MADE_AT:
+            kept.add(element)
+    return kept
+
+
+def _compare(modality: _Modality, pacs: Pacs, node: NodeProcess) -> tuple[list[str], list[str]]:
+    """Return the images without all their documents, and the documents that differ from those made without a node."""
+    work = RadiographWork(read_config(node.folder / "node.toml"))
     received = pacs.received()
     lost: list[str] = []
     legitimate: dict[str, Dataset] = {}
@@ -181,11 +215,14 @@ def _compare(modality: _Modality, pacs: Pacs, bundle: Path) -> tuple[list[str], 
     if modality.path(newest).exists():
         seeds[str(dcmread(modality.path(newest)).SOPInstanceUID)] = newest
     for uid, seed in seeds.items():
-        documents = [dcmread(DicomBytesIO(d)) for d in work.answer(modality.path(seed)).documents]
+        documents = [timeless(dcmread(DicomBytesIO(d))) for d in work.answer(modality.path(seed)).documents]
         legitimate |= {str(document.SOPInstanceUID): document for document in documents}
         if uid in modality.acknowledged and any(str(d.SOPInstanceUID) not in received for d in documents):
             lost.append(uid)
-    wrong = [uid for uid, document in received.items() if uid not in legitimate or document != legitimate[uid]]
+    wrong = [
+        uid for uid, document in received.items() if uid not in legitimate or timeless(document) != legitimate[uid]
+    ]
+    work.close()
     return lost, wrong
 
 

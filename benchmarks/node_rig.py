@@ -41,6 +41,9 @@ host = "127.0.0.1"
 port = {pacs_port}
 ae_title = "{pacs}"
 
+[device]
+serial_number = "RIG-1"
+
 [model]
 bundle = "{bundle}"
 answer_deadline_s = {answer_deadline_s}
@@ -74,6 +77,7 @@ def write_radiograph(
     image.StudyInstanceUID = generate_uid(entropy_srcs=["study", str(seed)])
     image.SeriesInstanceUID = generate_uid(entropy_srcs=["series", str(seed)])
     image.StudyDate, image.Modality, image.BodyPartExamined = "20240102", "CR", body_part
+    image.ViewPosition, image.PatientAge = "PA", "060Y"
     image.PatientName, image.PatientID = name, f"ID-{seed}"
     image.Rows = image.Columns = side_px
     image.SamplesPerPixel, image.PhotometricInterpretation = 1, "MONOCHROME2"
@@ -134,7 +138,7 @@ class NodeProcess:
             + self.overrides
         )
         config.chmod(0o600)
-        worker = [sys.executable, "-m", "benchmarks.node_answering", str(self.bundle)]
+        worker = [sys.executable, "-m", "benchmarks.node_answering", str(config)]
         n_before = len(self.events())
         with self.journal.open("ab") as journal:
             self.process = subprocess.Popen(

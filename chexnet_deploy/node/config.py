@@ -24,6 +24,9 @@ MIB = 1024 * 1024
 
 AeTitle = Annotated[str, StringConstraints(pattern=r"^[!-\[\]-~](?:[ -\[\]-~]{0,14}[!-\[\]-~])?$")]
 """1 to 16 printable ASCII characters without backslash, no space at either end (PS3.5 table 6.2-1)."""
+_Text = Annotated[
+    str, StringConstraints(pattern=r"^[!-\[\]-~](?:[ -\[\]-~]{0,62}[!-\[\]-~])?$")
+]  # LO, PS3.5 section 6.2
 Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(gt=0.0, le=86_400.0)]
 Mib = Annotated[int, Field(ge=1, le=16 * 1024 * 1024)]
@@ -176,6 +179,18 @@ class Model(_Record):
         return Path(value) if isinstance(value, str) else value
 
 
+class Device(_Record):
+    """What results say of the machine that made them (PS3.3 C.7.5.1).
+
+    Attributes:
+        serial_number: of this installation.
+    """
+
+    serial_number: _Text
+    manufacturer: _Text = "chexnet-deploy"
+    model_name: _Text = "chexnet-deploy node"
+
+
 class Health(_Record):
     """How the node proves that it lives.
 
@@ -204,6 +219,7 @@ class NodeConfig(_Record):
     outbox: Outbox = Outbox()
     destinations: Annotated[tuple[Destination, ...], Field(min_length=1)]
     model: Model
+    device: Device
     health: Health = Health()
 
     @field_validator("folder", mode="before")

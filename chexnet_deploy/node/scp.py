@@ -18,7 +18,6 @@ from pydicom.uid import (
     ImplicitVRLittleEndian,
     JPEG2000Lossless,
     JPEGBaseline8Bit,
-    JPEGExtended12Bit,
     JPEGLossless,
     JPEGLosslessSV1,
     JPEGLSLossless,
@@ -44,11 +43,11 @@ TRANSFER_SYNTAXES: Final = (
     JPEGLossless,
     RLELossless,
     JPEGBaseline8Bit,
-    JPEGExtended12Bit,
     JPEG2000,
     JPEGLSNearLossless,
 )
-"""Lossless first: the first that a peer offers is taken. Deflated is left out: 65 KB of it can be 67 MB of elements."""
+"""What the decoder reads, lossless first: the first that a peer offers is taken. Deflated is left out: 65 KB of it can be
+67 MB of elements."""
 _NEGOTIATION_S = 5.0
 
 OnKept = Callable[[Kept], Verdict]

@@ -20,6 +20,9 @@ host = "10.20.0.9"
 port = 104
 ae_title = "PACS"
 
+[device]
+serial_number = "1"
+
 [model]
 bundle = "/opt/chexnet/bundle"
 """
@@ -102,6 +105,7 @@ def test_unknown_keys_are_refused(key: str) -> None:
         "listen": fields,
         "destinations": [{"host": "h", "port": 1, "ae_title": "P"}],
         "model": {"bundle": "/b"},
+        "device": {"serial_number": "1"},
     }
     if key in known:
         NodeConfig.model_validate(config)

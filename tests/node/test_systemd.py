@@ -18,6 +18,7 @@ def config(**changes: object) -> NodeConfig:
             "listen": {"ae_title": "CHEXNET", "calling_ae_titles": ["SCANNER"], "networks": ["10.20.0.0/16"]},
             "destinations": [{"host": "10.20.0.9", "port": 104, "ae_title": "PACS"}],
             "model": {"bundle": "/opt/chexnet/bundle"},
+            "device": {"serial_number": "1"},
             **changes,
         }
     )
