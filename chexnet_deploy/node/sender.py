@@ -11,8 +11,9 @@ from collections.abc import Callable
 from io import BytesIO
 from typing import Final, NamedTuple, cast
 
-from pydicom import dcmread
+from pydicom import Dataset, dcmread
 from pynetdicom import AE, evt
+from pynetdicom.association import Association
 from pynetdicom.transport import AssociationSocket
 
 from chexnet_deploy.errors import AuditError
@@ -22,7 +23,15 @@ from chexnet_deploy.node.outbox import Entry, Outbox, OutboxFullError
 
 _CONNECT_S: Final = 5.0
 _DISK_PAUSE_S: Final = 1.0
+_MOST_CONTEXTS: Final = 64  # of the 128 that an association has room for
 _WARNINGS: Final = frozenset((0xB000, 0xB006, 0xB007))  # stored, with elements changed or left out (PS3.4 table B.2-1)
+
+
+class _Context(NamedTuple):
+    """A kind of document: what it is and how it is encoded."""
+
+    sop_class: str
+    syntax: str
 
 
 class Delivery(NamedTuple):
@@ -39,48 +48,79 @@ class Delivery(NamedTuple):
     was_let_in: bool = True
 
 
-def deliver(document: bytes, destination: Destination, calling_ae_title: str, timeout_s: float) -> Delivery:
-    """Try once to send one DICOM file.
+class Line:
+    """The way to one destination: an association that is kept while there is something to send.
 
     Args:
-        document: a DICOM file (PS3.10).
         destination: whom to call.
         calling_ae_title: our name.
         timeout_s: for each answer of the destination, and for each piece of one.
     """
-    try:
-        dataset = dcmread(BytesIO(document))
-    except Exception:  # noqa: BLE001 - whatever the library makes of it, no attempt will ever send it
-        return Delivery("refused", "unreadable")
-    application = AE(calling_ae_title)
-    application.connection_timeout = _CONNECT_S
-    application.acse_timeout = application.dimse_timeout = application.network_timeout = timeout_s
-    application.add_requested_context(dataset.file_meta.MediaStorageSOPClassUID, dataset.file_meta.TransferSyntaxUID)
 
-    def limit_reads(event: evt.Event) -> None:
+    def __init__(self, destination: Destination, calling_ae_title: str, timeout_s: float) -> None:
+        self._destination, self._calling_ae_title, self._timeout_s = destination, calling_ae_title, timeout_s
+        self._association: Association | None = None
+        # Every kind of document sent so far is negotiated each time, so that an image's documents go in one association.
+        self._contexts: dict[_Context, None] = {}
+
+    def deliver(self, document: bytes) -> Delivery:
+        """Try once to send one DICOM file (PS3.10)."""
+        try:
+            dataset = dcmread(BytesIO(document))
+            context = _Context(dataset.file_meta.MediaStorageSOPClassUID, dataset.file_meta.TransferSyntaxUID)
+        except Exception:  # noqa: BLE001 - whatever the library makes of it, no attempt will ever send it
+            return Delivery("refused", "unreadable")
+        is_new = self._association is None or not self._association.is_established or context not in self._contexts
+        if is_new and (failure := self._call(context)) is not None:
+            return failure
+        delivery = self._send(dataset, context)
+        # An association that has been open may have been ended by the other side since.
+        return self.deliver(document) if delivery.state == "later" and not is_new else delivery
+
+    def close(self) -> None:
+        """Release the association, if there is one."""
+        if self._association is not None and self._association.is_established:
+            with contextlib.suppress(RuntimeError):
+                self._association.release()
+        self._association = None
+
+    def _call(self, context: _Context) -> Delivery | None:
+        """Open an association; return why there is none."""
+        self.close()
+        if len(self._contexts) >= _MOST_CONTEXTS:
+            self._contexts.clear()
+        self._contexts[context] = None
+        application = AE(self._calling_ae_title)
+        application.connection_timeout = _CONNECT_S
+        application.acse_timeout = application.dimse_timeout = application.network_timeout = self._timeout_s
+        for sop_class, syntax in self._contexts:
+            application.add_requested_context(sop_class, syntax)
+        to = self._destination
+        handlers: list[evt.EventHandlerType] = [(evt.EVT_CONN_OPEN, self._limit_reads)]
+        try:
+            association = application.associate(to.host, to.port, ae_title=to.ae_title, evt_handlers=handlers)
+        except OSError:  # its name can't be resolved
+            return Delivery("later", "unreachable", was_let_in=False)
+        if association.is_established:
+            self._association = association
+            return None
+        return _not_let_in(association)
+
+    def _limit_reads(self, event: evt.Event) -> None:
         # The library waits without end for the rest of a PDU that has begun.
         wrapper = cast(AssociationSocket, event.assoc.dul.socket)
-        cast(socket.socket, wrapper.socket).settimeout(timeout_s)
+        cast(socket.socket, wrapper.socket).settimeout(self._timeout_s)
 
-    handlers: list[evt.EventHandlerType] = [(evt.EVT_CONN_OPEN, limit_reads)]
-    try:
-        association = application.associate(
-            destination.host, destination.port, ae_title=destination.ae_title, evt_handlers=handlers
-        )
-    except OSError:  # its name can't be resolved
-        return Delivery("later", "unreachable", was_let_in=False)
-    if not association.is_established:
-        return _not_let_in(association.is_rejected, bool(association.rejected_contexts))
-    try:
-        status = association.send_c_store(dataset)
-    except (ValueError, RuntimeError):  # the association broke off before or while sending
-        return Delivery("later", "broke-off")
-    finally:
-        with contextlib.suppress(RuntimeError):
-            association.release()
-    if "Status" not in status:
-        return Delivery("later", "no-answer")
-    return judge(status.Status)
+    def _send(self, dataset: Dataset, context: _Context) -> Delivery:
+        association = cast(Association, self._association)
+        accepted = [(each.abstract_syntax, each.transfer_syntax[0]) for each in association.accepted_contexts]
+        if context not in accepted:
+            return Delivery("refused", "sop-class-not-accepted")
+        try:
+            status = association.send_c_store(dataset)
+        except (ValueError, RuntimeError):  # the association broke off before or while sending
+            return Delivery("later", "broke-off")
+        return judge(status.Status) if "Status" in status else Delivery("later", "no-answer")
 
 
 def judge(status: int) -> Delivery:
@@ -93,10 +133,10 @@ def judge(status: int) -> Delivery:
     return Delivery("refused", f"status-{status:04x}")
 
 
-def _not_let_in(is_rejected: bool, has_rejected_contexts: bool) -> Delivery:  # noqa: FBT001 - pynetdicom's facts
-    if is_rejected:
+def _not_let_in(association: Association) -> Delivery:
+    if association.is_rejected:
         return Delivery("later", "association-rejected", was_let_in=False)
-    if has_rejected_contexts:
+    if association.rejected_contexts:
         return Delivery("refused", "sop-class-not-accepted")
     return Delivery("later", "unreachable", was_let_in=False)
 
@@ -117,8 +157,8 @@ class Sender:
         journal: Journal,
         on_delivery: Callable[[Entry, Destination, Delivery], None],
     ) -> None:
-        self._outbox, self._destination, self._journal = outbox, destination, journal
-        self._calling_ae_title, self._timeout_s, self._on_delivery = calling_ae_title, timeout_s, on_delivery
+        self._outbox, self._destination, self._journal, self._on_delivery = outbox, destination, journal, on_delivery
+        self._line = Line(destination, calling_ae_title, timeout_s)
         self._wake, self._is_stopping = threading.Event(), False
         self._thread = threading.Thread(target=self._run, name=f"sender-{destination.ae_title}", daemon=True)
 
@@ -142,16 +182,18 @@ class Sender:
             try:
                 entry, wait_s = self._outbox.next_entry(self._destination.ae_title)
                 if entry is None:
+                    self._line.close()
                     self._wake.wait(wait_s)
                     continue
-                delivery = deliver(entry.document, self._destination, self._calling_ae_title, self._timeout_s)
-                self._note(entry, delivery)
+                self._note(entry, self._line.deliver(entry.document))
             except OutboxFullError:  # a full disk: what was sent is sent again later, which is one document still
                 self._journal.say("outbox-disk", destination=self._destination.ae_title)
                 self._wake.wait(_DISK_PAUSE_S)
             except AuditError:
                 self._journal.say("audit-disk", destination=self._destination.ae_title)
                 self._wake.wait(_DISK_PAUSE_S)
+
+        self._line.close()
 
     def _note(self, entry: Entry, delivery: Delivery) -> None:
         if delivery.state == "later" and not self._outbox.retry_later(
