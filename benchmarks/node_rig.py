@@ -41,6 +41,9 @@ host = "127.0.0.1"
 port = {pacs_port}
 ae_title = "{pacs}"
 
+[results]
+max_pictures = 1
+
 [device]
 serial_number = "RIG-1"
 

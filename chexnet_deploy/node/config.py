@@ -191,6 +191,16 @@ class Device(_Record):
     model_name: _Text = "chexnet-deploy node"
 
 
+class Results(_Record):
+    """What is sent beside the structured report, which names every finding.
+
+    Attributes:
+        max_pictures: activation maps of findings that are present, the most probable first; 0 sends the report alone.
+    """
+
+    max_pictures: Annotated[int, Field(ge=0, le=14)] = 3
+
+
 class Health(_Record):
     """How the node proves that it lives.
 
@@ -220,6 +230,7 @@ class NodeConfig(_Record):
     destinations: Annotated[tuple[Destination, ...], Field(min_length=1)]
     model: Model
     device: Device
+    results: Results = Results()
     health: Health = Health()
 
     @field_validator("folder", mode="before")

@@ -50,6 +50,7 @@ class RadiographWork:
         self._predictor = Predictor(self._session, self._manifest)
         self._scope = self._manifest.scope or ScopePolicy()
         self._device = Device(**config.device.model_dump())
+        self._max_pictures = config.results.max_pictures
         self._decoder = Decoder()
         self._decoder.warm_up()
         _open_rooms()
@@ -68,7 +69,7 @@ class RadiographWork:
         check_known_answers(self._session, self._bundle, n_probes=N_STARTUP_PROBES)
 
     def answer(self, path: Path) -> Answer:
-        """Return a report, and a picture of each finding that is present; see Work."""
+        """Return a report, and pictures of findings that are present; see Work."""
         try:
             image = self._decoder.decode(path, scope=self._scope)
         except ImageError as err:
@@ -81,8 +82,9 @@ class RadiographWork:
         # The time of arrival, not of this moment: an image that is answered again after a kill gives the same bytes.
         made_at = datetime.fromtimestamp(path.stat().st_mtime).astimezone()
         result = Result(source, prediction, self._manifest, self._bundle.id, self._device, made_at)
-        present = [finding for finding in self._manifest.findings if prediction.present.get(finding)]
-        return Answer(tuple(build_files(result, image.gray, present).values()))
+        present = [finding for finding, is_present in prediction.present.items() if is_present]
+        present.sort(key=lambda finding: -prediction.probabilities[finding])
+        return Answer(tuple(build_files(result, image.gray, present[: self._max_pictures]).values()))
 
     def close(self) -> None:
         """Free the model and end the decoding process."""

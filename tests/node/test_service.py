@@ -11,11 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from pydicom import dcmread
-from pydicom.filebase import DicomBytesIO
 
 from benchmarks.node_attack import attack
-from benchmarks.node_kills import kill_node, timeless
+from benchmarks.node_kills import answer_at, kill_node
 from benchmarks.node_rig import NODE, SCANNER, NodeProcess, Pacs, echo_s, store, write_radiograph
 from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.node.audit import read_head, verify
@@ -40,9 +38,10 @@ def audited(node: NodeProcess, event: str) -> list[dict[str, object]]:
 
 def is_delivered(node: NodeProcess, n_images: int) -> bool:
     """Whether so many images were answered and all their documents were taken by the destination."""
-    answered = audited(node, "answered")
-    n_documents = sum(len(line["documents"]) for line in answered)  # type: ignore[misc, arg-type]
-    return len(answered) == n_images and len(audited(node, "delivered")) == n_documents > 0
+    # A kill between a line and what it is about repeats the line, and nothing else.
+    answered = {line["instance"]: line for line in audited(node, "answered")}
+    n_documents = sum(len(line["documents"]) for line in answered.values())  # type: ignore[misc, arg-type]
+    return len(answered) == n_images and len(audited(node, "delivered")) >= n_documents > 0
 
 
 def test_dcmtk_stores_an_image_and_gets_the_models_own_answer(
@@ -58,12 +57,10 @@ def test_dcmtk_stores_an_image_and_gets_the_models_own_answer(
     assert "Success" in sent.stdout + sent.stderr
     wait_until(lambda: is_delivered(node, 1))
     work = RadiographWork(read_config(node.folder / "node.toml"))
-    documents = [dcmread(DicomBytesIO(content)) for content in work.answer(image).documents]
+    wait_until(lambda: len(pacs.received()) == 2)
+    assert pacs.received() == answer_at(work, image, pacs.received())
     work.close()
-    assert [document.Modality for document in documents][:2] == ["SR", "OT"]
-    wait_until(lambda: len(pacs.received()) == len(documents))
-    received = {uid: timeless(document) for uid, document in pacs.received().items()}
-    assert received == {str(document.SOPInstanceUID): timeless(document) for document in documents}
+    assert [document.Modality for document in pacs.received().values()] in (["SR", "OT"], ["OT", "SR"])
     refused = subprocess.run([echoscu, "-aet", "STRANGER", *titles[2:]], capture_output=True, timeout=30)
     assert refused.returncode != 0
     assert node.stop() == 0
@@ -133,6 +130,7 @@ def test_image_that_hangs_once_is_answered_at_the_second_try(node: NodeProcess, 
 
 
 def test_nothing_about_a_patient_is_in_any_output(node: NodeProcess, pacs: Pacs, storescu: str, tmp_path: Path) -> None:
+    node.overrides = "\n[health]\ndrain_deadline_s = 1.0\n"
     node.start()
     name, uid = "CANARY^NAME", "1.2.826.0.1.3680043.8.498.4711"
     image = tmp_path / "image.dcm"
@@ -166,7 +164,7 @@ def test_destination_that_comes_back_gets_everything_in_order(node: NodeProcess,
     wait_until(lambda: is_delivered(node, 4), timeout_s=60.0)
     assert node.stop() == 0
     delivered = [line["instance"] for line in audited(node, "delivered")]
-    answered = [line["instance"] for line in audited(node, "answered")]
+    answered = list(dict.fromkeys(line["instance"] for line in audited(node, "answered")))
     assert list(dict.fromkeys(delivered)) == answered  # each image's documents together, in the order of the images
     assert sorted(delivered, key=answered.index) == delivered
 
