@@ -4,6 +4,7 @@ Its worker really answers, see node_answering.py. All traffic stays on 127.0.0.0
 """
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -20,6 +21,9 @@ from pydicom.dataset import FileMetaDataset
 from pydicom.uid import ComputedRadiographyImageStorage, ExplicitVRLittleEndian, generate_uid
 from pynetdicom import AE
 from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]  # made when it is imported
+
+# Connections are cut here all the time. What the library says of it is noise, and keeps the sockets alive by its tracebacks.
+logging.getLogger("pynetdicom").setLevel(logging.CRITICAL + 1)
 
 CHECKOUT = Path(__file__).parents[1]
 SCANNER, NODE, PACS = "SCANNER", "CHEXNET", "PACS"

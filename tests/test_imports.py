@@ -21,6 +21,7 @@ HEAVY = (
     "typer",
     "rich",
     "pydicom",
+    "pynetdicom",
     "gdcm",
     "highdicom",
 )

@@ -137,6 +137,7 @@ class Outbox(_Record):
         max_mib: of all of them; beyond it no further image is read until a destination takes some.
         first_retry_s: after the first failure; doubled after each, with jitter, up to max_retry_s.
         send_timeout_s: for a destination to answer.
+        remember: how many documents that were sent are known still, and not sent again.
         max_breaks: an object whose sending broke off so often, though the destination let us in, is parked.
     """
 
@@ -144,6 +145,7 @@ class Outbox(_Record):
     first_retry_s: Seconds = 2.0
     max_retry_s: Seconds = 300.0
     send_timeout_s: Seconds = 30.0
+    remember: Annotated[int, Field(ge=100, le=1_000_000)] = 20_000
     max_breaks: Count = 10
 
 

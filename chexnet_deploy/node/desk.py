@@ -139,6 +139,7 @@ class Desk:
         self._insist(lambda: self._audit.append("refused" if answer.refusal else "answered", record))
         self._insist(lambda: self._outbox.put(stored.name, answer, self._destinations))
         self._insist(lambda: self._spool.finish(stored))
+        self._insist(self._outbox.forget_sent)
         self._on_put()
 
     def _ask(self, stored: Stored) -> tuple[Answer, str]:

@@ -199,13 +199,13 @@ class Outbox:
             found = dict(connection.execute("SELECT state, count(*) FROM entry GROUP BY state").fetchall())
         return Counts(found.get("waiting", 0), found.get("sent", 0), found.get("parked", 0))
 
-    def forget_sent(self, keep: int) -> None:
-        """Remove the lines of the oldest sent entries beyond so many."""
+    def forget_sent(self) -> None:
+        """Remove the lines of the oldest sent entries, so that the file doesn't grow for ever."""
         with self._transaction() as connection:
             connection.execute(
                 "DELETE FROM entry WHERE state = 'sent' AND id <= "
                 "(SELECT id FROM entry WHERE state = 'sent' ORDER BY id DESC LIMIT 1 OFFSET ?)",
-                (keep,),
+                (self._settings.remember,),
             )
 
     def close(self) -> None:

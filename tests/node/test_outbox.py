@@ -173,11 +173,12 @@ def test_sent_documents_leave_nothing_behind(tmp_path: Path, outbox: Outbox) -> 
     assert b"CANARY" not in (tmp_path / OUTBOX).read_bytes()
 
 
-def test_forgotten_lines_are_the_oldest(tmp_path: Path, outbox: Outbox) -> None:
+def test_forgotten_lines_are_the_oldest(tmp_path: Path) -> None:
+    outbox = Outbox.open(tmp_path, SETTINGS.model_copy(update={"remember": 2}))
     for i in range(5):
         outbox.put(f"image-{i}", Answer((b"x",)), ["A"])
     drain(outbox, "A")
-    outbox.forget_sent(2)
+    outbox.forget_sent()
     assert outbox.counts().sent == 2
     outbox.close()
     with sqlite3.connect(tmp_path / OUTBOX) as connection:
