@@ -30,7 +30,8 @@ from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]  # m
 
 from chexnet_deploy.node.config import Limits, Listen
 from chexnet_deploy.node.connection import Address
-from chexnet_deploy.node.spool import Kept, Spool, Verdict
+from chexnet_deploy.node.incoming import Verdict
+from chexnet_deploy.node.spool import Kept, Spool
 
 SOP_CLASSES: Final = (ComputedRadiographyImageStorage, DigitalXRayImageStorageForPresentation)
 """What is taken. "For processing" is raw detector data and no picture yet."""

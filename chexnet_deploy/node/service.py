@@ -19,6 +19,7 @@ from chexnet_deploy.node.config import Destination, NodeConfig, check_private
 from chexnet_deploy.node.connection import Address
 from chexnet_deploy.node.desk import Desk
 from chexnet_deploy.node.guard import Guard
+from chexnet_deploy.node.incoming import Verdict
 from chexnet_deploy.node.journal import Journal, silence_libraries
 from chexnet_deploy.node.notify import Notifier
 from chexnet_deploy.node.outbox import Entry, Outbox
@@ -26,7 +27,7 @@ from chexnet_deploy.node.overseer import Worker
 from chexnet_deploy.node.pseudonyms import Pseudonyms
 from chexnet_deploy.node.scp import Scp
 from chexnet_deploy.node.sender import Delivery, Sender
-from chexnet_deploy.node.spool import Kept, Spool, Verdict
+from chexnet_deploy.node.spool import Kept, Spool
 
 AUDIT_LOG = "audit.jsonl"
 LOCK = "node.lock"

@@ -8,59 +8,24 @@ A name is NUMBER-INSTANCE-PIXELS: the order of arrival, and pseudonyms of SOP In
 or SIGKILL at any moment leaves an image in exactly one of these states (write, fsync, rename, fsync of the folder).
 """
 
-import contextlib
 import os
-import secrets
 import threading
-from collections.abc import Iterator
-from enum import Enum
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
-from pydicom.dataset import FileMetaDataset
-from pydicom.filebase import DicomBytesIO
-from pydicom.filewriter import write_file_meta_info
-from pydicom.uid import UID, ImplicitVRLittleEndian
+from pydicom.uid import ImplicitVRLittleEndian
 
 from chexnet_deploy.errors import NodeError
 from chexnet_deploy.files import fsync_path
 from chexnet_deploy.node.config import MIB, check_private
 from chexnet_deploy.node.config import Spool as SpoolSettings
 from chexnet_deploy.node.elements import ElementFault, identify
+from chexnet_deploy.node.incoming import Incoming, Verdict
 from chexnet_deploy.node.pdu import Command
 from chexnet_deploy.node.pseudonyms import Pseudonyms
 
 INCOMING, RECEIVED, DONE = "incoming", "received", "done"
-_PREAMBLE = bytes(128) + b"DICM"  # PS3.10 section 7.1
 _NAME_DIGITS = 32  # of each pseudonym: 128 bits
-
-
-class Verdict(str, Enum):
-    """What became of an image."""
-
-    STORED = "stored"
-    AGAIN = "again"  # the same image under the same UID: nothing to do
-    NO_ROOM = "no-room"
-    MISMATCH = "mismatch"  # the data set is not what the command announced
-    UNREADABLE = "unreadable"
-    CONFLICT = "conflict"  # another image under a UID that was used
-
-    @property
-    def status(self) -> int:
-        """The C-STORE status to answer with (PS3.4 table B.2-1)."""
-        return _STATUSES[self]
-
-
-# The standard has no C-STORE status for a UID used twice, which it forbids (PS3.5 section 9). "Cannot understand" makes the
-# sender keep its image and show a failure; a warning would let it delete an image that is nowhere else.
-_STATUSES = {
-    Verdict.STORED: 0x0000,
-    Verdict.AGAIN: 0x0000,
-    Verdict.NO_ROOM: 0xA700,
-    Verdict.MISMATCH: 0xA900,
-    Verdict.UNREADABLE: 0xC000,
-    Verdict.CONFLICT: 0xC111,
-}
 
 
 class Kept(NamedTuple):
@@ -96,63 +61,6 @@ class Stored(NamedTuple):
     def pixels(self) -> str:
         """The pseudonym of its pixel data."""
         return self.name.split("-")[2]
-
-
-class Incoming:
-    """An object while it is received: a connection.Transfer."""
-
-    def __init__(self, spool: "Spool", command: Command, syntax: str, refusal: Verdict | None) -> None:
-        self.token = secrets.token_bytes(16)
-        self.command, self.syntax = command, syntax
-        self.refusal = refusal
-        self.start = self.size = 0
-        self.is_whole = False
-        self._spool = spool
-        self.path = spool.folder / INCOMING / self.token.hex()
-        self._file: BinaryIO | None = None
-        if refusal is None:
-            with self._refusing_disk_errors():
-                self._file = self.path.open("xb")
-                self._file.write(_file_header(command, syntax))
-                self.start = self._file.tell()
-
-    def write(self, piece: bytes) -> None:
-        """Append a piece of the data set; where there is no room, drop it."""
-        if self._file is not None:
-            with self._refusing_disk_errors():
-                self._file.write(piece)
-
-    def finish(self) -> None:
-        """Put what was written on disk for good."""
-        if self._file is not None:
-            with self._refusing_disk_errors():
-                self._file.flush()
-                os.fsync(self._file.fileno())
-                self.size = self._file.tell()
-                self._file.close()
-                self._file = None
-        self.is_whole = self.refusal is None
-
-    def discard(self) -> None:
-        """Remove it, unless it was taken."""
-        if self._spool.take(self.token) is not None:
-            self.remove()
-
-    def remove(self) -> None:
-        """Remove it."""
-        if self._file is not None:
-            with contextlib.suppress(OSError):
-                self._file.close()
-            self._file = None
-        self.path.unlink(missing_ok=True)
-
-    @contextlib.contextmanager
-    def _refusing_disk_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError:  # full, over quota, broken: the sender must keep the image, and that is what A700 says
-            self.refusal = Verdict.NO_ROOM
-            self.remove()
 
 
 class Spool:
@@ -208,8 +116,8 @@ class Spool:
     def begin(self, command: Command, transfer_syntax: str) -> Incoming:
         """Start receiving an object; where there is no room, one that will be refused."""
         with self._lock:
-            refusal = None if self.has_room() else Verdict.NO_ROOM
-            incoming = Incoming(self, command, transfer_syntax, refusal)
+            folder = self.folder / INCOMING
+            incoming = Incoming(folder, command, transfer_syntax, has_room=self.has_room(), take=self.take)
             self._incoming[incoming.token] = incoming
             return incoming
 
@@ -300,15 +208,3 @@ def _parts(folder: Path, name: str) -> tuple[int, str, str]:
         return int(number), instance, pixels
     except ValueError as err:
         raise NodeError(f"{folder} holds {name!r}, which is not the spool's. Move it away.") from err
-
-
-def _file_header(command: Command, syntax: str) -> bytes:
-    """Return preamble and file meta information (PS3.10 section 7.1)."""
-    meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID = UID(command.sop_class_uid)
-    meta.MediaStorageSOPInstanceUID = UID(command.sop_instance_uid)
-    meta.TransferSyntaxUID = UID(syntax)
-    content = DicomBytesIO()
-    content.write(_PREAMBLE)
-    write_file_meta_info(content, meta, enforce_standard=True)
-    return content.getvalue()

@@ -16,10 +16,11 @@ from benchmarks.node_rig import NODE, SCANNER, echo_s, store, write_radiograph
 from chexnet_deploy.node.config import Limits, Listen
 from chexnet_deploy.node.config import Spool as SpoolSettings
 from chexnet_deploy.node.guard import Guard
+from chexnet_deploy.node.incoming import Verdict
 from chexnet_deploy.node.pdu import PduType, write_abort, write_busy, write_pdv
 from chexnet_deploy.node.pseudonyms import Pseudonyms
 from chexnet_deploy.node.scp import Scp
-from chexnet_deploy.node.spool import INCOMING, Kept, Spool, Verdict
+from chexnet_deploy.node.spool import INCOMING, Kept, Spool
 
 ABORT = write_abort(6)
 QUICK = {"request_deadline_s": 1.0, "pdu_deadline_s": 0.5, "idle_s": 1.0, "quiet_after_s": 0.3}

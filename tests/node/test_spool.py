@@ -10,9 +10,10 @@ from pydicom.uid import ExplicitVRLittleEndian
 from benchmarks.node_rig import write_radiograph
 from chexnet_deploy.errors import NodeError
 from chexnet_deploy.node.config import Spool as SpoolSettings
+from chexnet_deploy.node.incoming import Incoming, Verdict
 from chexnet_deploy.node.pdu import STORE_RQ, Command
 from chexnet_deploy.node.pseudonyms import KEY_FILE, Pseudonyms
-from chexnet_deploy.node.spool import DONE, INCOMING, RECEIVED, Incoming, Kept, Spool, Verdict
+from chexnet_deploy.node.spool import DONE, INCOMING, RECEIVED, Kept, Spool
 
 SETTINGS = SpoolSettings(max_mib=1, min_free_mib=1, remember=100)
 
