@@ -6,18 +6,15 @@ Writes a DICOM file (PS3.10) piece by piece; a disk that fails refuses the objec
 import contextlib
 import os
 import secrets
+import struct
 from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
 from typing import BinaryIO
 
-from pydicom.dataset import FileMetaDataset
-from pydicom.filebase import DicomBytesIO
-from pydicom.filewriter import write_file_meta_info
-from pydicom.uid import UID
-
 from chexnet_deploy.node.pdu import Command
 
+_IMPLEMENTATION_UID = "2.25.96017534293760619517815940880865202403"  # of this package; drawn once
 _PREAMBLE = bytes(128) + b"DICM"  # PS3.10 section 7.1
 
 
@@ -120,12 +117,25 @@ class Incoming:
 
 
 def _file_header(command: Command, syntax: str) -> bytes:
-    """Return preamble and file meta information (PS3.10 section 7.1)."""
-    meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID = UID(command.sop_class_uid)
-    meta.MediaStorageSOPInstanceUID = UID(command.sop_instance_uid)
-    meta.TransferSyntaxUID = UID(syntax)
-    content = DicomBytesIO()
-    content.write(_PREAMBLE)
-    write_file_meta_info(content, meta, enforce_standard=True)
-    return content.getvalue()
+    """Return preamble and file meta information (PS3.10 section 7.1).
+
+    Written by hand as UIDs are kept as they were sent: one with a leading zero is against the standard and occurs, and the
+    library refuses to write it. Whether the object can be used is decided later.
+    """
+    rest = b"".join(
+        (
+            struct.pack("<HH2sxxI", 2, 0x0001, b"OB", 2) + b"\0\1",
+            _element(0x0002, b"UI", command.sop_class_uid),
+            _element(0x0003, b"UI", command.sop_instance_uid),
+            _element(0x0010, b"UI", syntax),
+            _element(0x0012, b"UI", _IMPLEMENTATION_UID),
+            _element(0x0013, b"SH", "CHEXNET_DEPLOY"),
+        )
+    )
+    return _PREAMBLE + struct.pack("<HH2sHI", 2, 0x0000, b"UL", 4, len(rest)) + rest
+
+
+def _element(number: int, vr: bytes, text: str) -> bytes:
+    value = text.encode("ascii")
+    value += b"\0" * (len(value) % 2)
+    return struct.pack("<HH2sH", 2, number, vr, len(value)) + value

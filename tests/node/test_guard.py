@@ -92,6 +92,22 @@ def test_echo_and_store_go_through(front: Front, tmp_path: Path) -> None:
     assert [kept.verdict for kept in front.kept] == [*[Verdict.STORED] * 3, Verdict.AGAIN]
 
 
+@pytest.mark.filterwarnings("ignore:Invalid value for VR UI")
+def test_uid_against_the_standard_is_stored_all_the_same(front: Front) -> None:
+    body = (
+        b"\x08\0\x16\0UI\x1a\0" + b"1.2.840.10008.5.1.4.1.1.1\0" + b"\x08\0\x18\0UI\x08\0" + b"1.02.3.5"
+        b"\xe0\x7f\x10\0OW\0\0\4\0\0\0" + b"\1\2\3\4"
+    )
+    implicit = body.replace(b"UI\x1a\0", b"\x1a\0\0\0").replace(b"UI\x08\0", b"\x08\0\0\0").replace(b"OW\0\0", b"")
+    command = store_command().replace(b"\x08\0\0\x001.2.3.5\0", b"\x08\0\0\x001.02.3.5")
+    assert command != store_command()
+    with associated(front.port) as connection:
+        connection.sendall(command + write_pdv(1, implicit, is_command=False))
+        connection.sendall(struct.pack(">BxI4x", PduType.RELEASE_RQ, 4))
+        said(connection)
+    assert [kept.verdict for kept in front.kept] == [Verdict.STORED]
+
+
 def test_closed_desk_answers_a700(front: Front, tmp_path: Path) -> None:
     front.is_open = False
     assert store(front.port, [write_radiograph(tmp_path / "a.dcm", seed=1)]) == [0xA700]

@@ -213,3 +213,25 @@ def test_foreign_file_is_refused(folder: Path) -> None:
     (folder / RECEIVED / "holiday.dcm").touch()
     with pytest.raises(NodeError, match="holiday"):
         open_spool(folder)
+
+
+@pytest.mark.parametrize("uid", ["1.02.3", "1..2", ".", "0", "1" * 64])
+def test_odd_uids_are_kept_as_they_are(folder: Path, tmp_path: Path, uid: str) -> None:
+    spool = open_spool(folder)
+    sent = image(tmp_path, 1)
+    content = encode(sent).replace(encode_uid(str(sent.SOPInstanceUID)), encode_uid(uid))
+    incoming = spool.begin(Command(1, STORE_RQ, b"", str(sent.SOPClassUID), uid), str(ExplicitVRLittleEndian))
+    incoming.write(content)
+    incoming.finish()
+    taken = spool.take(incoming.token)
+    assert taken is not None
+    assert spool.keep(taken).verdict is Verdict.STORED
+    stored = spool.next_pending()
+    assert stored is not None
+    assert uid.encode() in stored.path.read_bytes()
+
+
+def encode_uid(uid: str) -> bytes:
+    """Return a SOP Instance UID's element, explicit VR little endian."""
+    value = uid.encode() + b"\0" * (len(uid) % 2)
+    return b"\x08\0\x18\0UI" + len(value).to_bytes(2, "little") + value
