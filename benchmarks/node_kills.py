@@ -36,7 +36,7 @@ from chexnet_deploy.node.join import RadiographWork
 
 RESULTS = Path(__file__).parent / "results" / "node-kills-cpu.json"
 LONGEST_LIFE_S = 0.8  # after the node is ready: some dozens of images
-SETTLE_S = 240.0
+PATIENCE_S = 60.0  # without another document
 
 app = typer.Typer(add_completion=False)
 
@@ -154,9 +154,7 @@ def kill_node(
             node.start()
             on_done(i + 1)
         modality.stop()
-        settle_s = time.monotonic() + SETTLE_S
-        while not _is_settled(node) and time.monotonic() < settle_s:
-            time.sleep(0.2)
+        _settle(node, pacs)
         node.stop()
         lost, wrong = _compare(modality, pacs, node)
         head = verify(node.state / "audit.jsonl", read_head(node.state / "audit.jsonl.head").hash)
@@ -175,6 +173,16 @@ def kill_node(
     )
 
 
+def _settle(node: NodeProcess, pacs: Pacs) -> None:
+    """Wait until the node has nothing left to do, or does nothing any more."""
+    n_before, changed_s = -1, time.monotonic()
+    while not _is_settled(node) and time.monotonic() < changed_s + PATIENCE_S:
+        if len(pacs.paths()) != n_before:
+            n_before, changed_s = len(pacs.paths()), time.monotonic()
+        time.sleep(0.5)
+    time.sleep(0.5)  # storescp may be writing the last one
+
+
 def _is_settled(node: NodeProcess) -> bool:
     """Whether the node has nothing left to answer or to send."""
     waiting = "SELECT count(*) FROM entry WHERE state = 'waiting'"
@@ -190,14 +198,15 @@ def _is_settled(node: NodeProcess) -> bool:
         return bool(connection.execute(waiting).fetchone() == (0,))
 
 
-def answer_at(work: RadiographWork, image: Path, received: Mapping[str, Dataset]) -> dict[str, Dataset]:
+def answer_at(work: RadiographWork, image: Path, received: Mapping[str, Path]) -> dict[str, Dataset]:
     """Return the documents that an image is answered with, without a node, by SOP Instance UID.
 
     They bear the time of the image's arrival, which is taken from the report among those received.
     """
     report, *_ = _documents(work, image)
     if report in received:
-        moment = received[report].ContentDate + received[report].ContentTime
+        found = dcmread(received[report])
+        moment = found.ContentDate + found.ContentTime
         arrived_s = datetime.strptime(moment, "%Y%m%d%H%M%S.%f").astimezone().timestamp()
         os.utime(image, (arrived_s, arrived_s))
     return _documents(work, image)
@@ -211,9 +220,9 @@ def _documents(work: RadiographWork, image: Path) -> dict[str, Dataset]:
 def _compare(modality: _Modality, pacs: Pacs, node: NodeProcess) -> tuple[list[str], list[str]]:
     """Return the images without all their documents, and the documents that differ from those made without a node."""
     work = RadiographWork(read_config(node.folder / "node.toml"))
-    received = pacs.received()
+    received = pacs.paths()
     lost: list[str] = []
-    legitimate: dict[str, Dataset] = {}
+    right: set[str] = set()
     seeds = dict(modality.acknowledged)
     # The last image may have arrived although its sender was stopped before the answer.
     newest = max(seeds.values(), default=-1) + 1
@@ -221,12 +230,13 @@ def _compare(modality: _Modality, pacs: Pacs, node: NodeProcess) -> tuple[list[s
         seeds[str(dcmread(modality.path(newest)).SOPInstanceUID)] = newest
     for uid, seed in seeds.items():
         documents = answer_at(work, modality.path(seed), received)
-        legitimate |= documents
+        right |= {
+            name for name, document in documents.items() if name in received and dcmread(received[name]) == document
+        }
         if uid in modality.acknowledged and not set(documents) <= set(received):
             lost.append(uid)
-    wrong = [uid for uid, document in received.items() if uid not in legitimate or document != legitimate[uid]]
     work.close()
-    return lost, wrong
+    return lost, sorted(set(received) - right)
 
 
 if __name__ == "__main__":

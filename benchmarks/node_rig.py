@@ -211,6 +211,10 @@ class Pacs:
         self.process.kill()
         self.process.wait()
 
+    def paths(self) -> dict[str, Path]:
+        """Return the files it has, by SOP Instance UID, which storescp puts behind the kind of object."""
+        return {path.name.split(".", 1)[1]: path for path in self.folder.iterdir()}
+
     def received(self) -> dict[str, Dataset]:
         """Return what it has, by SOP Instance UID; a file that it may be writing still is left for later."""
         found: dict[str, Dataset] = {}

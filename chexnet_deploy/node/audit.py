@@ -73,6 +73,8 @@ class AuditLog:
             if not path.exists() and not head_path.exists():
                 path.touch(mode=0o600)
                 fsync_path(path.parent)
+            for stale in path.parent.glob(f".{head_path.name}.partial-*"):  # killed while it wrote a head
+                stale.unlink()
             torn = _cut_torn_line(path)
             head = verify(path)
             if head_path.exists():

@@ -132,6 +132,14 @@ def test_a_torn_line_is_cut_off_and_recorded(tmp_path: Path) -> None:
     assert json.loads(path.read_text().splitlines()[-1])["event"] == "torn-line"
 
 
+def test_half_written_heads_are_removed(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    write_log(path, 3)
+    (tmp_path / ".audit.jsonl.head.partial-abc").touch()
+    AuditLog.open(path).close()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["audit.jsonl", "audit.jsonl.head"]
+
+
 def test_missing_head_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "audit.jsonl"
     write_log(path, 3)

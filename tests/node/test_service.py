@@ -58,7 +58,7 @@ def test_dcmtk_stores_an_image_and_gets_the_models_own_answer(
     wait_until(lambda: is_delivered(node, 1))
     work = RadiographWork(read_config(node.folder / "node.toml"))
     wait_until(lambda: len(pacs.received()) == 2)
-    assert pacs.received() == answer_at(work, image, pacs.received())
+    assert pacs.received() == answer_at(work, image, pacs.paths())
     work.close()
     assert [document.Modality for document in pacs.received().values()] in (["SR", "OT"], ["OT", "SR"])
     refused = subprocess.run([echoscu, "-aet", "STRANGER", *titles[2:]], capture_output=True, timeout=30)
