@@ -20,7 +20,7 @@ import typer
 
 from chexnet_deploy import cli_signing
 from chexnet_deploy.cli_signing import JsonFlag, TrustOption, read_trust
-from chexnet_deploy.errors import ChexnetError, GateError, SpecError
+from chexnet_deploy.errors import ChexnetError, GateError, MissingPackageError, SpecError
 from chexnet_deploy.phases import OnPhase
 
 if TYPE_CHECKING:
@@ -375,6 +375,47 @@ def doctor(as_json: JsonFlag = False) -> None:
 
 
 app.add_typer(cli_signing.app)
+
+
+@app.command()
+def node(
+    config: Annotated[Path, typer.Argument(help="The node's TOML file.")],
+    print_unit: Annotated[
+        bool, typer.Option("--print-unit", help="Print a hardened systemd unit for it, and do nothing else.")
+    ] = False,
+) -> None:
+    """Run a DICOM node: radiographs in by C-STORE, results out by C-STORE, until SIGTERM."""
+    try:
+        from chexnet_deploy.node import program
+    except ModuleNotFoundError as err:
+        raise MissingPackageError(f"{err.name} is not installed. Run: pip install 'chexnet-deploy[node]'") from err
+
+    if print_unit:
+        typer.echo(program.print_unit(config, Path(sys.argv[0]).absolute()), nl=False)
+        return
+    raise typer.Exit(program.run(config))
+
+
+audit_app = typer.Typer(no_args_is_help=True, help="Check a node's audit log.")
+app.add_typer(audit_app, name="audit")
+
+
+@audit_app.command("verify")
+def verify_audit(
+    file: Annotated[Path, typer.Argument(help="The log, audit.jsonl in the node's folder.")],
+    head: Annotated[
+        str | None, typer.Option(help="The hash that its last line must have, as noted elsewhere; default: FILE.head.")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Detect every edit, deletion, changed order and, by its head, lines cut from the end; print the head."""
+    from chexnet_deploy.node.audit import verify_file
+
+    found = verify_file(file, head)
+    if as_json:
+        _print_json({"lines": found.seq, "head": found.hash})
+        return
+    typer.echo(f"{file}  {found.seq} lines  head {found.hash}")
 
 
 def main() -> None:

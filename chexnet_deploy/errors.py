@@ -12,6 +12,8 @@
     │   └── ImageRefusedError it was read, and isn't what the network is for; `reason` says why in one word
     ├── MetricError           a statistic is undefined on this data
     ├── MissingPackageError   an optional package is needed; the message names the extra to install
+    ├── NodeError             the DICOM node's configuration, folders or address are wrong
+    │   └── AuditError        an audit log was changed, cut short, or can't be written
     ├── SessionError          a backend refused a model or its input
     ├── SpecError             an engine spec or a recipe is wrong
     └── TrustError            nobody trusted has signed a bundle, it is too old, or a key or trust file can't be used
@@ -122,6 +124,14 @@ class MetricError(ChexnetError):
 
 class MissingPackageError(ChexnetError):
     """An optional package is needed; the message names the extra to install."""
+
+
+class NodeError(ChexnetError):
+    """The DICOM node's configuration, folders or address are wrong."""
+
+
+class AuditError(NodeError):
+    """An audit log was changed, cut short, or can't be written."""
 
 
 class SessionError(ChexnetError):

@@ -45,7 +45,7 @@ def write_file(path: Path, content: bytes, *, partial_in: Path | None = None) ->
         except BaseException:
             Path(partial.name).unlink(missing_ok=True)
             raise
-    _fsync_directory(path.parent)
+    fsync_path(path.parent)
 
 
 @contextlib.contextmanager
@@ -67,13 +67,13 @@ def new_directory(path: Path) -> Iterator[Path]:
         yield partial
         partial.chmod(0o755)
         for file in partial.rglob("*"):
-            _fsync(file)
-        _fsync_directory(partial)
+            fsync_path(file)
+        fsync_path(partial)
         # Rename replaces an *empty* directory silently, so look first.
         if path.exists():
             raise FileExistsError(17, "already exists", str(path))
         partial.rename(path)
-        _fsync_directory(path.parent)
+        fsync_path(path.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -110,12 +110,10 @@ def _remove_abandoned(parent: Path, prefix: str) -> None:
             os.close(handle)
 
 
-def _fsync(path: Path) -> None:
+def fsync_path(path: Path) -> None:
+    """Put a file's content, or a folder's names, on disk for good."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-_fsync_directory = _fsync

@@ -22,6 +22,7 @@ HEAVY = (
     "rich",
     "pydicom",
     "cryptography",
+    "pynetdicom",
     "gdcm",
     "highdicom",
 )
