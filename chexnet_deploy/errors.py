@@ -11,7 +11,8 @@
     ├── MetricError           a statistic is undefined on this data
     ├── MissingPackageError   an optional package is needed; the message names the extra to install
     ├── SessionError          a backend refused a model or its input
-    └── SpecError             an engine spec or a recipe is wrong
+    ├── SpecError             an engine spec or a recipe is wrong
+    └── TableError            a table of findings is of another run, was changed, or can't be written
 
 A message says what was found, what was needed, and the next step. Errors of other libraries are translated at the
 door of the room that uses them, `from err`. Anything else that escapes is a bug: the command line exits 70.
@@ -64,3 +65,7 @@ class SessionError(ChexnetError):
 
 class SpecError(ChexnetError):
     """An engine spec or a recipe is wrong."""
+
+
+class TableError(ChexnetError):
+    """A table of findings is of another run, was changed, or can't be written."""
