@@ -1,7 +1,8 @@
 """The command line: parse, call one function, print.
 
-Exit codes: 0 done, 1 a gate failed, 2 a user's mistake (one line with the next step), 3 inconclusive, 70 a bug (with its
-traceback), 130 interrupted. Rooms with heavy libraries are opened inside the one command that needs them.
+Exit codes: 0 done, 1 a gate failed, 2 a user's mistake (one line with the next step), 3 inconclusive, or done but for
+quarantined images, 70 a bug (with its traceback), 130 interrupted. Rooms with heavy libraries are opened inside the one
+command that needs them.
 """
 
 import errno
@@ -10,7 +11,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -20,12 +21,13 @@ import typer
 
 from chexnet_deploy import cli_signing
 from chexnet_deploy.cli_signing import JsonFlag, TrustOption, read_trust
-from chexnet_deploy.errors import ChexnetError, GateError, MissingPackageError, SpecError
+from chexnet_deploy.errors import ChexnetError, GateError, ImageError, MissingPackageError, SpecError, TableError
 from chexnet_deploy.phases import OnPhase
 
 if TYPE_CHECKING:
     from chexnet_deploy.bench import BenchReport
     from chexnet_deploy.evaluation.records import Evaluation
+    from chexnet_deploy.predictor import Prediction
     from chexnet_deploy.signing.release import Release
 
 app = typer.Typer(
@@ -40,6 +42,8 @@ _DISK_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS),
     *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP),
 }
+
+EXIT_QUARANTINED = 3  # done, but not for all: as a verdict that is neither PASS nor FAIL
 
 _INTERRUPTED = "interrupted; nothing half-written was left behind"
 
@@ -255,24 +259,52 @@ def bench(
 @app.command()
 def predict(
     bundle: Annotated[Path, typer.Argument(help="A bundle.")],
-    images: Annotated[list[Path], typer.Argument(help="PNG or JPEG radiographs.")],
+    images: Annotated[
+        list[Path], typer.Argument(help="PNG or JPEG radiographs, folders of them, or .txt lists of paths.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="A .csv or .parquet for all answers; a run that was stopped goes on with it.")
+    ] = None,
     cam: Annotated[Path | None, typer.Option(help="New folder for pictures of where the model looked.")] = None,
     trust: TrustOption = None,
-    threads: Threads = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads for one call; default: 1, and all cores for one image.")
+    ] = None,
     provider: OnProvider = ProviderName.AUTO,
     as_json: JsonFlag = False,
 ) -> None:
-    """Name the findings in radiographs, with probabilities."""
-    from chexnet_deploy.pipeline import predict_files
+    """Name the findings in radiographs, with probabilities and operating points.
 
-    predictions = predict_files(bundle, images, cam, trust=read_trust(trust), threads=threads, provider=provider.value)
-    if as_json:
-        _print_json({str(p): {"probabilities": x.probabilities, "present": x.present} for p, x in predictions.items()})
-        return
-    for path, prediction in predictions.items():
-        typer.echo(str(path))
-        for finding, probability in sorted(prediction.probabilities.items(), key=lambda item: -item[1]):
-            typer.echo(f"  {finding:20} {probability:.4f}{'  present' if prediction.present.get(finding) else ''}")
+    A file that can't be read without guessing stops nothing: it is quarantined, with the reason, and the exit code is 3.
+    """
+    from chexnet_deploy.bundle import Bundle
+    from chexnet_deploy.image_files import find_images
+    from chexnet_deploy.pipeline import open_predictor, predict_images, predict_table
+
+    if out is not None and cam is not None:
+        raise TableError("--cam draws pictures beside printed answers, --out writes a table. Run them apart.")
+    opened, found = Bundle.open(bundle, trust=read_trust(trust)), find_images(images)
+    if found.n_others:
+        typer.echo(f"entries of the folders that are no images by name, left out: {found.n_others:,}", err=True)
+    if out is not None:
+        with progress() as on_phase, going_on(out):
+            n_images, n_quarantined = predict_table(
+                opened, found, out, threads=threads, provider=provider.value, on_phase=on_phase
+            )
+        counts = {"table": str(out), "bundle": opened.id, "n_images": n_images, "n_quarantined": n_quarantined}
+        if as_json:
+            _print_json(counts)
+        else:
+            typer.echo(f"{out}  {n_images:,} images, {n_quarantined:,} quarantined  bundle {opened.id[:12]}")
+    else:
+        with open_predictor(opened, found, threads=threads, provider=provider.value) as predictor:
+            answers = predict_images(predictor, found, cam)
+            show = print_json_answers if as_json else print_answers
+            n_images, n_quarantined = len(found.names), show(answers, predictor.operating_points)
+    if n_quarantined:
+        where = "its rows say why" if out is not None else "each says why"
+        typer.echo(f"{n_quarantined:,} of {n_images:,} images can't be read and are quarantined; {where}", err=True)
+        raise typer.Exit(EXIT_QUARANTINED)
 
 
 @app.command()
@@ -470,6 +502,15 @@ def cancellation() -> Iterator[threading.Event]:
 
 
 @contextmanager
+def going_on(out: Path) -> Iterator[None]:
+    """Say on Ctrl-C that a table is gone on with, not begun again."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _fail(f"interrupted; the same command goes on with {out}", 130)
+
+
+@contextmanager
 def progress() -> Iterator[OnPhase]:
     """Show progress bars on standard error, so that standard output stays clean for results.
 
@@ -540,6 +581,42 @@ def print_evaluation(evaluation: "Evaluation") -> None:
     if evaluation.localization is not None:
         typer.echo(words.localization_line(evaluation.localization))
         print_table(words.localization_rows(evaluation.localization.summary))
+
+
+def print_answers(answers: "Iterable[tuple[str, Prediction | ImageError]]", points: Mapping[str, float]) -> int:
+    """Print each image's findings, the likeliest first, beside their operating points; return how many have none."""
+    from chexnet_deploy.image_files import one_line
+
+    n_quarantined = 0
+    for name, answer in answers:
+        typer.echo(one_line(name))
+        if isinstance(answer, ImageError):
+            n_quarantined += 1
+            typer.echo(f"  quarantined: {one_line(str(answer))}")
+            continue
+        for finding, probability in sorted(answer.probabilities.items(), key=lambda item: -item[1]):
+            verdict = "no operating point"
+            if finding in points:
+                is_there = answer.present[finding]
+                verdict = f"{'>=' if is_there else '< '} {points[finding]:.4f}{'  present' if is_there else ''}"
+            typer.echo(f"  {finding:20} {probability:.4f} {verdict}")
+    return n_quarantined
+
+
+def print_json_answers(answers: "Iterable[tuple[str, Prediction | ImageError]]", points: Mapping[str, float]) -> int:
+    """Print one JSON object, an entry for each image as it comes; return how many have no findings."""
+    n_quarantined, opening = 0, "{\n"
+    for name, answer in answers:
+        entry: dict[str, object]
+        if isinstance(answer, ImageError):
+            n_quarantined += 1
+            entry = {"quarantined": str(answer)}
+        else:
+            entry = {"probabilities": answer.probabilities, "present": answer.present}
+        typer.echo(opening + json.dumps({name: entry}, indent=2)[2:-2], nl=False)
+        opening = ",\n"
+    typer.echo("\n}")
+    return n_quarantined
 
 
 def print_table(rows: list[dict[str, str]]) -> None:

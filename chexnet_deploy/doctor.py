@@ -27,6 +27,7 @@ def examine() -> list[Ability]:
         _needs("read DICOM", ("pydicom", "python-gdcm"), "dicom"),
         _needs("HTML reports", ("matplotlib", "jinja2"), "report"),
         _needs("sign and verify bundles", ("cryptography",), "signing"),
+        _needs("tables as Parquet", ("pyarrow",), "table"),
         _needs("export and quantise", ("torch", "onnx", "safetensors", "onnxruntime"), "export"),
         _tensorrt(),
     ]

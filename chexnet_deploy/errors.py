@@ -16,6 +16,7 @@
     │   └── AuditError        an audit log was changed, cut short, or can't be written
     ├── SessionError          a backend refused a model or its input
     ├── SpecError             an engine spec or a recipe is wrong
+    ├── TableError            a table of findings is of another run, was changed, or can't be written
     └── TrustError            nobody trusted has signed a bundle, it is too old, or a key or trust file can't be used
 
 A message says what was found, what was needed, and the next step. Errors of other libraries are translated at the
@@ -140,6 +141,10 @@ class SessionError(ChexnetError):
 
 class SpecError(ChexnetError):
     """An engine spec or a recipe is wrong."""
+
+
+class TableError(ChexnetError):
+    """A table of findings is of another run, was changed, or can't be written."""
 
 
 class TrustError(ChexnetError):

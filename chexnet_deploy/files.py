@@ -25,6 +25,15 @@ def sha256_hex(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def sha256_of_file(path: Path) -> str:
+    """Return the SHA-256 of a file of any size as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def write_file(path: Path, content: bytes, *, partial_in: Path | None = None) -> None:
     """Write a file that is either complete or as it was before, also after a crash or SIGKILL.
 
@@ -92,6 +101,20 @@ def write_directory(path: Path, files: Mapping[str, bytes]) -> None:
     with new_directory(path) as partial:
         for name, content in files.items():
             (partial / name).write_bytes(content)
+
+
+def show_file(partial: Path, path: Path) -> None:
+    """Give a finished file its name, once its bytes are on the disk.
+
+    Raises:
+        FileExistsError: something is at `path` already.
+    """
+    fsync_path(partial)
+    # Rename replaces a file silently, so look first.
+    if path.exists() or path.is_symlink():
+        raise FileExistsError(17, "already exists", str(path))
+    partial.rename(path)
+    fsync_path(path.parent)
 
 
 def _remove_abandoned(parent: Path, prefix: str) -> None:

@@ -7,7 +7,7 @@ import importlib
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal
@@ -29,8 +29,10 @@ from chexnet_deploy.evaluation.request import EvaluationRequest
 from chexnet_deploy.evaluation.run import run_evaluation
 from chexnet_deploy.evaluation.sources import choose_images, say_who_is_known
 from chexnet_deploy.files import new_directory, write_file
+from chexnet_deploy.image_files import ImageFiles
 from chexnet_deploy.phases import OnPhase
 from chexnet_deploy.predictor import Prediction, Predictor, draw_cam
+from chexnet_deploy.results import open_table
 from chexnet_deploy.scope import ScopePolicy
 from chexnet_deploy.scoring import LabelledImages
 from chexnet_deploy.sessions import Provider
@@ -39,6 +41,8 @@ from chexnet_deploy.sessions.tensorrt_versions import Backend, open_tensorrt
 from chexnet_deploy.signing.release import Release
 from chexnet_deploy.signing.trust import Trust
 from chexnet_deploy.spec import read_spec
+from chexnet_deploy.streaming import choose_flow, usable_cores
+from chexnet_deploy.table_rows import TableCard
 from chexnet_deploy.tables import read_image_list
 
 if TYPE_CHECKING:
@@ -293,38 +297,92 @@ def bench_bundles(
     return run.report
 
 
-def predict_files(
-    bundle: Path,
-    images: Sequence[Path],
-    cam_folder: Path | None,
-    *,
-    trust: Trust | None = None,
-    threads: int | None,
-    provider: Provider,
-) -> dict[Path, Prediction]:
-    """Predict each file, and draw the map of each finding called present (or of the likeliest) into a new folder.
+def predict_images(
+    predictor: Predictor, images: ImageFiles, cam_folder: Path | None
+) -> Iterator[tuple[str, Prediction | ImageError]]:
+    """Yield (name, findings) for each image in order, or the ImageError that says why there are none.
+
+    Draws the map of each finding called present (or of the likeliest) into a new folder, where one is given.
 
     Raises:
-        ChexnetError: the bundle or an image can't be used, or two images would draw the same picture.
+        ChexnetError: the session failed, the one file that was given can't be read, or two images would draw the same picture.
     """
-    twice = sorted(stem for stem, count in Counter(path.stem for path in images).items() if count > 1)
-    if cam_folder is not None and twice:
-        raise ImageError(
-            f"{len(twice)} names are given twice, e.g. {twice[0]}: their pictures would be one. Run them apart."
-        )
+    if cam_folder is not None:
+        twice = sorted(stem for stem, count in Counter(path.stem for path in images.paths()).items() if count > 1)
+        if twice:
+            raise ImageError(
+                f"{len(twice)} names are given twice, e.g. {twice[0]}: their pictures would be one. Run them apart."
+            )
     with ExitStack() as stack:
         partial = None if cam_folder is None else stack.enter_context(_new_folder(cam_folder))
-        predictor = stack.enter_context(Predictor.open(bundle, trust=trust, threads=threads, provider=provider))
-        predictions = {}
-        for path in images:
-            gray = predictor.read(path)
-            predictions[path] = prediction = predictor.predict(gray)
-            if partial is not None:
-                likeliest = max(prediction.probabilities, key=prediction.probabilities.__getitem__)
-                for finding in [name for name, is_there in prediction.present.items() if is_there] or [likeliest]:
-                    picture = Image.fromarray(draw_cam(gray, prediction.maps[finding]))
-                    picture.save(partial / f"{path.stem}_{finding}.png")
-    return predictions
+        answers = stack.enter_context(
+            closing(predictor.predict_stream(images.paths(), with_maps=cam_folder is not None))
+        )
+        for name, (path, answer) in zip(images.names, answers, strict=True):
+            _refuse_lone(images, answer)
+            if partial is not None and not isinstance(answer, ImageError):
+                _draw_cams(partial, predictor, path, answer)
+            yield name, answer
+
+
+def predict_table(
+    bundle: Bundle, images: ImageFiles, out: Path, *, threads: int | None, provider: Provider, on_phase: OnPhase
+) -> tuple[int, int]:
+    """Write the findings in all images into one table, or go on with it; return its rows and those quarantined.
+
+    Raises:
+        ChexnetError: the bundle can't be used here, the table is another one or can't be written, or the one file that was
+            given can't be read.
+    """
+    threads = _threads_for(images, threads)
+    card = TableCard(
+        bundle=bundle.id,
+        preprocessing=bundle.manifest.preprocessing,
+        findings=bundle.manifest.findings,
+        operating_points=bundle.manifest.operating_points,
+        provider=provider,
+        threads=threads,
+        batch_size=choose_flow(bundle.manifest, threads=threads, provider=provider, cores=usable_cores()).batch_size,
+        n_images=len(images.names),
+        images_sha256=images.sha256,
+    )
+    with ExitStack() as stack:
+        table = stack.enter_context(open_table(out, card, images.names))
+        on_phase("predict", table.n_done, card.n_images)
+        if table.n_done < card.n_images:
+            predictor = stack.enter_context(open_predictor(bundle, images, threads=threads, provider=provider))
+            answers = stack.enter_context(closing(predictor.predict_stream(images.paths(table.n_done))))
+            for path, answer in answers:
+                _refuse_lone(images, answer)
+                table.add(path, answer)
+                on_phase("predict", table.n_done, card.n_images)
+        return table.n_done, table.n_quarantined
+
+
+def open_predictor(bundle: Bundle, images: ImageFiles, *, threads: int | None, provider: Provider) -> Predictor:
+    """Open a bundle for these images: one answers soonest with all cores at work on it, many with a core each.
+
+    Raises:
+        SessionError, MissingPackageError: see open_session.
+    """
+    return Predictor.of(bundle, threads=_threads_for(images, threads), provider=provider)
+
+
+def _threads_for(images: ImageFiles, threads: int | None) -> int | None:
+    return 1 if threads is None and len(images.names) > 1 else threads
+
+
+def _refuse_lone(images: ImageFiles, answer: Prediction | ImageError) -> None:
+    """Refuse the one file that was given, where it can't be read: a table of nothing helps nobody."""
+    if images.is_one_file and isinstance(answer, ImageError):
+        raise answer
+
+
+def _draw_cams(folder: Path, predictor: Predictor, path: Path, prediction: Prediction) -> None:
+    gray = predictor.read(path)
+    likeliest = max(prediction.probabilities, key=prediction.probabilities.__getitem__)
+    for finding in [name for name, is_there in prediction.present.items() if is_there] or [likeliest]:
+        Image.fromarray(draw_cam(gray, prediction.maps[finding])).save(folder / f"{path.stem}_{finding}.png")
 
 
 def evaluate(request: EvaluationRequest, out: Path | None, *, with_html: bool, on_phase: OnPhase) -> Evaluation:

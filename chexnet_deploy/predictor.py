@@ -3,9 +3,12 @@
 Knows bundles and sessions; reads no labels and computes no statistics.
 """
 
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Semaphore
+from types import MappingProxyType
 from typing import TypeAlias
 
 import numpy as np
@@ -13,12 +16,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from chexnet_deploy.bundle import Bundle, Manifest
-from chexnet_deploy.errors import SessionError
+from chexnet_deploy.errors import ImageError, ImageRefusedError, SessionError
 from chexnet_deploy.images import Gray, ImageReader
 from chexnet_deploy.input_guard import check_image
+from chexnet_deploy.preprocessing import Pixels
 from chexnet_deploy.scope import ScopePolicy
 from chexnet_deploy.sessions import Logits, Provider, Session, open_session
 from chexnet_deploy.signing.trust import Trust
+from chexnet_deploy.streaming import Flow, choose_flow, in_order, iter_lists, usable_cores
 
 ImageSource: TypeAlias = Path | str | Gray
 
@@ -38,6 +43,7 @@ class Prediction:
         probabilities: by finding, 0..1.
         present: by finding, True at and above its operating point; findings without one are left out.
         maps: by finding, class activation map float32 [S/32, S/32] in logits; its mean + the head's bias is the logit.
+            Empty where they were not asked for.
     """
 
     probabilities: dict[str, float]
@@ -51,10 +57,12 @@ class Predictor:
     Args:
         session: open.
         manifest: of the bundle the session was opened from.
+        flow: how `predict_stream` moves images through the session.
     """
 
-    def __init__(self, session: Session, manifest: Manifest) -> None:
+    def __init__(self, session: Session, manifest: Manifest, flow: Flow = Flow()) -> None:  # noqa: B008 - frozen
         self._session = session
+        self._flow = flow
         self._findings = manifest.findings
         self._preprocessing = manifest.preprocessing
         self._operating_points = dict(manifest.operating_points)
@@ -72,11 +80,29 @@ class Predictor:
     ) -> "Predictor":
         """Verify a bundle, load it and check its known answers; see Bundle.open and open_session for the arguments.
 
+        For one image at a time, all cores at work on it (threads=None) answer soonest. For many, `predict_stream` is fastest
+        with threads=1: each core then carries images of its own.
+
         Raises:
             BundleError, TrustError, SessionError, MissingPackageError: see Bundle.open and open_session.
         """
-        bundle = Bundle.open(Path(path), trust=trust)
-        return cls(open_session(bundle, threads=threads, provider=provider), bundle.manifest)
+        return cls.of(Bundle.open(Path(path), trust=trust), threads=threads, provider=provider)
+
+    @classmethod
+    def of(cls, bundle: Bundle, *, threads: int | None = None, provider: Provider = "auto") -> "Predictor":
+        """Load a verified bundle, as `open` does."""
+        flow = choose_flow(bundle.manifest, threads=threads, provider=provider, cores=usable_cores())
+        return cls(open_session(bundle, threads=threads, provider=provider), bundle.manifest, flow)
+
+    @property
+    def flow(self) -> Flow:
+        """How `predict_stream` moves images through the session."""
+        return self._flow
+
+    @property
+    def operating_points(self) -> Mapping[str, float]:
+        """Probability at and above which a finding is called present; findings without one are left out."""
+        return MappingProxyType(self._operating_points)
 
     def predict(self, image: ImageSource) -> Prediction:
         """Return the findings in one radiograph.
@@ -114,6 +140,40 @@ class Predictor:
         check_image(gray, self._scope.picture)
         return gray
 
+    def predict_stream(
+        self, paths: Iterable[Path | str], *, with_maps: bool = False
+    ) -> Generator[tuple[Path, Prediction | ImageError]]:
+        """Yield (path, findings) for each file, in order; for a file that can't be read, the ImageError that says why.
+
+        Lazy, in constant memory for any number of files: paths are taken a few ahead while answers are asked for. Files are
+        decoded while others are computed. Batches are cut by place, every `flow.batch_size` paths: the same list gives the
+        same bits, from any multiple of it on.
+
+        Args:
+            paths: files.
+            with_maps: keep the activation maps.
+
+        Raises:
+            SessionError: the session failed; nothing more is begun.
+        """
+        turns = Semaphore(self._flow.calls)
+
+        def answer(batch: list[Path | str]) -> list[tuple[Path, Prediction | ImageError]]:
+            loaded = [self._load(Path(path)) for path in batch]
+            pixels = [each for each in loaded if not isinstance(each, ImageError)]
+            with turns:
+                named = iter(self._run_filled(pixels, with_maps=with_maps)) if pixels else iter(())
+            return [
+                (Path(path), each if isinstance(each, ImageError) else next(named))
+                for path, each in zip(batch, loaded, strict=True)
+            ]
+
+        workers = self._flow.workers
+        batches = iter_lists(paths, self._flow.batch_size)
+        with closing(in_order(answer, batches, workers=workers, ahead=2 * workers)) as answered:
+            for answers in answered:
+                yield from answers
+
     def close(self) -> None:
         """Free the model, and end the process that decodes DICOM."""
         self._reader.close()
@@ -125,10 +185,27 @@ class Predictor:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _name(self, logits: Logits, maps: NDArray[np.float32]) -> Prediction:
+    def _load(self, path: Path) -> Pixels | ImageError:
+        try:
+            return self._preprocessing(self.read(path))
+        except ImageRefusedError as err:
+            # A new one: the first one's traceback would keep the damaged file's bytes for as long as it is kept.
+            return ImageRefusedError(err.reason, str(err))
+        except ImageError as err:
+            return ImageError(str(err))
+
+    def _run_filled(self, pixels: list[Pixels], *, with_maps: bool) -> list[Prediction]:
+        """Run one batch; where it is smaller than the session takes, copies fill it up, and their answers are dropped."""
+        n_missing = max(0, self._session.batch_range[0] - len(pixels))
+        logits, maps = self._session.run(np.concatenate(pixels + pixels[-1:] * n_missing))
+        rows = list(zip(logits, maps, strict=True))[: len(pixels)]
+        return [self._name(row, row_maps if with_maps else None) for row, row_maps in rows]
+
+    def _name(self, logits: Logits, maps: NDArray[np.float32] | None) -> Prediction:
         probabilities = dict(zip(self._findings, sigmoid(logits).tolist(), strict=True))
         present = {name: probabilities[name] >= point for name, point in self._operating_points.items()}
-        return Prediction(probabilities, present, dict(zip(self._findings, maps, strict=True)))
+        by_finding = {} if maps is None else dict(zip(self._findings, maps, strict=True))
+        return Prediction(probabilities, present, by_finding)
 
 
 def draw_cam(gray: Gray, cam: NDArray[np.float32]) -> NDArray[np.uint8]:

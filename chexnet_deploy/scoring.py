@@ -4,11 +4,8 @@ Decodes in worker threads while the sessions run, and keeps no more than a few b
 the paths, but computes no statistics.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +17,7 @@ from chexnet_deploy.findings import FINDINGS
 from chexnet_deploy.images import ImageReader
 from chexnet_deploy.preprocessing import Pixels, Preprocessing
 from chexnet_deploy.sessions import Logits, Maps, Session
+from chexnet_deploy.streaming import in_order, iter_lists
 from chexnet_deploy.subgroups import subgroups
 from chexnet_deploy.tables import Radiograph
 
@@ -76,23 +74,13 @@ def iter_pixels(paths: Iterable[Path], preprocessing: Preprocessing) -> Iterator
     Raises:
         ImageError: a file can't be read without guessing.
     """
-    remaining = iter(paths)
-    with ImageReader(processes=READERS) as reader, ThreadPoolExecutor(READERS) as pool:
-
-        def submit(path: Path) -> Future[Pixels]:
-            return pool.submit(lambda: preprocessing(reader.read(path)))
-
-        pending = deque(submit(path) for path in islice(remaining, 2 * BATCH_SIZE))
-        while pending:
-            yield pending.popleft().result()
-            pending.extend(submit(path) for path in islice(remaining, 1))
+    with ImageReader(processes=READERS) as reader:
+        yield from in_order(lambda path: preprocessing(reader.read(path)), paths, workers=READERS, ahead=2 * BATCH_SIZE)
 
 
 def iter_batches(pixels: Iterable[Pixels], batch_size: int = BATCH_SIZE) -> Iterator[Pixels]:
     """Yield uint8 [N, 1, S, S] with N = batch_size, the last one smaller."""
-    remaining = iter(pixels)
-    while batch := list(islice(remaining, batch_size)):
-        yield np.concatenate(batch)
+    yield from map(np.concatenate, iter_lists(pixels, batch_size))
 
 
 def score_files(

@@ -20,6 +20,7 @@ HEAVY = (
     "jinja2",
     "typer",
     "rich",
+    "pyarrow",
     "pydicom",
     "cryptography",
     "pynetdicom",

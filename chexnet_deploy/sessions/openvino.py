@@ -7,6 +7,7 @@ joins quantised tensors of different scales; the known answers would refuse such
 import os
 from collections import Counter
 from collections.abc import Mapping
+from queue import SimpleQueue
 from threading import Lock
 from typing import Any
 
@@ -26,7 +27,8 @@ _TYPE_NAMES = (("_i8", "int8"), ("_u8", "int8"), ("_f16", "float16"), ("_bf16", 
 
 
 class OpenvinoSession:
-    """One ONNX model in OpenVINO. Safe to call from several threads; calls take turns.
+    """One ONNX model in OpenVINO. Safe to call from several threads: as many single images run at once as `threads` goes into
+    the cores, and batches take turns.
 
     Args:
         model: the ONNX file's bytes.
@@ -45,15 +47,19 @@ class OpenvinoSession:
         self._resize_px = resize_px
         self._threads = threads or cores
         self._lock = Lock()
+        n_single = max(1, cores // self._threads)
         try:
             core = openvino.Core()
             single = core.read_model(model)
             pieces = single.clone()
-            self._single = _compile(core, single, 1, resize_px, self._threads, streams=1)
+            self._single = _compile(core, single, 1, resize_px, self._threads * n_single, streams=n_single)
             self._pieces = _compile(core, pieces, PIECE, resize_px, self._threads, streams=self._threads)
         except Exception as err:
             raise SessionError(f"OpenVINO {openvino.get_version()} refuses this model: {err}") from err
-        self._one: Any = self._single.create_infer_request()
+        self._is_open = True
+        self._singles: SimpleQueue[Any] = SimpleQueue()
+        for _ in range(n_single):
+            self._singles.put(self._single.create_infer_request())
         self._requests: list[Any] = [self._pieces.create_infer_request() for _ in range(self._threads)]
 
     @classmethod
@@ -68,13 +74,12 @@ class OpenvinoSession:
     def run(self, pixels: Pixels) -> tuple[Logits, Maps]:
         """Return logits and maps of uint8 pixels [N, 1, S, S]; see Session.run."""
         check_pixels(pixels, self._resize_px, self.batch_range)
-        with self._lock:
-            if self._one is None:
-                raise SessionError("this session is closed. Open the bundle again.")
-            try:
-                logits, maps = self._answer(np.ascontiguousarray(pixels))
-            except Exception as err:
-                raise SessionError(f"OpenVINO failed on a batch of {pixels.shape[0]}: {err}") from err
+        if not self._is_open:
+            raise SessionError("this session is closed. Open the bundle again.")
+        try:
+            logits, maps = self._answer(np.ascontiguousarray(pixels))
+        except Exception as err:
+            raise SessionError(f"OpenVINO failed on a batch of {pixels.shape[0]}: {err}") from err
         check_finite(logits, maps)
         return logits, maps
 
@@ -93,28 +98,39 @@ class OpenvinoSession:
         return {}
 
     def close(self) -> None:
-        """Free the model."""
-        with self._lock:
-            self._one = self._single = self._pieces = None
-            self._requests = []
+        """Free the model; no run may be under way."""
+        self._is_open = False
+        self._single = self._pieces = None
+        self._singles, self._requests = SimpleQueue(), []
 
     def _answer(self, pixels: Pixels) -> tuple[Logits, Maps]:
         n_whole = len(pixels) // PIECE * PIECE
-        parts: list[tuple[Logits, Maps]] = []
-        for start in range(0, n_whole, PIECE * len(self._requests)):
-            running = []
-            for request, first in zip(self._requests, range(start, n_whole, PIECE), strict=False):
-                request.start_async({0: pixels[first : first + PIECE]}, share_inputs=True)
-                running.append(request)
-            for request in running:
-                request.wait()
-                parts.append(_outputs(request))
-        for i in range(n_whole, len(pixels)):
-            self._one.infer({0: pixels[i : i + 1]}, share_inputs=True)
-            parts.append(_outputs(self._one))
+        parts = self._answer_pieces(pixels[:n_whole]) if n_whole else []
+        parts += [self._answer_one(pixels[i : i + 1]) for i in range(n_whole, len(pixels))]
         if len(parts) == 1:
             return parts[0]
         return np.concatenate([logits for logits, _ in parts]), np.concatenate([maps for _, maps in parts])
+
+    def _answer_pieces(self, pixels: Pixels) -> list[tuple[Logits, Maps]]:
+        parts = []
+        with self._lock:
+            for start in range(0, len(pixels), PIECE * len(self._requests)):
+                running = []
+                for request, first in zip(self._requests, range(start, len(pixels), PIECE), strict=False):
+                    request.start_async({0: pixels[first : first + PIECE]}, share_inputs=True)
+                    running.append(request)
+                for request in running:
+                    request.wait()
+                    parts.append(_outputs(request))
+        return parts
+
+    def _answer_one(self, pixels: Pixels) -> tuple[Logits, Maps]:
+        request = self._singles.get()
+        try:
+            request.infer({0: pixels}, share_inputs=True)
+            return _outputs(request)
+        finally:
+            self._singles.put(request)
 
 
 def _compile(core: Any, model: Any, batch: int, resize_px: int, threads: int, *, streams: int) -> Any:
