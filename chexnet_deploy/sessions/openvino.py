@@ -27,8 +27,9 @@ _TYPE_NAMES = (("_i8", "int8"), ("_u8", "int8"), ("_f16", "float16"), ("_bf16", 
 
 
 class OpenvinoSession:
-    """One ONNX model in OpenVINO. Safe to call from several threads: as many single images run at once as `threads` goes into
-    the cores, and batches take turns.
+    """One ONNX model in OpenVINO. Safe to call from several threads.
+
+    As many single images run at once as `threads` goes into the cores; batches take turns.
 
     Args:
         model: the ONNX file's bytes.
