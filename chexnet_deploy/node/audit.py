@@ -100,13 +100,13 @@ class AuditLog:
             AuditError: the line can't be written; nothing may be done that it was to record.
         """
         with self._lock:
-            self.is_writable = False
-            line, digest = self._compose(event, fields)
-            self._write(line)
-            self.head = Head(self.head.seq + 1, digest)
             try:
+                line, digest = self._compose(event, fields)
+                self._write(line)
+                self.head = Head(self.head.seq + 1, digest)
                 write_file(_head_path(self._path), _head_line(self.head))
             except OSError as err:
+                self.is_writable = False
                 raise _cannot_write(self._path, err) from err
             self.is_writable = True
             return self.head
@@ -134,10 +134,10 @@ class AuditLog:
             if written < len(line):
                 raise OSError(28, "only a part of a line fitted")
             os.fsync(self._handle)
-        except OSError as err:
+        except OSError:
             # A part of a line would break the chain for every line after it.
             os.ftruncate(self._handle, before)
-            raise _cannot_write(self._path, err) from err
+            raise
 
     def close(self) -> None:
         """Close the log."""

@@ -171,3 +171,19 @@ def test_full_disk_refuses_and_leaves_the_chain_whole(tmp_path: Path, monkeypatc
     assert log.is_writable
     assert verify(path, log.head.hash).seq == 4
     log.close()
+
+
+def test_log_counts_as_writable_while_a_line_is_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # An image that comes in at that moment must not be refused.
+    log = AuditLog.open(tmp_path / "audit.jsonl")
+    seen, real = [], os.fsync
+
+    def look(handle: int) -> None:
+        seen.append(log.is_writable)
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", look)
+    log.append("answered")
+    log.close()
+    assert seen
+    assert all(seen)
