@@ -167,6 +167,14 @@ def test_full_disk_refuses_and_leaves_the_chain_whole(tmp_path: Path, monkeypatc
                 log.append("answered")
         assert not log.is_writable
         assert verify(path).seq == 3
+    head_path = path.with_name(path.name + HEAD_SUFFIX)
+    head_path.unlink()
+    head_path.mkdir()
+    for _ in range(3):
+        with pytest.raises(AuditError):
+            log.append("answered")
+    assert verify(path).seq == 3  # no line runs ahead of its head
+    head_path.rmdir()
     log.append("answered")
     assert log.is_writable
     assert verify(path, log.head.hash).seq == 4
