@@ -54,16 +54,17 @@ def time_in_turns(
     """Return for each engine, by batch size, ms per image in every round.
 
     Each is run once untimed before it is timed: the threads of the one before may still be waiting for work, and the caches
-    hold its weights. Who begins moves on from round to round.
+    hold its weights. Every round has an order of its own, drawn with a fixed seed: were the one before always the same, what it
+    leaves behind would be counted as its neighbour's time.
     """
+    generator = np.random.default_rng(0)
     samples: list[dict[int, list[float]]] = [{} for _ in engines]
     for batch, n_rounds in rounds.items():
         order = [i for i, engine in enumerate(engines) if batch in engine.runs]
         for turn in range(n_rounds):
             first = turn * batch % max(1, len(pixels) - batch + 1)
             part = np.ascontiguousarray(pixels[first : first + batch])
-            shift = turn % len(order)
-            for i in (*order[shift:], *order[:shift]):
+            for i in generator.permutation(order):
                 run = engines[i].runs[batch]
                 run(part)
                 start = perf_counter()
