@@ -24,6 +24,7 @@ def examine() -> list[Ability]:
     return [
         _needs("run ONNX bundles on the CPU", ("onnxruntime",), "cpu"),
         _needs("HTML reports", ("matplotlib", "jinja2"), "report"),
+        _needs("tables as Parquet", ("pyarrow",), "table"),
         _needs("export and quantise", ("torch", "onnx", "safetensors", "onnxruntime"), "export"),
         _tensorrt(),
     ]

@@ -39,6 +39,7 @@ from chexnet_deploy.sessions import Provider
 from chexnet_deploy.sessions.target import open_driver
 from chexnet_deploy.sessions.tensorrt_versions import Backend, open_tensorrt
 from chexnet_deploy.spec import read_spec
+from chexnet_deploy.streaming import choose_flow, usable_cores
 from chexnet_deploy.table_rows import TableCard
 from chexnet_deploy.tables import read_image_list
 
@@ -295,26 +296,28 @@ def predict_table(
         ChexnetError: the bundle can't be used here, the table is another one or can't be written, or the one file that was
             given can't be read.
     """
+    threads = _threads_for(images, threads)
+    card = TableCard(
+        bundle=bundle.id,
+        preprocessing=bundle.manifest.preprocessing,
+        findings=bundle.manifest.findings,
+        operating_points=bundle.manifest.operating_points,
+        provider=provider,
+        threads=threads,
+        batch_size=choose_flow(bundle.manifest, threads=threads, provider=provider, cores=usable_cores()).batch_size,
+        n_images=len(images.names),
+        images_sha256=images.sha256,
+    )
     with ExitStack() as stack:
-        predictor = stack.enter_context(open_predictor(bundle, images, threads=threads, provider=provider))
-        card = TableCard(
-            bundle=bundle.id,
-            preprocessing=bundle.manifest.preprocessing,
-            findings=bundle.manifest.findings,
-            operating_points=bundle.manifest.operating_points,
-            provider=provider,
-            threads=_threads_for(images, threads),
-            batch_size=predictor.flow.batch_size,
-            n_images=len(images.names),
-            images_sha256=images.sha256,
-        )
         table = stack.enter_context(open_table(out, card, images.names))
-        answers = stack.enter_context(closing(predictor.predict_stream(images.paths(table.n_done))))
         on_phase("predict", table.n_done, card.n_images)
-        for path, answer in answers:
-            _refuse_lone(images, answer)
-            table.add(path, answer)
-            on_phase("predict", table.n_done, card.n_images)
+        if table.n_done < card.n_images:
+            predictor = stack.enter_context(open_predictor(bundle, images, threads=threads, provider=provider))
+            answers = stack.enter_context(closing(predictor.predict_stream(images.paths(table.n_done))))
+            for path, answer in answers:
+                _refuse_lone(images, answer)
+                table.add(path, answer)
+                on_phase("predict", table.n_done, card.n_images)
         return table.n_done, table.n_quarantined
 
 

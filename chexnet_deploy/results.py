@@ -10,6 +10,7 @@ Predicts nothing.
 """
 
 import fcntl
+import glob
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -92,6 +93,8 @@ class Table:
             raise
         with _writing(self._out):
             self.n_done, self.n_quarantined, end = read_back(self._partial, self._card, self._names)
+            for stale in self._out.parent.glob(f".{glob.escape(self._card_path.name)}.partial-*"):
+                stale.unlink()  # what a kill left while the card was written
             # The card before the first row: rows without one would be nobody's.
             write_file(self._card_path, self._card.to_json())
             rows.truncate(end)

@@ -2,6 +2,7 @@
 
 import csv
 import fcntl
+import hashlib
 import json
 import os
 import random
@@ -125,8 +126,6 @@ def test_the_card_binds_the_table(whole: Whole, tmp_path: Path) -> None:
     assert card.begun == CARD
     assert card.n_quarantined == 2  # places 3 and 7
     assert card.preprocessing == CARD.preprocessing
-    import hashlib
-
     assert card.table_sha256 == hashlib.sha256(whole.table).hexdigest()
 
 
@@ -301,6 +300,13 @@ def test_killed_at_any_of_the_last_steps(
     assert [path.name for path in sorted(out.parent.iterdir())] == [f"t{suffix}", f"t{suffix}.json"]
     for name in (f"t{suffix}", f"t{suffix}.json"):
         assert (out.parent / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_what_a_kill_left_of_a_card_is_removed(whole: Whole, tmp_path: Path) -> None:
+    stop(tmp_path / "t.csv", 4)
+    (tmp_path / ".t.csv.json.partial-a1b2").write_text("{")
+    write(tmp_path / "t.csv")
+    assert_whole(tmp_path / "t.csv", whole)
 
 
 def test_parquet_has_the_rows_of_the_csv(whole: Whole, tmp_path: Path) -> None:
@@ -489,6 +495,7 @@ def test_pictures_and_a_table_are_made_apart(bundles: dict[str, Bundle], folder:
     assert_one_line_error(done, 2, "--cam", "apart")
 
 
+@pytest.mark.slow
 def test_evaluate_reads_the_table(bundles: dict[str, Bundle], phantom_root: Path, tmp_path: Path) -> None:
     done = chexnet("predict", bundles["fp32"].path, phantom_root / "images", "--out", tmp_path / "t.csv")
     assert done.returncode == 0, done.stderr

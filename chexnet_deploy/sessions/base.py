@@ -18,7 +18,7 @@ _BATCH_SIZE = 32  # fewer than a session may take, so that activations stay smal
 
 
 class Session(Protocol):
-    """One loaded model on one backend."""
+    """One loaded model on one backend; `run` may be called from several threads at once."""
 
     batch_range: tuple[int, int]
 
