@@ -29,6 +29,7 @@ lint: $(STAMP)
 
 soak: $(STAMP)  ## the long checks in full, about a quarter of an hour
 	$(BIN)/python -m benchmarks.soak
+	$(BIN)/python -m benchmarks.hostile_images
 	$(BIN)/python -m benchmarks.coverage
 
 real: $(STAMP)  ## the chain on real radiographs; CHEXNET_CHESTXRAY14 names their folder

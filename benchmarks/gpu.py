@@ -80,9 +80,8 @@ def main(
     """Measure, and print a short table last."""
     end = monotonic() + deadline_s
     gpu = None if dry_run else _nvidia_smi()
-    found = {
-        folder.name: Bundle.open(folder) for folder in sorted(bundles.iterdir()) if (folder / "manifest.json").is_file()
-    }
+    opened = (Bundle.open(folder) for folder in sorted(bundles.iterdir()) if (folder / "manifest.json").is_file())
+    found = {bundle.path.name: bundle for bundle in opened if bundle.manifest.dialect != "cpu"}
     if "fp32" not in found:
         raise SessionError(f"{bundles} holds no bundle named fp32 to compare with. Give the folder that export wrote.")
     work = Path(tempfile.mkdtemp(prefix="chexnet-gpu-"))

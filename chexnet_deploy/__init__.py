@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from chexnet_deploy.predictor import Prediction, Predictor, draw_cam
     from chexnet_deploy.preprocessing import Preprocessing
     from chexnet_deploy.sessions import open_session
+    from chexnet_deploy.signing.trust import Trust
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ __all__ = [
     "Prediction",
     "Predictor",
     "Preprocessing",
+    "Trust",
     "draw_cam",
     "open_session",
     "read_image",
@@ -43,6 +45,7 @@ _HOMES = {
     "Prediction": "predictor",
     "Predictor": "predictor",
     "Preprocessing": "preprocessing",
+    "Trust": "signing.trust",
     "draw_cam": "predictor",
     "open_session": "sessions",
     "read_image": "images",

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, computed_field
 
 from chexnet_deploy.bundle import Bundle, EngineCard, Precision, Target
-from chexnet_deploy.errors import BundleError, SpecError
+from chexnet_deploy.errors import BundleError, SpecError, TrustError
 from chexnet_deploy.files import sha256_hex
 from chexnet_deploy.invariance import InvarianceReport, measure_invariance
 from chexnet_deploy.latency import LatencyReport, measure_latency
@@ -26,10 +26,17 @@ from chexnet_deploy.phases import OnPhase
 from chexnet_deploy.preprocessing import Pixels
 from chexnet_deploy.probe import N_PROBES
 from chexnet_deploy.scoring import LabelledImages, score_files
-from chexnet_deploy.sessions import Logits, Maps, Provider, Session, check_known_answers, open_session
+from chexnet_deploy.sessions import Logits, Maps, Provider, Session, check_known_answers, open_session, resolve_provider
+from chexnet_deploy.signing.trust import Trust
 from chexnet_deploy.spec import EngineSpec, LatencyGate
 
 REFERENCE = "reference"
+RUNS_ON: Mapping[Provider, str] = {
+    "auto": "a CPU",
+    "openvino": "OpenVINO (cpu)",
+    "cpu": "ONNX Runtime (cpu)",
+    "cuda": "ONNX Runtime (cuda)",
+}
 STAGE_RUNS = 20
 MIN_RUNS_FOR_P99 = 100  # a 99th percentile of fewer is their maximum, and says nothing of the hundredth
 
@@ -90,7 +97,7 @@ class BenchReport(_Record):
         finished_utc: when, ISO 8601.
         data: what the images are, in words.
         whom: whether the model was trained on their patients, in words.
-        provider: what ONNX Runtime ran the engines on; the reference always runs on the CPU.
+        provider: what ran the ONNX engines; the reference always runs on ONNX Runtime's CPU.
         images_sha256: hash of the names of the images, one a line, in the order they were run; None without images.
     """
 
@@ -131,11 +138,15 @@ class Effort:
     min_duration_s: float = 3.0
 
 
-def find_reference(engine: Bundle) -> Bundle:
+def find_reference(engine: Bundle, *, trust: Trust | None = None) -> Bundle:
     """Return the fp32 bundle an engine came from: itself, or the one beside it whose id its ancestry names.
 
+    Args:
+        engine: opened.
+        trust: what the fp32 bundle must show, too.
+
     Raises:
-        BundleError: none lies beside it.
+        BundleError: none lies beside it, or none that trust accepts.
     """
     if not engine.manifest.ancestors:
         return engine
@@ -143,13 +154,14 @@ def find_reference(engine: Bundle) -> Bundle:
     for folder in sorted(engine.path.resolve().parent.iterdir()):
         if (folder / "manifest.json").is_file():
             try:
-                bundle = Bundle.open(folder)
-            except BundleError:
-                continue  # a damaged neighbour is nobody's ancestor
+                bundle = Bundle.open(folder, trust=trust)
+            except (BundleError, TrustError):
+                continue  # a damaged or foreign neighbour is nobody's ancestor
             if bundle.id == wanted:
                 return bundle
+    how = "" if trust is None else " and signed by a trusted key"
     raise BundleError(
-        f"the fp32 bundle that {engine.path} came from (id {wanted[:12]}…) does not lie whole beside it. "
+        f"the fp32 bundle that {engine.path} came from (id {wanted[:12]}…) does not lie beside it, whole{how}. "
         f"Give it by --reference."
     )
 
@@ -163,7 +175,7 @@ def run_bench(
     whom: str = "",
     effort: Effort,
     threads: int | None = None,
-    provider: Provider = "cpu",
+    provider: Provider = "auto",
     on_phase: OnPhase | None = None,
 ) -> BenchRun:
     """Measure engines beside their reference and judge each by its spec.
@@ -176,7 +188,7 @@ def run_bench(
         whom: whether the model was trained on their patients, likewise.
         effort: how long to measure.
         threads: CPU threads for one call; None takes all cores.
-        provider: what ONNX Runtime runs the engines on.
+        provider: what runs the ONNX engines; the reference always runs on ONNX Runtime's CPU.
         on_phase: called with the phase's name, what is done and of how much.
 
     Raises:
@@ -184,6 +196,7 @@ def run_bench(
         SpecError: a spec is for another precision or GPU.
         SessionError: an engine refuses to run here, or answers otherwise than when it was proven.
     """
+    provider = resolve_provider(provider)
     for bundle, spec in engines:
         if reference.id not in (bundle.id, *bundle.manifest.ancestors):
             raise BundleError(
@@ -194,7 +207,7 @@ def run_bench(
                 f"the spec is for {spec.precision.value}, but {bundle.path} is {bundle.manifest.precision.value}. "
                 f"Give the spec of that precision."
             )
-        here = f"ONNX Runtime ({provider})" if bundle.manifest.target is None else bundle.manifest.target.gpu
+        here = RUNS_ON[provider] if bundle.manifest.target is None else bundle.manifest.target.gpu
         if not spec.is_for(here):
             raise SpecError(
                 f"the spec is for a GPU named {spec.gpu}, but {bundle.path} runs on {here}. Give its own spec."
@@ -202,7 +215,7 @@ def run_bench(
     names = _distinct_names([bundle for bundle, _ in engines])
     sessions: dict[str, Session] = {}
     try:
-        sessions[REFERENCE] = open_session(reference, threads=threads)
+        sessions[REFERENCE] = open_session(reference, threads=threads, provider="cpu")
         for name, (bundle, _) in zip(names, engines, strict=True):
             sessions[name] = open_session(bundle, threads=threads, provider=provider)
         answers = _score(sessions, reference, images, on_phase)
@@ -248,7 +261,7 @@ def describe_machine() -> Machine:
         ]
         processor = models[0] if models else processor
     packages = {}
-    for name in ("chexnet-deploy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "numpy", "pillow"):
+    for name in ("chexnet-deploy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "numpy", "pillow"):
         try:
             packages[name] = version(name)
         except PackageNotFoundError:

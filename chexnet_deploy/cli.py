@@ -19,13 +19,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from chexnet_deploy.errors import ChexnetError, GateError, ImageError, TableError
+from chexnet_deploy import cli_signing
+from chexnet_deploy.cli_signing import JsonFlag, TrustOption, read_trust
+from chexnet_deploy.errors import ChexnetError, GateError, ImageError, MissingPackageError, SpecError, TableError
 from chexnet_deploy.phases import OnPhase
 
 if TYPE_CHECKING:
     from chexnet_deploy.bench import BenchReport
     from chexnet_deploy.evaluation.records import Evaluation
     from chexnet_deploy.predictor import Prediction
+    from chexnet_deploy.signing.release import Release
 
 app = typer.Typer(
     add_completion=False,
@@ -44,20 +47,27 @@ EXIT_QUARANTINED = 3  # done, but not for all: as a verdict that is neither PASS
 
 _INTERRUPTED = "interrupted; nothing half-written was left behind"
 
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 DataOption = Annotated[Path | None, typer.Option("--data", help="ChestX-ray14: tables, split lists and images.")]
 ImagesOption = Annotated[Path | None, typer.Option("--images", help="Only the images this list names, one a line.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads for one call; default: all cores.")]
 
 
 class ProviderName(str, Enum):
-    """What ONNX Runtime runs on."""
+    """What runs an ONNX bundle."""
 
+    AUTO = "auto"
+    OPENVINO = "openvino"
     CPU = "cpu"
     CUDA = "cuda"
 
 
-OnProvider = Annotated[ProviderName, typer.Option(help="What ONNX Runtime runs an ONNX bundle on; never another.")]
+OnProvider = Annotated[
+    ProviderName,
+    typer.Option(
+        help="What runs an ONNX bundle: OpenVINO, ONNX Runtime on the cpu or on cuda; never another. "
+        "auto is OpenVINO where it is installed, else cpu."
+    ),
+]
 
 
 class SplitName(str, Enum):
@@ -66,13 +76,6 @@ class SplitName(str, Enum):
     TRAIN = "train"
     VAL = "val"
     TEST = "test"
-
-
-class Dialect(str, Enum):
-    """Which int8 form: typed for TensorRT 10 and later, trt8 for TensorRT 8.6."""
-
-    TYPED = "typed"
-    TRT8 = "trt8"
 
 
 @app.command()
@@ -85,17 +88,29 @@ def export(
     calibration: Annotated[
         Path | None, typer.Option(help="Image names for int8, one a line; default: chosen, and written to OUT.")
     ] = None,
-    calibration_images: Annotated[int, typer.Option(help="How many to choose, where no list is given.")] = 512,
+    calibration_images: Annotated[int, typer.Option(help="How many to choose, where no list is given.")] = 256,
     data: DataOption = None,
-    dialect: Annotated[Dialect, typer.Option(help="The form of int8.")] = Dialect.TYPED,
+    dialect: Annotated[
+        str,
+        typer.Option(help="Comma-separated forms of int8: typed (TensorRT 10 and later), trt8 (TensorRT 8.6), cpu."),
+    ] = "typed",
+    scope: Annotated[
+        Path | None, typer.Option(help="TOML: modalities, body parts, views and ages the model is meant for.")
+    ] = None,
     engine: Annotated[
         bool, typer.Option("--engine", help="Build a TensorRT plan of each too, on the GPU here.")
     ] = False,
+    line: Annotated[str | None, typer.Option(help="The model line this is a release of, e.g. chexnet-adult.")] = None,
+    release: Annotated[
+        int | None, typer.Option(min=1, help="Its number, greater than every one before; needs --line.")
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Make fp32, fp16 and int8 bundles of a checkpoint; each is kept only if it answers as the one before."""
-    from chexnet_deploy.pipeline import build_bundle, export_bundles, parse_precisions, require_tensorrt
+    from chexnet_deploy.pipeline import build_bundle, export_bundles, parse_dialects, parse_precisions, require_tensorrt
+    from chexnet_deploy.spec import read_scope
 
+    policy = None if scope is None else read_scope(scope)
     if engine:
         require_tensorrt("tensorrt")
     with progress() as on_phase:
@@ -106,8 +121,10 @@ def export(
             data_root=data,
             calibration_list=calibration,
             n_calibration_images=calibration_images,
-            dialect=dialect.value,
+            dialects=parse_dialects(dialect),
+            release=_release(line, release),
             on_phase=on_phase,
+            scope=policy,
         )
         if engine:
             with cancellation() as cancelled:
@@ -165,6 +182,7 @@ def build(
     timing_cache: Annotated[
         Path | None, typer.Option(help="A file that makes the same build quicker next time.")
     ] = None,
+    trust: TrustOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Build a TensorRT plan of a bundle on the GPU it will run on; kept only if it gives the known answers."""
@@ -178,6 +196,7 @@ def build(
             backend=backend.value,
             device=device,
             timing_cache=timing_cache,
+            trust=read_trust(trust),
             cancelled=cancelled,
             on_phase=on_phase,
         )
@@ -204,8 +223,9 @@ def bench(
     html: Annotated[bool, typer.Option(help="Write report.html too.")] = True,
     min_runs: Annotated[int, typer.Option(min=1, help="Rounds at the least.")] = 100,
     min_duration_s: Annotated[float, typer.Option(min=0.0, help="Seconds for each engine and scenario.")] = 3.0,
+    trust: TrustOption = None,
     threads: Threads = None,
-    provider: OnProvider = ProviderName.CPU,
+    provider: OnProvider = ProviderName.AUTO,
     as_json: JsonFlag = False,
 ) -> None:
     """Prove an engine on this machine: accuracy beside its fp32 model, and latency; PASS, FAIL or INCONCLUSIVE."""
@@ -223,6 +243,7 @@ def bench(
             spec,
             out,
             effort=Effort(min_runs, min_duration_s),
+            trust=read_trust(trust),
             threads=threads,
             provider=provider.value,
             with_html=html,
@@ -245,10 +266,11 @@ def predict(
         Path | None, typer.Option(help="A .csv or .parquet for all answers; a run that was stopped goes on with it.")
     ] = None,
     cam: Annotated[Path | None, typer.Option(help="New folder for pictures of where the model looked.")] = None,
+    trust: TrustOption = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads for one call; default: 1, and all cores for one image.")
     ] = None,
-    provider: OnProvider = ProviderName.CPU,
+    provider: OnProvider = ProviderName.AUTO,
     as_json: JsonFlag = False,
 ) -> None:
     """Name the findings in radiographs, with probabilities and operating points.
@@ -261,7 +283,7 @@ def predict(
 
     if out is not None and cam is not None:
         raise TableError("--cam draws pictures beside printed answers, --out writes a table. Run them apart.")
-    opened, found = Bundle.open(bundle), find_images(images)
+    opened, found = Bundle.open(bundle, trust=read_trust(trust)), find_images(images)
     if found.n_others:
         typer.echo(f"entries of the folders that are no images by name, left out: {found.n_others:,}", err=True)
     if out is not None:
@@ -313,8 +335,9 @@ def evaluate(
     ] = False,
     out: Annotated[Path | None, typer.Option(help="New folder for report.json and report.html.")] = None,
     html: Annotated[bool, typer.Option(help="Write report.html too.")] = True,
+    trust: TrustOption = None,
     threads: Threads = None,
-    provider: OnProvider = ProviderName.CPU,
+    provider: OnProvider = ProviderName.AUTO,
     as_json: JsonFlag = False,
 ) -> None:
     """Measure a bundle, or anyone's predictions, on labelled images: AUROC with intervals clustered by patient.
@@ -336,6 +359,7 @@ def evaluate(
         has_localization=localization,
         threads=threads,
         provider=provider.value,
+        trust=read_trust(trust),
     )
     with progress() as on_phase:
         result = run(request, out, with_html=html, on_phase=on_phase)
@@ -348,16 +372,20 @@ def evaluate(
 
 
 @app.command()
-def inspect(path: Annotated[Path, typer.Argument(help="A bundle, or a .safetensors checkpoint.")]) -> None:
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A bundle, or a .safetensors checkpoint.")], trust: TrustOption = None
+) -> None:
     """Verify a bundle or a checkpoint and print its manifest as JSON."""
     if path.suffix == ".safetensors":
+        if trust is not None:
+            raise SpecError("checkpoints aren't signed, and --trust is for bundles. Leave it away.")
         from chexnet_deploy.pipeline import open_torch_room
 
         typer.echo(open_torch_room().read_checkpoint(path).manifest.model_dump_json(indent=2))
         return
     from chexnet_deploy.bundle import Bundle
 
-    bundle = Bundle.open(path)
+    bundle = Bundle.open(path, trust=read_trust(trust))
     _print_json({"id": bundle.id, **json.loads(bundle.manifest.model_dump_json())})
 
 
@@ -376,6 +404,50 @@ def doctor(as_json: JsonFlag = False) -> None:
         typer.echo(f"{'yes' if ability.is_ready else 'no ':3}  {ability.name}: {ability.found}")
         if ability.next_step:
             typer.echo(f"     {ability.next_step}")
+
+
+app.add_typer(cli_signing.app)
+
+
+@app.command()
+def node(
+    config: Annotated[Path, typer.Argument(help="The node's TOML file.")],
+    print_unit: Annotated[
+        bool, typer.Option("--print-unit", help="Print a hardened systemd unit for it, and do nothing else.")
+    ] = False,
+) -> None:
+    """Run a DICOM node: radiographs in by C-STORE, results out by C-STORE, until SIGTERM."""
+    try:
+        from chexnet_deploy.node import program
+    except ModuleNotFoundError as err:
+        raise MissingPackageError(f"{err.name} is not installed. Run: pip install 'chexnet-deploy[node]'") from err
+
+    if print_unit:
+        typer.echo(program.print_unit(config, Path(sys.argv[0]).absolute()), nl=False)
+        return
+    raise typer.Exit(program.run(config))
+
+
+audit_app = typer.Typer(no_args_is_help=True, help="Check a node's audit log.")
+app.add_typer(audit_app, name="audit")
+
+
+@audit_app.command("verify")
+def verify_audit(
+    file: Annotated[Path, typer.Argument(help="The log, audit.jsonl in the node's folder.")],
+    head: Annotated[
+        str | None, typer.Option(help="The hash that its last line must have, as noted elsewhere; default: FILE.head.")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Detect every edit, deletion, changed order and, by its head, lines cut from the end; print the head."""
+    from chexnet_deploy.node.audit import verify_file
+
+    found = verify_file(file, head)
+    if as_json:
+        _print_json({"lines": found.seq, "head": found.hash})
+        return
+    typer.echo(f"{file}  {found.seq} lines  head {found.hash}")
 
 
 def main() -> None:
@@ -556,6 +628,23 @@ def print_table(rows: list[dict[str, str]]) -> None:
     for row in rows:
         table.add_row(*row.values())
     Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _release(line: str | None, number: int | None) -> "Release | None":
+    """Return the release that two options name, or none."""
+    from pydantic import ValidationError
+
+    from chexnet_deploy.signing.release import Release
+
+    if line is None and number is None:
+        return None
+    if line is None or number is None:
+        raise SpecError("found one of --line and --release, needed both or neither. Give the other too.")
+    try:
+        return Release(line=line, number=number)
+    except ValidationError as err:
+        first = err.errors()[0]
+        raise SpecError(f"--{'line' if 'line' in first['loc'] else 'release'}: {first['msg']}. Correct it.") from err
 
 
 def _print_json(value: object) -> None:

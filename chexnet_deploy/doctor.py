@@ -23,7 +23,10 @@ def examine() -> list[Ability]:
     """Return what works here."""
     return [
         _needs("run ONNX bundles on the CPU", ("onnxruntime",), "cpu"),
+        _needs("run ONNX bundles fastest on a CPU", ("openvino",), "openvino"),
+        _needs("read DICOM", ("pydicom", "python-gdcm"), "dicom"),
         _needs("HTML reports", ("matplotlib", "jinja2"), "report"),
+        _needs("sign and verify bundles", ("cryptography",), "signing"),
         _needs("tables as Parquet", ("pyarrow",), "table"),
         _needs("export and quantise", ("torch", "onnx", "safetensors", "onnxruntime"), "export"),
         _tensorrt(),

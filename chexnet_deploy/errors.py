@@ -5,18 +5,25 @@
     ├── CalibrationError      a calibration set is too small, repeated, constant or overlaps the evaluation set
     ├── CheckpointError       weights can't be loaded, or don't fit the model
     ├── DatasetError          a data set's tables or images contradict each other
+    ├── DicomError            a DICOM result can't be made or kept without guessing
     ├── ExportError           an exported graph doesn't answer as the model it came from
     ├── GateError             a parity gate failed; the command line exits 1
     ├── ImageError            an image file can't be read without guessing
+    │   └── ImageRefusedError it was read, and isn't what the network is for; `reason` says why in one word
     ├── MetricError           a statistic is undefined on this data
     ├── MissingPackageError   an optional package is needed; the message names the extra to install
+    ├── NodeError             the DICOM node's configuration, folders or address are wrong
+    │   └── AuditError        an audit log was changed, cut short, or can't be written
     ├── SessionError          a backend refused a model or its input
     ├── SpecError             an engine spec or a recipe is wrong
-    └── TableError            a table of findings is of another run, was changed, or can't be written
+    ├── TableError            a table of findings is of another run, was changed, or can't be written
+    └── TrustError            nobody trusted has signed a bundle, it is too old, or a key or trust file can't be used
 
 A message says what was found, what was needed, and the next step. Errors of other libraries are translated at the
 door of the room that uses them, `from err`. Anything else that escapes is a bug: the command line exits 70.
 """
+
+from enum import Enum
 
 
 class ChexnetError(Exception):
@@ -39,6 +46,10 @@ class DatasetError(ChexnetError):
     """A data set's tables or images contradict each other."""
 
 
+class DicomError(ChexnetError):
+    """A DICOM result can't be made or kept without guessing."""
+
+
 class ExportError(ChexnetError):
     """An exported graph doesn't answer as the model it came from."""
 
@@ -47,8 +58,65 @@ class GateError(ChexnetError):
     """A parity gate failed."""
 
 
+class RefusalReason(str, Enum):
+    """Why an image was refused, in one word that never changes: for audit logs, metrics and status codes."""
+
+    UNREADABLE = "unreadable"  # no such file, a pipe, 0 bytes; and every refusal of a PNG or JPEG
+    NOT_DICOM = "not-dicom"  # no preamble and DICM mark
+    TRUNCATED = "truncated"  # something declares more bytes than there are
+    TOO_LARGE = "too-large"  # the file, its matrix, one element, or the number or depth of its elements
+    TOO_SMALL = "too-small"
+    DAMAGED_HEADER = "damaged-header"
+    TRANSFER_SYNTAX = "transfer-syntax"
+    NO_PIXELS = "no-pixels"
+    MULTI_FRAME = "multi-frame"
+    COLOUR = "colour"
+    BIT_DEPTH = "bit-depth"
+    FOR_PROCESSING = "for-processing"
+    GRAYSCALE = "grayscale"  # a look-up table, rescale or window that means nothing
+    CONTRADICTION = "contradiction"  # two parts of the file say different things of the same pixels
+    DECODE_FAILED = "decode-failed"
+    DECODE_TIMEOUT = "decode-timeout"
+    SPECIES = "species"
+    MODALITY = "modality"
+    BODY_PART = "body-part"
+    VIEW = "view"
+    AGE = "age"
+    # Of the picture itself, by input_guard.py; too small is above.
+    EXTREME_ASPECT = "extreme-aspect"
+    BLANK = "blank"
+    TOO_FEW_GRAY_LEVELS = "too-few-gray-levels"
+    MOSTLY_BLACK_OR_WHITE = "mostly-black-or-white"
+    NOT_A_FRONTAL_CHEST = "not-a-frontal-chest"
+    TURNED_CLOCKWISE = "turned-clockwise"
+    UPSIDE_DOWN = "upside-down"
+    TURNED_COUNTERCLOCKWISE = "turned-counterclockwise"
+    INVERTED = "inverted"
+    INVERTED_AND_TURNED_CLOCKWISE = "inverted-and-turned-clockwise"
+    INVERTED_AND_UPSIDE_DOWN = "inverted-and-upside-down"
+    INVERTED_AND_TURNED_COUNTERCLOCKWISE = "inverted-and-turned-counterclockwise"
+
+
 class ImageError(ChexnetError):
     """An image file can't be read without guessing."""
+
+    reason: RefusalReason = RefusalReason.UNREADABLE
+
+
+class ImageRefusedError(ImageError):
+    """An image can't be used, or isn't what the network is for.
+
+    Args:
+        reason: why, for logs and programs; holds nothing about a patient.
+        message: why, for people.
+    """
+
+    def __init__(self, reason: RefusalReason, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type["ImageRefusedError"], tuple[RefusalReason, str]]:
+        return type(self), (self.reason, str(self))  # the default would pass the message alone
 
 
 class MetricError(ChexnetError):
@@ -57,6 +125,14 @@ class MetricError(ChexnetError):
 
 class MissingPackageError(ChexnetError):
     """An optional package is needed; the message names the extra to install."""
+
+
+class NodeError(ChexnetError):
+    """The DICOM node's configuration, folders or address are wrong."""
+
+
+class AuditError(NodeError):
+    """An audit log was changed, cut short, or can't be written."""
 
 
 class SessionError(ChexnetError):
@@ -69,3 +145,7 @@ class SpecError(ChexnetError):
 
 class TableError(ChexnetError):
     """A table of findings is of another run, was changed, or can't be written."""
+
+
+class TrustError(ChexnetError):
+    """Nobody trusted has signed a bundle, it is too old, or a key or trust file can't be used."""

@@ -34,9 +34,17 @@ def sha256_of_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file that is either complete or as it was before, also after a crash or SIGKILL."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.partial-", delete=False) as partial:
+def write_file(path: Path, content: bytes, *, partial_in: Path | None = None) -> None:
+    """Write a file that is either complete or as it was before, also after a crash or SIGKILL.
+
+    Args:
+        path: where.
+        content: all of it.
+        partial_in: folder on the same file system for the unfinished file; None for the file's own.
+    """
+    with tempfile.NamedTemporaryFile(
+        dir=partial_in or path.parent, prefix=f".{path.name}.partial-", delete=False
+    ) as partial:
         try:
             partial.write(content)
             partial.flush()
@@ -46,7 +54,7 @@ def write_file(path: Path, content: bytes) -> None:
         except BaseException:
             Path(partial.name).unlink(missing_ok=True)
             raise
-    _fsync_directory(path.parent)
+    fsync_path(path.parent)
 
 
 @contextlib.contextmanager
@@ -68,13 +76,13 @@ def new_directory(path: Path) -> Iterator[Path]:
         yield partial
         partial.chmod(0o755)
         for file in partial.rglob("*"):
-            _fsync(file)
-        _fsync_directory(partial)
+            fsync_path(file)
+        fsync_path(partial)
         # Rename replaces an *empty* directory silently, so look first.
         if path.exists():
             raise FileExistsError(17, "already exists", str(path))
         partial.rename(path)
-        _fsync_directory(path.parent)
+        fsync_path(path.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -101,12 +109,12 @@ def show_file(partial: Path, path: Path) -> None:
     Raises:
         FileExistsError: something is at `path` already.
     """
-    _fsync(partial)
+    fsync_path(partial)
     # Rename replaces a file silently, so look first.
     if path.exists() or path.is_symlink():
         raise FileExistsError(17, "already exists", str(path))
     partial.rename(path)
-    _fsync_directory(path.parent)
+    fsync_path(path.parent)
 
 
 def _remove_abandoned(parent: Path, prefix: str) -> None:
@@ -125,12 +133,10 @@ def _remove_abandoned(parent: Path, prefix: str) -> None:
             os.close(handle)
 
 
-def _fsync(path: Path) -> None:
+def fsync_path(path: Path) -> None:
+    """Put a file's content, or a folder's names, on disk for good."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-_fsync_directory = _fsync

@@ -1,36 +1,32 @@
-"""Read a PNG or JPEG file as one gray picture, uint8 [H, W], 0 = black, bone bright.
+"""Read an image file as one gray picture, uint8 [H, W], 0 = black, bone bright: PNG and JPEG here, DICOM in its own room.
 
 Never guesses: what would need a guess (true colour, translucent pixels, a rotation tag, several frames, a damaged file)
 is refused with an ImageError. Never looks at what the picture shows, never resizes (preprocessing.py does), and can't
-tell a negative from a positive: a PNG doesn't say whether bone is bright.
+tell a negative from a positive: a PNG doesn't say whether bone is bright. DICOM does.
 """
 
 import io
-import stat
 import struct
+import threading
 import zlib
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageFile
 from PIL.ExifTags import Base as ExifTag
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
-from chexnet_deploy.errors import ImageError
+from chexnet_deploy.errors import ImageError, MissingPackageError
+from chexnet_deploy.gray import MAX_FILE_MIB, MAX_PIXELS, MIN_SIDE_PX, Gray, read_image_file, refusal
 
-Gray: TypeAlias = NDArray[np.uint8]
-"""[H, W] uint8, 0 = black, bone bright (DICOM calls it MONOCHROME2)."""
+if TYPE_CHECKING:
+    from chexnet_deploy.dicom.decoder import Decoder
+    from chexnet_deploy.scope import ScopePolicy
 
-MAX_PIXELS: Final = 36_000_000
-"""6000 x 6000. The largest flat-panel detectors give about 4300 x 4300."""
-MIN_SIDE_PX: Final = 32
-"""Below this there is no radiograph to read: CheXNet's own feature map has one cell per 32 px."""
-MAX_FILE_MIB: Final = 160
-"""MAX_PIXELS of uncompressed 8-bit RGBA, with room to spare."""
+__all__ = ["MAX_FILE_MIB", "MAX_PIXELS", "MIN_SIDE_PX", "Gray", "ImageReader", "read_image"]
 
 _PNG_SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
 _JPEG_SIGNATURE: Final = b"\xff\xd8\xff"
@@ -50,75 +46,104 @@ class _Png(NamedTuple):
     packed: list[memoryview]  # the IDAT chunks, one zlib stream
 
 
-def read_image(path: Path) -> Gray:
-    """Return the gray picture in a PNG or JPEG file.
+class ImageReader:
+    """Reads image files one after another, or from several threads at once.
 
-    8-bit values are returned as stored: gamma, ICC profiles and palettes' order change nothing. 16-bit gray is scaled
-    from its own darkest..brightest value to 0..255, rounded half up, because detectors fill 10 to 14 of the 16 bits and
-    Pillow's `convert` would saturate them. RGB counts as gray where the three channels are equal everywhere, an alpha
-    channel where it is opaque everywhere (NIH ships a few such RGBA files).
+    Keeps the decoder that DICOM files need, which is opened by the first of them. Use it as a context manager, or call
+    `close`.
 
     Args:
-        path: a regular file; its contents, not its name, decide how it is read.
+        processes: how many compressed DICOM files may be decoded at once.
+    """
 
-    Returns:
-        [H, W] uint8, writable and C-contiguous.
+    def __init__(self, *, processes: int = 1) -> None:
+        self._processes = processes
+        self._decoder: Decoder | None = None
+        self._lock = threading.Lock()
+
+    def read(self, path: Path, *, scope: "ScopePolicy | None" = None) -> Gray:
+        """Return the gray picture in a PNG, JPEG or DICOM file.
+
+        Of PNG and JPEG, 8-bit values are returned as stored: gamma, ICC profiles and palettes' order change nothing.
+        16-bit gray is scaled from its own darkest..brightest value to 0..255, rounded half up, because detectors fill 10 to
+        14 of the 16 bits and Pillow's `convert` would saturate them. RGB counts as gray where the three channels are equal
+        everywhere, an alpha channel where it is opaque everywhere (NIH ships a few such RGBA files). DICOM goes through its
+        own grayscale pipeline, see dicom/grayscale.py.
+
+        Args:
+            path: a regular file; its contents, not its name, decide how it is read.
+            scope: where given, a DICOM file that says it is out of it is refused. PNG and JPEG don't say.
+
+        Returns:
+            [H, W] uint8, writable and C-contiguous.
+
+        Raises:
+            ImageError: the file is absent, damaged, too large or small, out of scope, or can't be read without guessing;
+                its `reason` says which.
+            MissingPackageError: it is a DICOM file, and pydicom is not installed.
+        """
+        content = read_image_file(path)
+        if content.startswith(_PNG_SIGNATURE):
+            return _read_png(path, content)
+        if content.startswith(_JPEG_SIGNATURE):
+            return _gray(path, _decode(path, content, JpegImageFile))
+        if content[128:132] == b"DICM":
+            return self._open_decoder().decode(content, scope=scope, name=path).gray
+        raise ImageError(_unknown_format(path, content))
+
+    def close(self) -> None:
+        """End the decoder, if there is one."""
+        with self._lock:
+            if self._decoder is not None:
+                self._decoder.close()
+
+    def __enter__(self) -> "ImageReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _open_decoder(self) -> "Decoder":
+        with self._lock:
+            if self._decoder is None:
+                try:
+                    from chexnet_deploy.dicom.decoder import Decoder
+                except ModuleNotFoundError as err:
+                    raise MissingPackageError(
+                        f"{err.name} is not installed, so DICOM can't be read. Run: pip install 'chexnet-deploy[dicom]'"
+                    ) from err
+                self._decoder = Decoder(processes=self._processes)
+            return self._decoder
+
+
+def read_image(path: Path) -> Gray:
+    """Return the gray picture in one PNG, JPEG or DICOM file; see ImageReader.read, and use that for many DICOM files.
 
     Raises:
-        ImageError: the file is absent, damaged, too large or small, or can't be read without guessing.
+        ImageError, MissingPackageError: see ImageReader.read.
     """
-    content = _read_file(path)
-    if content.startswith(_PNG_SIGNATURE):
-        png = _check_png(path, content)
-        image = _decode(path, content, PngImageFile)
-        _check_all_rows(path, png, image)
-        if png.bits == 16:
-            if png.colour_type != _PNG_GRAY:
-                # Pillow keeps only the high byte of these, which is nearly all of a 12-bit radiograph lost.
-                raise ImageError(
-                    _refusal(path, "16-bit colour or alpha", "16-bit gray", "save it as plain 16-bit gray")
-                )
-            return _scale_16_bit(path, image)
-    elif content.startswith(_JPEG_SIGNATURE):
-        image = _decode(path, content, JpegImageFile)
-    else:
-        raise ImageError(_unknown_format(path, content))
-    return _gray(path, image)
+    with ImageReader() as reader:
+        return reader.read(path)
 
 
-def _refusal(path: Path, found: str, needed: str, next_step: str) -> str:
-    return f"{path}: found {found}; needed {needed}. Next: {next_step}."
-
-
-def _read_file(path: Path) -> bytes:
-    """Return the bytes of a regular file of at most MAX_FILE_MIB."""
-    try:
-        status = path.stat()
-        if stat.S_ISDIR(status.st_mode):
-            raise ImageError(_refusal(path, "a directory", "one image file", "give the path of a file in it"))
-        if not stat.S_ISREG(status.st_mode):  # opening a pipe nobody writes to would wait for ever
-            raise ImageError(_refusal(path, "a pipe or device", "an image file", "give the path of a file"))
-        if status.st_size > MAX_FILE_MIB * 2**20:
-            found = f"{status.st_size:,} bytes"
-            raise ImageError(_refusal(path, found, f"at most {MAX_FILE_MIB} MiB", "check that this is one radiograph"))
-        content = path.read_bytes()
-    except FileNotFoundError as err:
-        raise ImageError(_refusal(path, "no such file", "a PNG or JPEG file", "check the path")) from err
-    except (OSError, ValueError) as err:  # ValueError: a null byte in the path
-        raise ImageError(_refusal(path, f"a file that can't be read ({err})", "a readable file", "check it")) from err
-    if not content:
-        raise ImageError(_refusal(path, "0 bytes", "a PNG or JPEG file", "copy the file again"))
-    return content
+def _read_png(path: Path, content: bytes) -> Gray:
+    png = _check_png(path, content)
+    image = _decode(path, content, PngImageFile)
+    _check_all_rows(path, png, image)
+    if png.bits != 16:
+        return _gray(path, image)
+    if png.colour_type != _PNG_GRAY:
+        # Pillow keeps only the high byte of these, which is nearly all of a 12-bit radiograph lost.
+        raise ImageError(refusal(path, "16-bit colour or alpha", "16-bit gray", "save it as plain 16-bit gray"))
+    return _scale_16_bit(path, image)
 
 
 def _unknown_format(path: Path, content: bytes) -> str:
-    """Say what the file seems to be instead of a PNG or JPEG."""
-    if content[128:132] == b"DICM":
-        return _refusal(path, "a DICOM file", "PNG or JPEG", "convert it to 16-bit gray PNG first, e.g. with dcmj2pnm")
-    return _refusal(
+    """Say what the file begins with."""
+    return refusal(
         path,
-        f"neither a PNG nor a JPEG (it begins with {content[:8]!r})",
-        "PNG or JPEG contents, whatever the file is called",
+        f"neither a PNG nor a JPEG nor a DICOM file (it begins with {content[:8]!r})",
+        "PNG, JPEG or DICOM contents, whatever the file is called",
         "export the radiograph as PNG",
     )
 
@@ -133,28 +158,28 @@ def _check_png(path: Path, content: bytes) -> _Png:
     packed = []
     while kind != b"IEND":
         if offset + 12 > len(content):
-            raise ImageError(_refusal(path, "a truncated PNG (no IEND chunk)", "the whole file", "copy it again"))
+            raise ImageError(refusal(path, "a truncated PNG (no IEND chunk)", "the whole file", "copy it again"))
         length, kind = struct.unpack_from(">I4s", content, offset)
         start, end = offset + 8, offset + 12 + length
         if end > len(content):
-            raise ImageError(_refusal(path, f"a PNG truncated in {kind!r}", "the whole file", "copy it again"))
+            raise ImageError(refusal(path, f"a PNG truncated in {kind!r}", "the whole file", "copy it again"))
         if zlib.crc32(view[offset + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
-            raise ImageError(_refusal(path, f"a bad checksum in PNG chunk {kind!r}", "a whole file", "copy it again"))
+            raise ImageError(refusal(path, f"a bad checksum in PNG chunk {kind!r}", "a whole file", "copy it again"))
         if header is None:
             if kind != b"IHDR" or length != 13:
-                raise ImageError(_refusal(path, f"a PNG starting with {kind!r}", "IHDR first", "export it again"))
+                raise ImageError(refusal(path, f"a PNG starting with {kind!r}", "IHDR first", "export it again"))
             header = struct.unpack_from(">IIBBxxB", content, start)
             _check_sides(path, *header[:2])
         elif kind == b"IDAT":
             packed.append(view[start : end - 4])
         elif kind == b"acTL":
-            raise ImageError(_refusal(path, "an animated PNG", "one frame", "save the frame to be read on its own"))
+            raise ImageError(refusal(path, "an animated PNG", "one frame", "save the frame to be read on its own"))
         offset = end
     assert header is not None  # IEND can't come first
     png = _Png(*header, packed)
     if png.bits not in (8, 16) or png.colour_type not in _PNG_CHANNELS:
         found = f"{png.bits} bits a channel, colour type {png.colour_type}"
-        raise ImageError(_refusal(path, found, "8 or 16-bit gray", "export it again without reducing grays"))
+        raise ImageError(refusal(path, found, "8 or 16-bit gray", "export it again without reducing grays"))
     return png
 
 
@@ -174,17 +199,17 @@ def _check_all_rows(path: Path, png: _Png, image: Image.Image) -> None:
     try:
         found = len(zlib.decompressobj().decompress(b"".join(png.packed), needed))
     except zlib.error as err:
-        raise ImageError(_refusal(path, f"damaged data ({err})", "a whole PNG", "copy it again")) from err
+        raise ImageError(refusal(path, f"damaged data ({err})", "a whole PNG", "copy it again")) from err
     if found < needed:
-        raise ImageError(_refusal(path, f"{found:,} bytes of pixel rows", f"{needed:,}", "export it again"))
+        raise ImageError(refusal(path, f"{found:,} bytes of pixel rows", f"{needed:,}", "export it again"))
 
 
 def _check_sides(path: Path, width_px: int, height_px: int) -> None:
     found = f"{width_px} x {height_px} px"
     if min(width_px, height_px) < MIN_SIDE_PX:
-        raise ImageError(_refusal(path, found, f"sides of at least {MIN_SIDE_PX} px", "check that it is a radiograph"))
+        raise ImageError(refusal(path, found, f"sides of at least {MIN_SIDE_PX} px", "check that it is a radiograph"))
     if width_px * height_px > MAX_PIXELS:
-        raise ImageError(_refusal(path, found, f"at most {MAX_PIXELS:,} pixels", "export it at a lower resolution"))
+        raise ImageError(refusal(path, found, f"at most {MAX_PIXELS:,} pixels", "export it at a lower resolution"))
 
 
 def _decode(path: Path, content: bytes, decoder: type[PngImageFile] | type[JpegImageFile]) -> Image.Image:
@@ -195,23 +220,23 @@ def _decode(path: Path, content: bytes, decoder: type[PngImageFile] | type[JpegI
     """
     if ImageFile.LOAD_TRUNCATED_IMAGES:  # training scripts set it, and half a JPEG then reads as a whole one
         raise ImageError(
-            _refusal(path, "PIL.ImageFile.LOAD_TRUNCATED_IMAGES set", "Pillow's default", "remove that setting")
+            refusal(path, "PIL.ImageFile.LOAD_TRUNCATED_IMAGES set", "Pillow's default", "remove that setting")
         )
     try:
         image = decoder(io.BytesIO(content))
         _check_sides(path, *image.size)
         if "mp" in image.info:  # Multi-Picture Format (CIPA DC-007): a JPEG followed by others
-            raise ImageError(_refusal(path, "a multi-picture JPEG", "one frame", "save the picture wanted on its own"))
+            raise ImageError(refusal(path, "a multi-picture JPEG", "one frame", "save the picture wanted on its own"))
         image.load()
         orientation = image.getexif().get(ExifTag.Orientation, 1)
     except ImageError:
         raise
     except Exception as err:  # a decoder fed with damaged bytes raises whatever it likes
-        raise ImageError(_refusal(path, f"damaged data ({err})", "a whole PNG or JPEG", "copy it again")) from err
+        raise ImageError(refusal(path, f"damaged data ({err})", "a whole PNG or JPEG", "copy it again")) from err
     if orientation != 1:
         # Programs that rotate the pixels often leave the tag behind, so applying it is a guess too.
         raise ImageError(
-            _refusal(path, f"EXIF orientation {orientation}", "an upright picture", "save it upright without the tag")
+            refusal(path, f"EXIF orientation {orientation}", "an upright picture", "save it upright without the tag")
         )
     return image
 
@@ -219,11 +244,11 @@ def _decode(path: Path, content: bytes, decoder: type[PngImageFile] | type[JpegI
 def _scale_16_bit(path: Path, image: Image.Image) -> Gray:
     """Map darkest..brightest to 0..255, rounded half up, in integers."""
     if "transparency" in image.info:
-        raise ImageError(_refusal(path, "16-bit gray with a transparent value", "opaque gray", "save it without alpha"))
+        raise ImageError(refusal(path, "16-bit gray with a transparent value", "opaque gray", "save it without alpha"))
     values = np.asarray(image)
     low, high = int(values.min()), int(values.max())
     if low == high:
-        raise ImageError(_refusal(path, f"16-bit pixels all equal to {low}", "a picture", "export it again"))
+        raise ImageError(refusal(path, f"16-bit pixels all equal to {low}", "a picture", "export it again"))
     table = np.zeros(65536, np.uint8)
     span = high - low
     table[low : high + 1] = (np.arange(span + 1, dtype=np.int64) * 510 + span) // (2 * span)
@@ -239,16 +264,16 @@ def _gray(path: Path, image: Image.Image) -> Gray:
         image = image.convert("RGB")
     pixels = np.array(image)
     if image.mode not in ("L", "LA", "RGB", "RGBA"):
-        raise ImageError(_refusal(path, f"Pillow mode {image.mode}", "gray", "save it as 8 or 16-bit gray"))
+        raise ImageError(refusal(path, f"Pillow mode {image.mode}", "gray", "save it as 8 or 16-bit gray"))
     if image.mode in ("LA", "RGBA"):
         if int(pixels[..., -1].min()) < 255:
-            raise ImageError(_refusal(path, "pixels that are not opaque", "alpha 255", "save it without alpha"))
+            raise ImageError(refusal(path, "pixels that are not opaque", "alpha 255", "save it without alpha"))
         pixels = pixels[..., :-1]
     if image.mode in ("RGB", "RGBA") and not (
         np.array_equal(pixels[..., 0], pixels[..., 1]) and np.array_equal(pixels[..., 0], pixels[..., 2])
     ):
         raise ImageError(
-            _refusal(path, "true colour", "equal red, green and blue", "export the radiograph itself as gray")
+            refusal(path, "true colour", "equal red, green and blue", "export the radiograph itself as gray")
         )
     gray: Gray = pixels if pixels.ndim == 2 else np.ascontiguousarray(pixels[..., 0])
     return gray

@@ -368,6 +368,13 @@ def _failures(
     ):
         if not numbers[name] <= limit:
             reasons.append(f"{name} {numbers[name]:.4f}, limit {limit}")
+    noisy = [row for row in rows if (row.noise_share or 0.0) > (gate.logit_noise_share or math.inf)]
+    if noisy:
+        worst = max(noisy, key=lambda row: row.noise_share or 0.0)
+        reasons.append(
+            f"logit_noise_share {worst.noise_share:.4f} of {worst.finding}, limit {gate.logit_noise_share}, "
+            f"exceeded by {len(noisy)} of {len(rows)} findings"
+        )
     return tuple(reasons)
 
 

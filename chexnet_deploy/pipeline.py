@@ -30,14 +30,16 @@ from chexnet_deploy.evaluation.run import run_evaluation
 from chexnet_deploy.evaluation.sources import choose_images, say_who_is_known
 from chexnet_deploy.files import new_directory, write_file
 from chexnet_deploy.image_files import ImageFiles
-from chexnet_deploy.images import read_image
 from chexnet_deploy.phases import OnPhase
 from chexnet_deploy.predictor import Prediction, Predictor, draw_cam
 from chexnet_deploy.results import open_table
+from chexnet_deploy.scope import ScopePolicy
 from chexnet_deploy.scoring import LabelledImages
-from chexnet_deploy.sessions import Provider
+from chexnet_deploy.sessions import Provider, resolve_provider
 from chexnet_deploy.sessions.target import open_driver
 from chexnet_deploy.sessions.tensorrt_versions import Backend, open_tensorrt
+from chexnet_deploy.signing.release import Release
+from chexnet_deploy.signing.trust import Trust
 from chexnet_deploy.spec import read_spec
 from chexnet_deploy.streaming import choose_flow, usable_cores
 from chexnet_deploy.table_rows import TableCard
@@ -45,9 +47,11 @@ from chexnet_deploy.tables import read_image_list
 
 if TYPE_CHECKING:
     from chexnet_deploy.export.legacy import LegacyImport
+    from chexnet_deploy.quantize.forms import Dialect
 
 MAX_GATE_IMAGES = 512  # enough to catch a broken quantisation in a minute; `bench` is where the whole set is used
 CHOSEN_LIST = "calibration.txt"
+N_CONVOLUTIONS = 120  # of DenseNet-121 without its head
 
 
 def parse_precisions(text: str) -> tuple[Precision, ...]:
@@ -62,6 +66,19 @@ def parse_precisions(text: str) -> tuple[Precision, ...]:
     if unknown:
         raise SpecError(f"no precision named {', '.join(map(repr, unknown))}. There are {', '.join(known)}.")
     return tuple(precision for precision in Precision if precision is Precision.FP32 or precision.value in wanted)
+
+
+def parse_dialects(text: str) -> tuple["Dialect", ...]:
+    """Return the forms of int8 that a comma-separated list names.
+
+    Raises:
+        SpecError: an unknown form, or one twice.
+    """
+    known: tuple[Dialect, ...] = ("typed", "trt8", "cpu")
+    wanted = [name.strip() for name in text.split(",")]
+    if any(wanted.count(name) > 1 for name in wanted) or set(wanted) - set(known):
+        raise SpecError(f"got int8 dialects {text!r}, needed some of {', '.join(known)}, each once.")
+    return tuple(name for name in known if name in wanted)
 
 
 def open_torch_room() -> ModuleType:
@@ -98,10 +115,14 @@ def export_bundles(
     data_root: Path | None,
     calibration_list: Path | None,
     n_calibration_images: int,
-    dialect: Literal["typed", "trt8"],
+    dialects: Sequence["Dialect"],
+    release: Release | None = None,
     on_phase: OnPhase,
+    scope: ScopePolicy | None = None,
 ) -> list[Bundle]:
-    """Make a bundle for each precision in `out`, fp32 first.
+    """Make a bundle for each precision in `out`, fp32 first, all of the same release and scope; of int8 one for each dialect.
+
+    The only int8, and the typed one of several, is in `int8`; the others are in `int8-cpu`, `int8-trt8`.
 
     Raises:
         ChexnetError: any step refused; what was kept before it stays.
@@ -113,7 +134,10 @@ def export_bundles(
         raise CalibrationError(
             "a calibration list is for int8 alone. Add it by --precision int8, or leave the list away."
         )
-    taken = [out / precision.value for precision in precisions if (out / precision.value).exists()]
+    int8_folders = {dialect: out / _int8_folder(dialect, dialects) for dialect in dialects}
+    folders = [out / precision.value for precision in precisions if precision is not Precision.INT8]
+    folders += int8_folders.values() if Precision.INT8 in precisions else []
+    taken = [folder for folder in folders if folder.exists()]
     if taken:
         raise BundleError(f"{taken[0]} is there already. Choose another --out, or delete it first.")
     # The data are checked before any work is done: a wrong list should not cost minutes.
@@ -122,7 +146,7 @@ def export_bundles(
     if dataset is not None and Precision.INT8 in precisions:
         names = _calibration_names(dataset, calibration_list, n_calibration_images)
     on_phase("export fp32", 0, 1)
-    fp32: Bundle = to_onnx.export_onnx(checkpoint, out / Precision.FP32.value)
+    fp32: Bundle = to_onnx.export_onnx(checkpoint, out / Precision.FP32.value, release=release, scope=scope)
     if names is not None and calibration_list is None:
         write_file(out / CHOSEN_LIST, "".join(f"{name}\n" for name in names).encode())
     on_phase("export fp32", 1, 1)
@@ -147,18 +171,26 @@ def export_bundles(
             fp32.manifest.preprocessing,
             on_images=lambda done: on_phase("read calibration images", done, n_names),
         )
-        bundles.append(
-            to_int8(
-                fp32,
-                calibration,
-                out / Precision.INT8.value,
-                read_spec("int8").gate,
-                validation,
-                dialect=dialect,
-                on_images=lambda done: on_phase("quantise int8", done, n_names),
+        for dialect, folder in int8_folders.items():
+            # Measured only where the gate fails, so its length is not known before.
+            phases = (f"quantise {folder.name}", f"find what {folder.name} must leave in floating point")
+            bundles.append(
+                to_int8(
+                    fp32,
+                    calibration,
+                    folder,
+                    read_spec("int8").gate,
+                    validation,
+                    dialect=dialect,
+                    on_images=lambda done, phase=phases[0]: on_phase(phase, done, n_names),  # type: ignore[misc]
+                    on_layer=lambda done, phase=phases[1]: on_phase(phase, done, N_CONVOLUTIONS),  # type: ignore[misc]
+                )
             )
-        )
     return bundles
+
+
+def _int8_folder(dialect: str, dialects: Sequence[str]) -> str:
+    return "int8" if len(dialects) == 1 or dialect == "typed" else f"int8-{dialect}"
 
 
 def require_tensorrt(backend: Backend) -> None:
@@ -179,17 +211,20 @@ def build_bundle(
     backend: Backend = "tensorrt",
     device: int = 0,
     timing_cache: Path | None = None,
+    trust: Trust | None = None,
     cancelled: threading.Event | None = None,
     on_phase: OnPhase,
 ) -> Bundle:
     """Build a plan bundle; the spec is that of the bundle's precision where none is named.
+
+    The plan is of its bundle's release and isn't signed: whoever vouches for plans signs it once `bench` has passed.
 
     Raises:
         ChexnetError: no GPU or TensorRT, or a step refused; nothing is kept.
     """
     from chexnet_deploy.builder.engine import build_engine
 
-    bundle = Bundle.open(path)
+    bundle = Bundle.open(path, trust=trust)
     chosen = read_spec(bundle.manifest.precision.value if spec is None else spec)
     return build_engine(
         bundle,
@@ -213,6 +248,7 @@ def bench_bundles(
     out: Path,
     *,
     effort: Effort,
+    trust: Trust | None = None,
     threads: int | None,
     provider: Provider,
     with_html: bool,
@@ -228,8 +264,10 @@ def bench_bundles(
     report_room = _open_page_room("report") if with_html else None
     if image_list is not None and data_root is None:
         raise SpecError("a list of images needs the data they are in. Give ChestX-ray14 by --data.")
-    bundles = [Bundle.open(path) for path in engine_paths]
-    reference = find_reference(bundles[0]) if reference_path is None else Bundle.open(reference_path)
+    bundles = [Bundle.open(path, trust=trust) for path in engine_paths]
+    reference = (
+        find_reference(bundles[0], trust=trust) if reference_path is None else Bundle.open(reference_path, trust=trust)
+    )
     specs = [read_spec(bundle.manifest.precision.value if spec is None else spec) for bundle in bundles]
     images, data, whom = None, "no labelled images", ""
     if data_root is not None:
@@ -254,7 +292,7 @@ def bench_bundles(
             for name, logits in run.logits.items():
                 write_predictions(partial / f"logits-{name}.csv", images, reference.manifest.findings, logits)
         if report_room is not None:
-            with Predictor.open(engine_paths[-1], threads=threads, provider=provider) as predictor:
+            with Predictor.open(engine_paths[-1], trust=trust, threads=threads, provider=provider) as predictor:
                 report_room.write_html(partial / "report.html", run, predictor)
     return run.report
 
@@ -283,7 +321,7 @@ def predict_images(
         for name, (path, answer) in zip(images.names, answers, strict=True):
             _refuse_lone(images, answer)
             if partial is not None and not isinstance(answer, ImageError):
-                _draw_cams(partial, path, answer)
+                _draw_cams(partial, predictor, path, answer)
             yield name, answer
 
 
@@ -296,13 +334,13 @@ def predict_table(
         ChexnetError: the bundle can't be used here, the table is another one or can't be written, or the one file that was
             given can't be read.
     """
-    threads = _threads_for(images, threads)
+    threads, provider, target = _threads_for(images, threads), resolve_provider(provider), bundle.manifest.target
     card = TableCard(
         bundle=bundle.id,
         preprocessing=bundle.manifest.preprocessing,
         findings=bundle.manifest.findings,
         operating_points=bundle.manifest.operating_points,
-        provider=provider,
+        backend=provider if target is None else target.backend,
         threads=threads,
         batch_size=choose_flow(bundle.manifest, threads=threads, provider=provider, cores=usable_cores()).batch_size,
         n_images=len(images.names),
@@ -340,8 +378,8 @@ def _refuse_lone(images: ImageFiles, answer: Prediction | ImageError) -> None:
         raise answer
 
 
-def _draw_cams(folder: Path, path: Path, prediction: Prediction) -> None:
-    gray = read_image(path)
+def _draw_cams(folder: Path, predictor: Predictor, path: Path, prediction: Prediction) -> None:
+    gray = predictor.read(path)
     likeliest = max(prediction.probabilities, key=prediction.probabilities.__getitem__)
     for finding in [name for name, is_there in prediction.present.items() if is_there] or [likeliest]:
         Image.fromarray(draw_cam(gray, prediction.maps[finding])).save(folder / f"{path.stem}_{finding}.png")

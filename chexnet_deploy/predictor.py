@@ -16,10 +16,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from chexnet_deploy.bundle import Bundle, Manifest
-from chexnet_deploy.errors import ImageError, SessionError
-from chexnet_deploy.images import Gray, read_image
+from chexnet_deploy.errors import ImageError, ImageRefusedError, SessionError
+from chexnet_deploy.images import Gray, ImageReader
+from chexnet_deploy.input_guard import check_image
 from chexnet_deploy.preprocessing import Pixels
+from chexnet_deploy.scope import ScopePolicy
 from chexnet_deploy.sessions import Logits, Provider, Session, open_session
+from chexnet_deploy.signing.trust import Trust
 from chexnet_deploy.streaming import Flow, choose_flow, in_order, iter_lists, usable_cores
 
 ImageSource: TypeAlias = Path | str | Gray
@@ -63,21 +66,30 @@ class Predictor:
         self._findings = manifest.findings
         self._preprocessing = manifest.preprocessing
         self._operating_points = dict(manifest.operating_points)
+        self._scope = manifest.scope or ScopePolicy()
+        self._reader = ImageReader(processes=max(1, flow.workers - 1))  # started as compressed DICOM asks for them
 
     @classmethod
-    def open(cls, path: Path | str, *, threads: int | None = None, provider: Provider = "cpu") -> "Predictor":
-        """Verify a bundle, load it and check its known answers; see open_session for the arguments.
+    def open(
+        cls,
+        path: Path | str,
+        *,
+        trust: Trust | None = None,
+        threads: int | None = None,
+        provider: Provider = "auto",
+    ) -> "Predictor":
+        """Verify a bundle, load it and check its known answers; see Bundle.open and open_session for the arguments.
 
         For one image at a time, all cores at work on it (threads=None) answer soonest. For many, `predict_stream` is fastest
         with threads=1: each core then carries images of its own.
 
         Raises:
-            BundleError, SessionError, MissingPackageError: see Bundle.open and open_session.
+            BundleError, TrustError, SessionError, MissingPackageError: see Bundle.open and open_session.
         """
-        return cls.of(Bundle.open(Path(path)), threads=threads, provider=provider)
+        return cls.of(Bundle.open(Path(path), trust=trust), threads=threads, provider=provider)
 
     @classmethod
-    def of(cls, bundle: Bundle, *, threads: int | None = None, provider: Provider = "cpu") -> "Predictor":
+    def of(cls, bundle: Bundle, *, threads: int | None = None, provider: Provider = "auto") -> "Predictor":
         """Load a verified bundle, as `open` does."""
         flow = choose_flow(bundle.manifest, threads=threads, provider=provider, cores=usable_cores())
         return cls(open_session(bundle, threads=threads, provider=provider), bundle.manifest, flow)
@@ -96,10 +108,10 @@ class Predictor:
         """Return the findings in one radiograph.
 
         Args:
-            image: a file, or gray uint8 [H, W] with bone bright.
+            image: a PNG, JPEG or DICOM file, or gray uint8 [H, W] with bone bright.
 
         Raises:
-            ImageError: the image can't be read without guessing.
+            ImageError: the image can't be read without guessing, or is out of the model's scope.
         """
         return self.predict_batch([image])[0]
 
@@ -107,16 +119,26 @@ class Predictor:
         """Return the findings in several radiographs, in order, run as one batch.
 
         Raises:
-            ImageError: an image can't be read without guessing.
+            ImageError: an image can't be read without guessing, or is out of the model's scope.
             SessionError: none or more images than the session takes.
         """
         if isinstance(images, str | Path | np.ndarray):
             raise SessionError(f"got one {type(images).__name__}, needed a list of images. For one image: predict.")
         if not images:
             raise SessionError("got no images, needed at least one.")
-        pixels = [self._preprocessing(_to_gray(image)) for image in images]
+        pixels = [self._preprocessing(self.read(image)) for image in images]
         logits, maps = self._session.run(pixels[0] if len(pixels) == 1 else np.concatenate(pixels))
         return [self._name(*row) for row in zip(logits, maps, strict=True)]
+
+    def read(self, image: ImageSource) -> Gray:
+        """Return the gray picture that `predict` would look at.
+
+        Raises:
+            ImageError: see predict.
+        """
+        gray = self._reader.read(Path(image), scope=self._scope) if isinstance(image, str | Path) else image
+        check_image(gray, self._scope.picture)
+        return gray
 
     def predict_stream(
         self, paths: Iterable[Path | str], *, with_maps: bool = False
@@ -153,7 +175,8 @@ class Predictor:
                 yield from answers
 
     def close(self) -> None:
-        """Free the model."""
+        """Free the model, and end the process that decodes DICOM."""
+        self._reader.close()
         self._session.close()
 
     def __enter__(self) -> "Predictor":
@@ -164,9 +187,11 @@ class Predictor:
 
     def _load(self, path: Path) -> Pixels | ImageError:
         try:
-            return self._preprocessing(read_image(path))
-        except ImageError as err:
+            return self._preprocessing(self.read(path))
+        except ImageRefusedError as err:
             # A new one: the first one's traceback would keep the damaged file's bytes for as long as it is kept.
+            return ImageRefusedError(err.reason, str(err))
+        except ImageError as err:
             return ImageError(str(err))
 
     def _run_filled(self, pixels: list[Pixels], *, with_maps: bool) -> list[Prediction]:
@@ -200,7 +225,3 @@ def draw_cam(gray: Gray, cam: NDArray[np.float32]) -> NDArray[np.uint8]:
     opacity = 0.5 * heat
     blended: NDArray[np.uint8] = (gray[..., None] * (1.0 - opacity) + colour * opacity).round().astype(np.uint8)
     return blended
-
-
-def _to_gray(image: ImageSource) -> Gray:
-    return read_image(Path(image)) if isinstance(image, str | Path) else image

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from chexnet_deploy.chestxray14 import truth
 from chexnet_deploy.errors import DatasetError
 from chexnet_deploy.findings import FINDINGS
-from chexnet_deploy.images import read_image
+from chexnet_deploy.images import ImageReader
 from chexnet_deploy.preprocessing import Pixels, Preprocessing
 from chexnet_deploy.sessions import Logits, Maps, Session
 from chexnet_deploy.streaming import in_order, iter_lists
@@ -74,7 +74,8 @@ def iter_pixels(paths: Iterable[Path], preprocessing: Preprocessing) -> Iterator
     Raises:
         ImageError: a file can't be read without guessing.
     """
-    yield from in_order(lambda path: preprocessing(read_image(path)), paths, workers=READERS, ahead=2 * BATCH_SIZE)
+    with ImageReader(processes=READERS) as reader:
+        yield from in_order(lambda path: preprocessing(reader.read(path)), paths, workers=READERS, ahead=2 * BATCH_SIZE)
 
 
 def iter_batches(pixels: Iterable[Pixels], batch_size: int = BATCH_SIZE) -> Iterator[Pixels]:

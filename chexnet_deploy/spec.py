@@ -3,6 +3,7 @@
 A spec is written before anything is measured: margins chosen after looking at results prove nothing.
 """
 
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from chexnet_deploy.bundle import Precision
 from chexnet_deploy.errors import SpecError
 from chexnet_deploy.findings import FINDINGS
+from chexnet_deploy.scope import ScopePolicy
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -59,6 +61,8 @@ class Gate(_Record):
         min_positive_patients: a finding with fewer is not assessable.
         max_abs_probability_difference: on every image and finding.
         p999_abs_probability_difference: 99.9 % quantile over images and findings.
+        logit_noise_share: root mean square logit difference of each finding as a share of the reference logits' standard
+            deviation; None does not gate it. A model that answers everyone alike can't pass by differing little.
         invariance_abs_probability_difference: between an image's answers in any slot, batch size or thread.
         latency: limits, "unproven" where nobody has measured this target yet (the verdict is then INCONCLUSIVE), or
             "not gated" for specs that promise no speed.
@@ -68,6 +72,7 @@ class Gate(_Record):
     min_positive_patients: Annotated[int, Field(ge=1)] = 20
     max_abs_probability_difference: Annotated[float, Field(gt=0.0, le=1.0)]
     p999_abs_probability_difference: Annotated[float, Field(gt=0.0, le=1.0)]
+    logit_noise_share: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     invariance_abs_probability_difference: Annotated[float, Field(gt=0.0, le=1.0)] = 0.02
     latency: LatencyGate | Literal["unproven", "not gated"]
 
@@ -141,6 +146,19 @@ def read_spec(name_or_path: str) -> EngineSpec:
         if (folder / f"{name_or_path}.toml").is_file():
             return _parse(folder / f"{name_or_path}.toml")
     raise SpecError(f"no spec named {name_or_path!r}. There are {', '.join(spec_names())}; or give a path to a .toml.")
+
+
+def read_scope(path: Path) -> ScopePolicy:
+    """Read the radiographs that a model is meant for from a TOML file; what it leaves out is ScopePolicy's default.
+
+    Raises:
+        SpecError: not TOML, or a field is unknown or out of range.
+    """
+    try:
+        # By JSON, in which a list is what becomes a tuple; strict Python wants a tuple from the start.
+        return ScopePolicy.model_validate_json(json.dumps(read_toml(path), default=str), strict=True)
+    except ValidationError as err:
+        raise SpecError(f"{path}: {describe(err)}. The fields are {', '.join(ScopePolicy.model_fields)}.") from err
 
 
 def read_toml(path: Path) -> Mapping[str, object]:

@@ -49,7 +49,7 @@ def choose_flow(manifest: Manifest, *, threads: int | None, provider: Provider, 
     Args:
         manifest: the bundle's.
         threads: CPU threads of one call, as the session was opened with; None for all cores.
-        provider: what ONNX Runtime runs on.
+        provider: what runs an ONNX bundle.
         cores: of this machine.
     """
     # One worker more than cores: while one waits for the disk, all cores have work.

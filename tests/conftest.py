@@ -101,7 +101,7 @@ def checkpoint_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def bundles(checkpoint_path: Path, phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
-    """Fp32, fp16 and int8 of the checkpoint, made as `chexnet-deploy export` makes them. Copy before you change one."""
+    """Fp32, fp16, int8 and int8-cpu of the checkpoint, made as `chexnet-deploy export` makes them. Copy before you change one."""
     from chexnet_deploy.bundle import Precision
     from chexnet_deploy.pipeline import export_bundles
 
@@ -112,10 +112,10 @@ def bundles(checkpoint_path: Path, phantom_root: Path, tmp_path_factory: pytest.
         data_root=phantom_root,
         calibration_list=None,
         n_calibration_images=100,
-        dialect="typed",
+        dialects=("typed", "cpu"),
         on_phase=lambda phase, done, total: None,
     )
-    return {bundle.manifest.precision.value: bundle for bundle in made}
+    return {bundle.path.name: bundle for bundle in made}
 
 
 @pytest.fixture(scope="session")

@@ -38,11 +38,11 @@ def test_order_names_and_pixels_are_kept(phantom: ChestXray14, train_names: list
     seen: list[int] = []
     chosen = CalibrationSet.read(phantom, names, PREPROCESSING, on_images=seen.append)
     assert chosen.images == tuple(names)
-    assert (chosen.pixels.dtype, chosen.pixels.shape) == (np.uint8, (100, 1, 32, 32))
-    for place in (0, 50, 99):
+    assert (chosen.pixels.dtype, chosen.pixels.shape) == (np.uint8, (MIN_IMAGES, 1, 32, 32))
+    for place in (0, 50, MIN_IMAGES - 1):
         expected = PREPROCESSING(read_image(path_of(phantom, names[place])))[0]
         assert (chosen.pixels[place] == expected).all()
-    assert seen == list(range(1, 101))
+    assert seen == list(range(1, MIN_IMAGES + 1))
 
 
 def test_the_hash_is_of_names_and_pixels(phantom: ChestXray14, train_names: list[str]) -> None:
@@ -68,9 +68,11 @@ def test_one_changed_image_changes_the_hash(phantom: ChestXray14, own_root: Path
     assert after.sha256 != before.sha256
 
 
-def test_fewer_than_a_hundred_are_refused(phantom: ChestXray14, train_names: list[str]) -> None:
-    with pytest.raises(CalibrationError, match="got 99 calibration images, needed at least 100"):
-        CalibrationSet.read(phantom, train_names[:99], PREPROCESSING)
+def test_too_few_are_refused(phantom: ChestXray14, train_names: list[str]) -> None:
+    with pytest.raises(
+        CalibrationError, match=f"got {MIN_IMAGES - 1} calibration images, needed at least {MIN_IMAGES}"
+    ):
+        CalibrationSet.read(phantom, train_names[: MIN_IMAGES - 1], PREPROCESSING)
 
 
 def test_a_repeated_name_is_refused(phantom: ChestXray14, train_names: list[str]) -> None:
@@ -128,7 +130,7 @@ def test_all_training_images_can_be_chosen(phantom: ChestXray14, train_names: li
     assert choose_calibration(phantom, len(train_names)) == tuple(sorted(train_names))
 
 
-@pytest.mark.parametrize("extra", [99, 100_000])
+@pytest.mark.parametrize("extra", [MIN_IMAGES - 1, 100_000])
 def test_a_number_that_can_not_be_chosen_is_refused(phantom: ChestXray14, train_names: list[str], extra: int) -> None:
     with pytest.raises(CalibrationError, match=f"asked for {extra} .* holds {len(train_names)} on disk"):
         choose_calibration(phantom, extra)

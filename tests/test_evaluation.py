@@ -376,6 +376,7 @@ def test_boxes_of_another_size_are_refused(tmp_path: Path) -> None:
         ({"predictions": "p"}, "--labels CSV, or --data ROOT"),
         ({"predictions": "p", "labels": "l", "has_localization": True}, "Give a bundle"),
         ({"predictions": "p", "labels": "l", "threads": 1}, "predictions run nothing"),
+        ({"predictions": "p", "labels": "l", "trust": "t"}, "--trust says which bundles may run"),
         ({"predictions": "p", "labels": "l", "provider": "cuda"}, "predictions run nothing"),
         ({"predictions": "p", "labels": "l", "split": "test"}, "--split needs the official lists"),
         ({"predictions": "p", "labels": "l", "readers": "r"}, "--thresholds FILE"),
@@ -430,7 +431,7 @@ def test_readers_need_thresholds_that_a_bundle_may_lack(
 ) -> None:
     bundle = bundles["fp32"]
     bare = bundle.manifest.model_copy(update={"operating_points": {}})
-    monkeypatch.setattr(Bundle, "open", lambda path: SimpleNamespace(manifest=bare, path=path))
+    monkeypatch.setattr(Bundle, "open", lambda path, trust: SimpleNamespace(manifest=bare, path=path))
     with pytest.raises(SpecError, match="no operating points"):  # before any image is run
         run(bundle=bundle.path, data=phantom_root, readers=phantom_readers)
 

@@ -26,7 +26,7 @@ def test_the_bound_and_the_bar_by_hand(bundles: dict[str, Bundle]) -> None:
         "infer, a call on each core": [Speed(5.0, 1.0), Speed(25.0, 40.0), Speed(30.0, 41.0)],
         "whole": [Speed(15.0, 66.0)] * 3,
     }
-    results = summarise(bundles["fp32"], 400.0, speeds, [run], 2)
+    results = summarise(bundles["fp32"], 400.0, speeds, [run], 2, "cpu")
     assert results["additive_bound_images_per_s"] == pytest.approx(20.0)
     assert results["times_additive_bound"] == pytest.approx(0.75)
     assert results["times_smaller_alone"] == pytest.approx(0.6)

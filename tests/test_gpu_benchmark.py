@@ -34,7 +34,7 @@ def test_a_dry_run(bundles: dict[str, Bundle], checkpoint_path: Path, phantom_ro
     rows = json.loads(out.read_text())["rows"]
     names = [f"onnxruntime-cpu-{name}" for name in ("fp16", "fp32", "int8")]
     assert list(rows) == [*names, "torch-eager-fp32", "roofline"]
-    assert rows.pop("roofline")["gmacs_per_image"] == pytest.approx(0.0578, rel=1e-2)  # 2.83 at 224 px, less at 32
+    assert rows.pop("roofline")["gmacs_per_image"] == pytest.approx(0.0531, rel=1e-2)  # 2.60 at 224 px, less at 32
     for row in rows.values():
         assert list(row["batches"]) == ["1", "2"]
         assert row["batches"]["1"]["after_idle_ms"]["plain"] > 0
@@ -79,7 +79,9 @@ def test_timings_of_a_throttled_gpu_are_invalid(sm_mhz: tuple[int, int], reasons
 def test_densenet_121_costs_what_it_is_known_to_cost() -> None:
     costs = conv_costs(CheXNet(14).eval(), torch.zeros(1, 3, 224, 224))
     assert len(costs) == 120  # and the head
-    assert sum(cost.macs for cost in costs) == pytest.approx(2.83e9, rel=2e-3)
+    assert sum(cost.macs for cost in costs) == pytest.approx(
+        2.83e9 - 3 * 0.75 * 102_760_448, rel=2e-3
+    )  # transitions pool before they convolve
     # The first by hand: 7 x 7 x 3 for each of 64 x 112 x 112 outputs.
     assert costs[0] == ConvCost(147 * 64 * 112 * 112, 3 * 224 * 224, 147 * 64, 64 * 112 * 112)
 

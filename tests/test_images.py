@@ -147,8 +147,7 @@ def plain(value: int) -> NDArray[np.uint16]:
 
 REFUSED = {
     "0 bytes": b"",
-    "neither a PNG nor a JPEG": b"Image Index,Finding Labels\n",
-    "a DICOM file": bytes(128) + b"DICM" + bytes(100),
+    "neither a PNG nor a JPEG nor a DICOM file": b"Image Index,Finding Labels\n",
     "true colour": encoded(coloured()),
     "not opaque": encoded(nearly_opaque(1)),
     "not opaque ": encoded(nearly_opaque(3)),

@@ -22,6 +22,10 @@ HEAVY = (
     "rich",
     "pyarrow",
     "pydicom",
+    "cryptography",
+    "pynetdicom",
+    "gdcm",
+    "highdicom",
 )
 
 

@@ -23,7 +23,8 @@ def test_the_wheel_holds_the_package_only(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"chexnet_deploy"}
     modules = {str(path.relative_to(CHECKOUT)) for path in (CHECKOUT / "chexnet_deploy").rglob("*.py")}
-    assert modules | {"chexnet_deploy/py.typed", "chexnet_deploy/engines/int8.toml"} <= set(names)
+    data = {"py.typed", "engines/int8.toml", "input_guard.json"}
+    assert modules | {f"chexnet_deploy/{name}" for name in data} <= set(names)
 
 
 def test_the_installed_package_finds_its_specs(wheel: Path, tmp_path: Path) -> None:

@@ -6,10 +6,12 @@ import pytest
 
 from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.chestxray14 import ChestXray14
-from chexnet_deploy.errors import ImageError, SessionError
+from chexnet_deploy.errors import ImageError, ImageRefusedError, SessionError
 from chexnet_deploy.findings import FINDINGS
 from chexnet_deploy.images import read_image
+from chexnet_deploy.input_guard import ImageGuardPolicy
 from chexnet_deploy.predictor import Predictor, draw_cam, sigmoid
+from chexnet_deploy.scope import ScopePolicy
 from chexnet_deploy.sessions import open_session
 
 
@@ -108,3 +110,14 @@ def test_evidence_is_red_and_the_rest_stays_gray() -> None:
     # Full heat is half opaque red: 100 / 2 + 255 / 2 = 177.5 and 100 / 2 = 50.
     assert drawn[0, 0].tolist() == [178, 50, 50]
     assert (drawn[32:, 32:] == 100).all()
+
+
+def test_a_scope_may_guard_the_picture(bundles: dict[str, Bundle], image: Path) -> None:
+    scope = ScopePolicy(picture=ImageGuardPolicy())
+    manifest = bundles["fp32"].manifest.model_copy(update={"scope": scope})
+    with (
+        Predictor(open_session(bundles["fp32"]), manifest) as predictor,
+        pytest.raises(ImageRefusedError) as caught,
+    ):
+        predictor.predict(image)
+    assert caught.value.reason == "too-small"  # a phantom of 32 px

@@ -14,10 +14,15 @@ from chexnet_deploy.chestxray14 import ChestXray14
 from chexnet_deploy.errors import BundleError, CalibrationError, ExportError, GateError
 from chexnet_deploy.predictor import sigmoid
 from chexnet_deploy.quantize.calibration import CalibrationSet, choose_calibration
-from chexnet_deploy.quantize.graphs import quantizable_convs, round_up_to_half, to_float16
+from chexnet_deploy.quantize.equalise import ConcatParts, equalise_inputs, normalise_parts
+from chexnet_deploy.quantize.forms import prepare
+from chexnet_deploy.quantize.graphs import convolutions, fold_batch_norms, round_up_to_half, to_float16
+from chexnet_deploy.quantize.gray_stem import to_gray_stem
+from chexnet_deploy.quantize.observed import observe
 from chexnet_deploy.quantize.precision import to_fp16, to_int8
-from chexnet_deploy.quantize.ranges import INT8_MAX, activation_ranges
-from chexnet_deploy.scoring import LabelledImages
+from chexnet_deploy.quantize.rounding import INT8_MAX, PAIR_MAX, largest_pairs, round_weights
+from chexnet_deploy.quantize.sensitivity import fewest_float_convolutions
+from chexnet_deploy.scoring import LabelledImages, iter_pixels
 from chexnet_deploy.sessions.ort import OrtSession
 from chexnet_deploy.spec import Gate, read_spec
 
@@ -128,7 +133,7 @@ def test_a_tiny_running_variance_survives_fp16(bundles: dict[str, Bundle]) -> No
 @pytest.mark.parametrize("value", [1e6, math.nan, math.inf])
 def test_a_weight_beyond_float16_is_refused_by_name(bundles: dict[str, Bundle], value: float) -> None:
     single = graph_of(bundles["fp32"])
-    name = quantizable_convs(single)[3].input[1]
+    name = convolutions(single)[4].input[1]
     weight = weights_of(single)[name].copy()
     weight[0, 0, 0, 0] = value
     replace_weight(single, name, weight)
@@ -213,7 +218,7 @@ def test_the_two_dialects_have_the_same_scales(bundles: dict[str, Bundle], trt8:
     for bundle in (bundles["int8"], trt8):
         weights, model = weights_of(graph_of(bundle)), graph_of(bundle)
         producer = {name: node for node in model.graph.node for name in node.output}
-        convs = quantizable_convs(model)
+        convs = convolutions(model)[1:]
         scales.append([weights[producer[name].input[1]] for conv in convs for name in conv.input[:2]])
     assert len(scales[0]) == len(scales[1]) == 2 * 119
     for typed, single in zip(*scales, strict=True):
@@ -264,29 +269,227 @@ def test_a_gate_that_fails_leaves_nothing(
 # ranges
 
 
-def test_the_range_is_the_largest_magnitude(bundles: dict[str, Bundle], calibration: CalibrationSet) -> None:
+def test_what_is_observed(bundles: dict[str, Bundle], calibration: CalibrationSet) -> None:
     single = graph_of(bundles["fp32"])
-    # What the first convolution reads is (pixel / 255 - mean) / std, whose extremes are known.
-    name = next(node for node in single.graph.node if node.op_type == "Conv").input[0]
+    # What the first convolution reads is (pixel / 255 - mean) / std, whose extremes are known for each channel.
+    conv = convolutions(single)[0]
     seen: list[int] = []
-    ranges = activation_ranges(single, [name], calibration.pixels[:12], on_images=seen.append)
+    pixels = calibration.pixels[:12]
+    observed = observe(single, [conv.input[0]], [conv], pixels, on_images=seen.append)
     preprocessing = bundles["fp32"].manifest.preprocessing
-    ends = (float(calibration.pixels[:12].min()) / 255, float(calibration.pixels[:12].max()) / 255)
-    largest = max(
-        abs((end - mean) / std) for end in ends for mean, std in zip(preprocessing.mean, preprocessing.std, strict=True)
-    )
-    assert ranges == {name: pytest.approx(largest, rel=1e-5)}
+    mean, std = np.array(preprocessing.mean), np.array(preprocessing.std)
+    np.testing.assert_allclose(observed.low[conv.input[0]], (pixels.min() / 255 - mean) / std, rtol=1e-5)
+    np.testing.assert_allclose(observed.high[conv.input[0]], (pixels.max() / 255 - mean) / std, rtol=1e-5)
     assert seen == [8, 12]
+    moments = observed.moments[conv.input[1]]
+    assert moments.shape == (3 * 7 * 7, 3 * 7 * 7)
+    np.testing.assert_allclose(moments, moments.T, rtol=1e-5)
+    # The middle of the kernel never reads the zeros around the picture: its mean square is the pixels' own.
+    normalised = (pixels[:, 0, ::2, ::2] / 255 - mean[0]) / std[0]
+    assert moments[24, 24] == pytest.approx(float((normalised**2).mean()), rel=0.1)
 
 
 def test_a_tensor_that_is_always_zero_is_refused(bundles: dict[str, Bundle], calibration: CalibrationSet) -> None:
     single = graph_of(bundles["fp32"])
-    conv = quantizable_convs(single)[0]
+    conv = convolutions(single)[1]
     replace_weight(single, conv.input[1], np.zeros_like(weights_of(single)[conv.input[1]]))
     if len(conv.input) > 2:
         replace_weight(single, conv.input[2], np.zeros_like(weights_of(single)[conv.input[2]]))
     with pytest.raises(CalibrationError, match=r"has magnitude 0\.0"):
-        activation_ranges(single, [conv.output[0]], calibration.pixels[:2])
+        observe(single, [conv.output[0]], [], calibration.pixels[:2])
+
+
+# rewritings that change no answer
+
+
+def answers(model: onnx.ModelProto, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    return OrtSession(model.SerializeToString(), pixels.shape[-1]).run(pixels)[0]
+
+
+def test_equalising_changes_no_answer_and_evens_the_ranges(
+    bundles: dict[str, Bundle], calibration: CalibrationSet
+) -> None:
+    pixels = calibration.pixels[:16]
+    folded = fold_batch_norms(graph_of(bundles["fp32"]))
+    convs = convolutions(folded)[1:]
+    relus = [node.output[0] for node in folded.graph.node if node.op_type == "Relu"]
+    tensors = sorted({*relus, *(conv.input[0] for conv in convs)})
+    before = observe(folded, tensors, convs, pixels)
+    equal, promised = equalise_inputs(folded, convs, before)
+    np.testing.assert_allclose(answers(equal, pixels), answers(folded, pixels), atol=2e-4)
+    measured = observe(equal, tensors, convs, pixels)
+    for conv in convs:
+        name = conv.input[0]
+        np.testing.assert_allclose(measured.high[name], promised.high[name], rtol=1e-3, atol=1e-4)
+        alive = before.high[name] > before.high[name].max() / 49
+        if "Relu" in name:
+            np.testing.assert_allclose(measured.high[name][alive], measured.high[name].max(), rtol=1e-3)
+        np.testing.assert_allclose(
+            measured.moments[conv.input[1]], promised.moments[conv.input[1]], rtol=1e-2, atol=1e-4
+        )
+
+
+def test_normalised_parts_fill_their_range_and_change_no_answer(
+    bundles: dict[str, Bundle], calibration: CalibrationSet
+) -> None:
+    pixels = calibration.pixels[:16]
+    folded = fold_batch_norms(graph_of(bundles["fp32"]))
+    parts = ConcatParts.of(folded)
+    assert len(parts.others) == 6 + 12 + 24 + 16 + 3
+    tensors = [parts.first, *parts.others]
+    even = normalise_parts(folded, parts, observe(folded, tensors, [], pixels))
+    np.testing.assert_allclose(answers(even, pixels), answers(folded, pixels), atol=2e-4)
+    measured = observe(even, tensors, [], pixels)
+    assert measured.high[parts.first] == pytest.approx(1.0, abs=1e-3)
+    for name in parts.others:
+        assert measured.low[name] == pytest.approx(-1.0, abs=1e-3)
+        assert measured.high[name] == pytest.approx(1.0, abs=1e-3)
+
+
+def test_the_gray_stem_is_the_same_to_the_border(bundles: dict[str, Bundle], calibration: CalibrationSet) -> None:
+    single = graph_of(bundles["fp32"])
+    gray = to_gray_stem(single)
+    conv = next(node for node in gray.graph.node if node.op_type == "Conv")
+    assert weights_of(gray)[conv.input[1]].shape == (64, 4, 7, 7)
+    assert not {"Cast", "Mul", "Sub"} & {node.op_type for node in gray.graph.node}
+    extremes = np.zeros((3, 1, 32, 32), np.uint8)
+    extremes[1], extremes[2, :, :, :16] = 255, 255
+    for pixels in (calibration.pixels[:8], extremes):
+        np.testing.assert_allclose(answers(gray, pixels), answers(single, pixels), atol=5e-4)
+        first = [observe(model, [conv.output[0]], [], pixels) for model in (single, gray)]
+        np.testing.assert_allclose(first[0].low[conv.output[0]], first[1].low[conv.output[0]], atol=1e-4)
+        np.testing.assert_allclose(first[0].high[conv.output[0]], first[1].high[conv.output[0]], atol=1e-4)
+
+
+# the cpu form
+
+
+def test_the_cpu_form(bundles: dict[str, Bundle]) -> None:
+    manifest, model = bundles["int8-cpu"].manifest, graph_of(bundles["int8-cpu"])
+    assert (manifest.precision, manifest.dialect) == (Precision.INT8, "cpu")
+    assert manifest.float_convolutions == ("/Conv",)  # the head
+    weights = weights_of(model)
+    producer = {name: node for node in model.graph.node for name in node.output}
+    convs = convolutions(model)
+    assert len(convs) == 120
+    for conv in convs:
+        activation, weight = (producer[name] for name in conv.input[:2])
+        assert (activation.op_type, weight.op_type) == ("DequantizeLinear", "DequantizeLinear")
+        assert weights[activation.input[2]].dtype == np.uint8
+        steps = np.abs(weights[weight.input[0]].astype(np.int64))
+        assert steps.max() <= INT8_MAX
+        # Two products with uint8 must fit into 16 bits where they are added first.
+        assert (steps[:, ::2] + steps[:, 1::2]).max() <= PAIR_MAX
+        assert np.iinfo(np.int16).max >= 255 * PAIR_MAX
+    concats = [node for node in model.graph.node if node.op_type == "Concat" and node.name != "stem/Concat"]
+    joined = {name for node in concats for name in node.input if producer[name].op_type != "Concat"}
+    assert {producer[name].op_type for name in joined} == {"DequantizeLinear", "MaxPool"}
+
+
+# sensitivity and fallback
+
+
+@pytest.mark.parametrize("needed", [1, 2, 3, 5, 8, 13])
+def test_the_fewest_that_pass_are_found(needed: int) -> None:
+    ranking = [f"conv{i}" for i in range(120)]
+    asked: list[int] = []
+
+    def passes(names: object) -> bool:
+        asked.append(len(list(names)))  # type: ignore[call-overload]
+        return asked[-1] >= needed
+
+    assert fewest_float_convolutions(ranking, passes, at_most=16) == tuple(ranking[:needed])
+    assert len(asked) <= 9
+
+
+def test_too_many_are_not_given_up() -> None:
+    assert fewest_float_convolutions(["a", "b", "c", "d"], lambda names: len(names) == 4, at_most=3) is None
+
+
+@pytest.mark.slow
+def test_a_planted_bad_layer_is_found_and_left_in_floating_point(
+    bundles: dict[str, Bundle],
+    calibration: CalibrationSet,
+    validation: LabelledImages,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # One layer's activations get a scale that clips nearly all of them; everything else is as it should be.
+    import chexnet_deploy.quantize.precision as room
+    from chexnet_deploy.quantize.forms import Dialect, Prepared
+    from chexnet_deploy.quantize.graphs import Quantised
+
+    def planted(model: onnx.ModelProto, dialect: Dialect, pixels: NDArray[np.uint8], **_: object) -> Prepared:
+        made = prepare(model, dialect, pixels)
+        tensor = made.convs[BAD][1]
+        assert tensor is not None
+        made.activations[tensor] = Quantised(np.float16(float(made.activations[tensor].scale) / 50))  # type: ignore[index]
+        return made
+
+    single = graph_of(bundles["fp32"])
+    pixels = np.concatenate(
+        [bundles["fp32"].read_probe().pixels, *iter_pixels(validation.paths, bundles["fp32"].manifest.preprocessing)]
+    )
+    good, spoilt = (
+        float(np.abs(sigmoid(answers(made.build(), pixels)) - sigmoid(answers(single, pixels))).max())
+        for made in (prepare(single, "typed", calibration.pixels), planted(single, "typed", calibration.pixels))
+    )
+    assert spoilt > 1.5 * good
+    # The planted layer fails it and nothing else does.
+    gate = WIDE.model_copy(update={"max_abs_probability_difference": (good + spoilt) / 2})
+    monkeypatch.setattr(room, "prepare", planted)
+    kept = to_int8(bundles["fp32"], calibration, tmp_path / "int8", gate, validation)
+    assert BAD in kept.manifest.float_convolutions
+    assert next(iter(kept.manifest.weakest_convolutions)) == BAD
+    assert len(kept.manifest.float_convolutions) < 2 + 8
+
+
+BAD = "/features/denseblock3/denselayer5/conv1/Conv"
+
+
+# rounding
+
+
+def test_rounding_one_weight_makes_up_for_another() -> None:
+    # Two inputs that are always equal: only the sum of their weights matters, and 0.4 + 0.4 is nearer to 1 + 0 than to 0 + 0.
+    moments = np.ones((2, 2)) + 1e-6 * np.eye(2)
+    steps = round_weights(np.array([[[[0.4]], [[0.4]]]]), np.array([1.0]), moments, fits_avx2=False)
+    assert steps.reshape(-1).sum() == 1
+    # Two that have nothing to do with each other: each to its nearest.
+    steps = round_weights(np.array([[[[0.4]], [[0.6]]]]), np.array([1.0]), np.eye(2), fits_avx2=False)
+    assert steps.reshape(-1).tolist() == [0, 1]
+
+
+@given(st.integers(0, 2**32 - 1), st.booleans())
+def test_rounded_weights_are_no_worse_than_the_nearest(seed: int, fits_avx2: bool) -> None:
+    rng = np.random.default_rng(seed)
+    mixing = rng.normal(size=(36, 36)) * rng.uniform(0.01, 1.0, 36)
+    moments = mixing @ mixing.T / 36
+    weights = rng.normal(size=(5, 4, 3, 3))
+    scales = np.maximum(np.abs(weights).reshape(5, -1).max(axis=1) / 7, largest_pairs(weights) / PAIR_MAX)
+    steps = round_weights(weights, scales, moments, fits_avx2=fits_avx2)
+    assert steps.dtype == np.int8
+    errors = []
+    for candidate in (steps, np.rint(weights / scales[:, None, None, None])):
+        gap = (candidate * scales[:, None, None, None] - weights).reshape(5, -1)
+        errors.append(float(np.einsum("ok,kl,ol->", gap, moments, gap)))
+    assert errors[0] <= errors[1] * 1.001
+    if fits_avx2:
+        magnitudes = np.abs(steps.astype(np.int64))
+        assert (magnitudes[:, ::2] + magnitudes[:, 1::2]).max() <= PAIR_MAX
+
+
+def test_largest_pairs_by_hand() -> None:
+    weights = np.array([[[[1.0]], [[-2.0]], [[0.5]]], [[[0.0]], [[0.0]], [[4.0]]]])
+    assert largest_pairs(weights).tolist() == [3.0, 4.0]
+
+
+def test_an_input_that_is_never_read_is_rounded_to_the_nearest() -> None:
+    steps = round_weights(np.full((1, 2, 1, 1), 0.6), np.array([1.0]), np.zeros((2, 2)), fits_avx2=False)
+    assert steps.reshape(-1).tolist() == [1, 1]
+
+
+# scales
 
 
 @given(st.floats(min_value=0.0, max_value=60000.0))

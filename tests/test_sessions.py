@@ -7,6 +7,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
+from onnx import TensorProto, helper
 
 from chexnet_deploy.bundle import ONNX_MODEL, PROBE, Bundle, hash_files
 from chexnet_deploy.errors import SessionError
@@ -191,3 +192,20 @@ def test_a_session_of_small_batches_gives_all_known_answers(bundles: dict[str, B
     scores = score_files({"small": session}, paths, bundles["fp32"].manifest.preprocessing)
     assert scores["small"].shape == (6, 14)
     assert session.sizes[8:] == [4, 2]
+
+
+def test_a_model_that_names_another_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A session is made of bytes, never of a path: ONNX Runtime then has no folder to look for external data in.
+    weight = TensorProto(name="weight", data_type=TensorProto.FLOAT, dims=[2], data_location=TensorProto.EXTERNAL)
+    for key, value in (("location", "outside.bin"), ("offset", "0"), ("length", "8")):
+        entry = weight.external_data.add()
+        entry.key, entry.value = key, value
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in ("pixels", "logits")]
+    graph = helper.make_graph(
+        [helper.make_node("Add", ["pixels", "weight"], ["logits"])], "g", *[[e] for e in ends], [weight]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    (tmp_path / "outside.bin").write_bytes(bytes(8))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SessionError, match="refuses this model"):
+        OrtSession(model.SerializeToString(), 32)

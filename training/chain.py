@@ -73,7 +73,7 @@ def export_and_bench(
         data_root=data,
         calibration_list=None,
         n_calibration_images=n_calibration_images,
-        dialect="typed",
+        dialects=("typed", "cpu"),
         on_phase=on_phase,
     )
     return bench_bundles(
@@ -86,7 +86,7 @@ def export_and_bench(
         folder / BENCH,
         effort=effort,
         threads=None,
-        provider="cpu",
+        provider="auto",
         with_html=True,
         on_phase=on_phase,
     )

@@ -19,6 +19,7 @@ _LINE = re.compile(
 _TYPE = re.compile(r"Datatype: (\w+)")
 _ORIGIN = re.compile(r"\[ONNX Layer: (.*?)\]")
 _FUSED_CONVOLUTIONS = ("correlation", "gemm", "fusion")
+_FULLY_CONNECTED = "_Fc"  # in the name of a fusion around a 1x1 convolution that runs as a matrix product
 _WORDS = (("int8", "int8"), ("fp16", "float16"), ("half", "float16"), ("fp32", "float32"), ("float", "float32"))
 _TYPES = {"Float": "float32", "Half": "float16", "Int8": "int8", "UInt8": "uint8"}
 
@@ -96,7 +97,8 @@ def conv_types(layers: Sequence[Layer], conv_names: Sequence[str]) -> dict[str, 
     made_from: dict[str, list[Layer]] = {name: [] for name in conv_names}
     for layer in layers:
         # Point-wise kernels and reformats next to a convolution carry its name too.
-        if "conv" in layer.kind.lower() or layer.kind in _FUSED_CONVOLUTIONS:
+        is_product = layer.kind == "runtime_fusion" and _FULLY_CONNECTED in layer.name
+        if "conv" in layer.kind.lower() or layer.kind in _FUSED_CONVOLUTIONS or is_product:
             for origin in layer.origins:
                 if origin in made_from:
                     made_from[origin].append(layer)

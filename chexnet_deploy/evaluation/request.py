@@ -6,6 +6,7 @@ from pathlib import Path
 from chexnet_deploy.chestxray14 import Split
 from chexnet_deploy.errors import SpecError
 from chexnet_deploy.sessions import Provider
+from chexnet_deploy.signing.trust import Trust
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +25,7 @@ class EvaluationRequest:
         has_localization: score activation maps against boxes.
         threads: of a bundle's session; None takes all cores.
         provider: of a bundle's session.
+        trust: what the bundle must show to be opened.
 
     Raises:
         SpecError: the options contradict each other or something is missing.
@@ -39,7 +41,8 @@ class EvaluationRequest:
     thresholds: Path | None = None
     has_localization: bool = False
     threads: int | None = None
-    provider: Provider = "cpu"
+    provider: Provider = "auto"
+    trust: Trust | None = None
 
     def __post_init__(self) -> None:
         if (self.bundle is None) == (self.predictions is None):
@@ -71,8 +74,12 @@ class EvaluationRequest:
                 "--localization needs activation maps, and a CSV has none. Give a bundle and --data ROOT instead.",
             ),
             (
-                not runs and (self.threads is not None or self.provider != "cpu"),
+                not runs and (self.threads is not None or self.provider != "auto"),
                 "--threads and --provider say how a bundle runs, and predictions run nothing. Leave them away.",
+            ),
+            (
+                not runs and self.trust is not None,
+                "--trust says which bundles may run, and predictions run nothing. Leave it away.",
             ),
             (
                 self.readers is not None and self.split in ("train", "val"),

@@ -50,7 +50,7 @@ def run_evaluation(request: EvaluationRequest, *, on_phase: OnPhase) -> Evaluati
         are_probabilities = material.labelled.kind != "score"
         given = _given_thresholds(request, material.labelled.findings, {}, are_probabilities=are_probabilities)
     else:
-        bundle = Bundle.open(request.bundle)
+        bundle = Bundle.open(request.bundle, trust=request.trust)
         own = bundle.manifest.operating_points
         given = _given_thresholds(request, bundle.manifest.findings, own, are_probabilities=True)
         if experts is not None and not given:

@@ -15,8 +15,10 @@ from chexnet_deploy.errors import ExportError
 from chexnet_deploy.export.checkpoint import Checkpoint, read_checkpoint
 from chexnet_deploy.export.model import DeployGraph
 from chexnet_deploy.probe import Probe, draw_probe_pixels
+from chexnet_deploy.scope import ScopePolicy
 from chexnet_deploy.sessions.base import Session
 from chexnet_deploy.sessions.ort import OrtSession
+from chexnet_deploy.signing.release import Release
 
 OPSET = 17  # the newest that TensorRT 8.6 reads, and only the TorchScript exporter still writes it
 LOGIT_TOLERANCE = 1e-4  # times max(1, |logit|)
@@ -25,8 +27,16 @@ INVARIANCE_TOLERANCE = 1e-5  # times max(1, |logit|)
 INVARIANCE_BATCHES = (1, 2, 3, 8)
 
 
-def export_onnx(checkpoint_path: Path, out: Path) -> Bundle:
-    """Export a checkpoint to a new fp32 bundle at `out`.
+def export_onnx(
+    checkpoint_path: Path, out: Path, *, release: Release | None = None, scope: ScopePolicy | None = None
+) -> Bundle:
+    """Export a checkpoint to a new fp32 bundle at `out`; what is made of it inherits release and scope.
+
+    Args:
+        checkpoint_path: a .safetensors checkpoint.
+        out: where; nothing may be there yet.
+        release: which release of which model line this is.
+        scope: the radiographs the model is meant for; None: ScopePolicy's defaults hold.
 
     Raises:
         CheckpointError: the checkpoint can't be used.
@@ -54,7 +64,9 @@ def export_onnx(checkpoint_path: Path, out: Path) -> Bundle:
         operating_points=checkpoint.manifest.operating_points,
         files=hash_files({ONNX_MODEL: model, PROBE: probe_bytes}),
         checkpoint_sha256=checkpoint.sha256,
+        release=release,
         trained_on=checkpoint.manifest.trained_on,
+        scope=scope,
         probe_max_abs_logit_error=checks[0].value,
         checks=checks,
         tools={name: version(name) for name in ("chexnet-deploy", "torch", "onnx", "onnxruntime")},

@@ -1,53 +1,82 @@
-"""ONNX graph to ONNX graph: fp32 -> typed fp16, and explicit Q/DQ around the convolutions.
+"""ONNX graph to ONNX graph: BatchNorm as scale and shift, fp32 -> typed fp16, and explicit Q/DQ.
 
-Pure functions of a graph and numbers. Which ranges, and whether the result is good enough, is decided elsewhere.
+Pure functions of a graph and numbers. Which numbers, and whether the result is good enough, is decided elsewhere.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper, version_converter
+from onnx import TensorProto, helper, version_converter
 
 from chexnet_deploy.errors import ExportError
-from chexnet_deploy.quantize.ranges import INT8_MAX
+from chexnet_deploy.quantize.nodes import copy_of, set_nodes, set_weights, weights_of
 
 TYPED_OPSET = 19  # the first whose QuantizeLinear takes float16
 _FLOAT16_MAX = 65504.0
 _SMALLEST_SCALE = 2.0**-24  # float16's smallest positive number
 
 
-def quantizable_convs(model: onnx.ModelProto) -> list[onnx.NodeProto]:
-    """Return the convolutions that run in int8: all but the first and the head.
+@dataclass(frozen=True, slots=True)
+class Quantised:
+    """How one tensor becomes integers; zero points are 0.
 
-    The first one's weights lose most: on one network at 224 px, leaving it out raises the logits' signal to quantisation
-    noise from 34 to 41 dB, for 4 % of the arithmetic. The head's output is the answer itself.
+    Attributes:
+        scale: what one step is worth: a number for an activation, [O] for a convolution's weights.
+        steps: the weights as integers; None for an activation, which is rounded as it runs.
+        is_unsigned: uint8 in place of int8, for activations that are never negative.
     """
-    return [node for node in model.graph.node if node.op_type == "Conv" and node.output[0] != "cam"][1:]
+
+    scale: NDArray[np.float16] | np.float16
+    steps: NDArray[np.int8] | None = None
+    is_unsigned: bool = False
+
+
+def convolutions(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """Return all but the head, whose output is the answer itself and stays in floating point."""
+    return [node for node in model.graph.node if node.op_type == "Conv" and node.output[0] != "cam"]
+
+
+def fold_batch_norms(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the graph with every BatchNormalization as a scale and a shift, folded in float64.
+
+    A small running variance would be lost in float16, and scale and shift are what equalising changes.
+    """
+    folded = copy_of(model)
+    weights = weights_of(folded)
+    for node in folded.graph.node:
+        if node.op_type != "BatchNormalization":
+            continue
+        epsilon = next((a.f for a in node.attribute if a.name == "epsilon"), 1e-5)
+        gamma, beta, mean, variance = (weights[name].astype(np.float64) for name in node.input[1:5])
+        scale = gamma / np.sqrt(variance + epsilon)
+        arrays = (scale, beta - mean * scale, np.zeros_like(scale), np.ones_like(scale))
+        for i, (suffix, array) in enumerate(zip(("scale", "shift", "zero", "one"), arrays, strict=True), start=1):
+            # New names: two layers may share one weight.
+            name = f"{node.output[0]}_{suffix}"
+            weights[name] = array.astype(np.float32)
+            node.input[i] = name
+        del node.attribute[:]
+        node.attribute.append(helper.make_attribute("epsilon", 0.0))
+    set_weights(folded, weights)
+    return folded
 
 
 def to_float16(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return the graph with float16 between the normalisation and the head; both of these, and both outputs, stay float32.
 
-    BatchNormalization keeps its place, but its parameters are first folded to a scale and a shift in float64: a small
-    running variance would be lost in float16.
-
     Raises:
         ExportError: a weight is beyond float16.
     """
-    typed = onnx.ModelProto()
-    typed.CopyFrom(model)
+    typed = fold_batch_norms(model)
     graph = typed.graph
-    weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    weights = weights_of(typed)
     first_conv = next(node for node in graph.node if node.op_type == "Conv")
     head = next(node for node in graph.node if node.output[0] == "cam")
-    body = _nodes_between(graph, first_conv, head)
-    for node in body:
-        if node.op_type == "BatchNormalization":
-            _fold_batch_norm(node, weights)
-    half_names = {name for node in body for name in node.input if name in weights}
+    half_names = {name for node in _nodes_between(graph, first_conv, head) for name in node.input if name in weights}
     for name in half_names:
         magnitude = float(np.abs(weights[name]).max())
         if not magnitude <= _FLOAT16_MAX:
@@ -55,9 +84,7 @@ def to_float16(model: onnx.ModelProto) -> onnx.ModelProto:
                 f"weight {name} has magnitude {magnitude:.3g}, beyond float16. This model can't run in fp16."
             )
         weights[name] = weights[name].astype(np.float16)
-    used = {name for node in graph.node for name in node.input}
-    del graph.initializer[:]
-    graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in weights.items() if name in used)
+    set_weights(typed, weights)
     _insert_cast(graph, first_conv, "normalised_half", TensorProto.FLOAT16)
     _insert_cast(graph, head, "features_single", TensorProto.FLOAT)
     del graph.value_info[:]
@@ -66,51 +93,44 @@ def to_float16(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def insert_qdq(
     model: onnx.ModelProto,
-    ranges: Mapping[str, float],
-    conv_names: Sequence[str],
-    single_weights: Mapping[str, NDArray[np.float32]],
+    activations: Mapping[str, Quantised],
+    weights: Mapping[str, Quantised],
+    *,
+    holds_float_weights: bool = False,
 ) -> onnx.ModelProto:
-    """Return the graph with Q/DQ on the input and the weights of the named convolutions.
-
-    Symmetric int8, zero points 0, one scale per activation tensor and per output channel of a weight. No Q/DQ on
-    outputs: BatchNorm and ReLU follow in floating point and the next Q fuses into them. Scales have the graph's own type.
-    A float16 graph ("typed") holds int8 weights and only DQ; a float32 graph ("trt8") holds float weights with Q and DQ,
-    because TensorRT 8 reads no int8 weights.
+    """Return the graph with Q/DQ behind activations and DQ behind int8 weights; scales have the graph's own type.
 
     Args:
         model: float16 or float32 graph.
-        ranges: magnitude of 127 for each activation tensor, by the tensor's name.
-        conv_names: output names of the convolutions.
-        single_weights: the convolutions' weights before any rounding to float16, by name; both dialects quantise these.
+        activations: by the tensor's name; all that read it read the DQ.
+        weights: by the weight's name.
+        holds_float_weights: write weights as floats with Q and DQ, because TensorRT 8 reads no int8 weights.
     """
     is_half = TensorProto.FLOAT16 in {tensor.data_type for tensor in model.graph.initializer}
-    quantised = onnx.ModelProto()
-    quantised.CopyFrom(version_converter.convert_version(model, TYPED_OPSET) if is_half else model)
-    graph = quantised.graph
-    weights = {tensor.name: tensor for tensor in graph.initializer}
+    quantised = version_converter.convert_version(model, TYPED_OPSET) if is_half else copy_of(model)
+    arrays = weights_of(quantised)
+    float_type = np.dtype(np.float16 if is_half else np.float32)
     nodes: list[onnx.NodeProto] = []
-    activations: dict[str, str] = {}
-    for node in graph.node:
-        if node.output[0] in conv_names:
-            source, weight_name = node.input[0], node.input[1]
-            weight = numpy_helper.to_array(weights[weight_name])
-            if source not in activations:
-                scale = round_up_to_half(np.float64(ranges[source]) / INT8_MAX)
-                nodes += _qdq(graph, source, scale.astype(weight.dtype), axis=None)
-                activations[source] = f"{source}_dq"
-            node.input[0] = activations[source]
-            nodes += _quantise_weight(graph, weight_name, single_weights[weight_name], weight.dtype)
-            node.input[1] = f"{weight_name}_dq"
+    renamed: dict[str, str] = {}
+    for node in quantised.graph.node:
+        for i, name in enumerate(node.input):
+            if name in weights and name not in renamed:
+                nodes += _quantise_weight(arrays, name, weights[name], float_type, is_float=holds_float_weights)
+                renamed[name] = f"{name}_dq"
+            node.input[i] = renamed.get(name, name)
         nodes.append(node)
-    del graph.node[:]
-    graph.node.extend(nodes)
-    _drop_unused_initializers(graph)
+        for name in node.output:
+            if name in activations:
+                nodes += _quantise_activation(arrays, name, activations[name], float_type)
+                renamed[name] = f"{name}_dq"
+    set_nodes(quantised.graph, nodes)
+    set_weights(quantised, arrays)
     onnx.checker.check_model(quantised, full_check=True)
     return quantised
 
 
 def round_up_to_half(scale: NDArray[np.float64] | np.float64) -> NDArray[np.float16]:
-    """Return float16 scales no smaller than given, so that both dialects use the same ones and none clips more."""
+    """Return float16 scales no smaller than given, so that all forms use the same ones and none clips more."""
     half = np.asarray(scale).astype(np.float16)
     half = np.where(half < scale, np.nextafter(half, np.float16(np.inf)), half)
     floored: NDArray[np.float16] = np.maximum(half, np.float16(_SMALLEST_SCALE)).astype(np.float16)
@@ -118,61 +138,43 @@ def round_up_to_half(scale: NDArray[np.float64] | np.float64) -> NDArray[np.floa
 
 
 def _quantise_weight(
-    graph: onnx.GraphProto, name: str, weight: NDArray[np.float32], scale_type: np.dtype[Any]
+    arrays: dict[str, NDArray[np.generic]], name: str, how: Quantised, float_type: np.dtype[Any], *, is_float: bool
 ) -> list[onnx.NodeProto]:
-    magnitudes = np.abs(weight.astype(np.float64)).reshape(weight.shape[0], -1).max(axis=1)
-    scales = round_up_to_half(magnitudes / INT8_MAX).astype(scale_type)
-    if scale_type == np.float32:
-        return _qdq(graph, name, scales, axis=0)
-    shape = (-1,) + (1,) * (weight.ndim - 1)
-    steps = np.round(weight.astype(np.float64) / scales.astype(np.float64).reshape(shape))
-    steps = np.clip(steps, -INT8_MAX, INT8_MAX).astype(np.int8)
-    _add_scale(graph, name, scales)
-    graph.initializer.append(numpy_helper.from_array(steps, f"{name}_int8"))
-    return [_dequantise(name, f"{name}_int8", axis=0)]
+    assert how.steps is not None  # weights are rounded beforehand
+    _add_scale(arrays, name, how, float_type)
+    if is_float:
+        shape = (-1,) + (1,) * (how.steps.ndim - 1)
+        arrays[name] = (how.steps * how.scale.astype(np.float64).reshape(shape)).astype(float_type)
+        return [_node("QuantizeLinear", name, name, axis=0), _node("DequantizeLinear", name, f"{name}_q", axis=0)]
+    arrays[f"{name}_q"] = how.steps
+    return [_node("DequantizeLinear", name, f"{name}_q", axis=0)]
 
 
-def _qdq(graph: onnx.GraphProto, name: str, scales: NDArray[np.floating], *, axis: int | None) -> list[onnx.NodeProto]:
-    _add_scale(graph, name, scales)
-    inputs = [name, f"{name}_scale", f"{name}_zero_point"]
-    quantise = helper.make_node("QuantizeLinear", inputs, [f"{name}_q"], f"{name}_q")
-    if axis is not None:
-        quantise.attribute.append(helper.make_attribute("axis", axis))
-    return [quantise, _dequantise(name, f"{name}_q", axis=axis)]
+def _quantise_activation(
+    arrays: dict[str, NDArray[np.generic]], name: str, how: Quantised, float_type: np.dtype[Any]
+) -> list[onnx.NodeProto]:
+    _add_scale(arrays, name, how, float_type)
+    return [_node("QuantizeLinear", name, name), _node("DequantizeLinear", name, f"{name}_q")]
 
 
-def _dequantise(name: str, source: str, *, axis: int | None) -> onnx.NodeProto:
-    inputs = [source, f"{name}_scale", f"{name}_zero_point"]
-    node = helper.make_node("DequantizeLinear", inputs, [f"{name}_dq"], f"{name}_dq")
+def _node(kind: str, tensor: str, source: str, axis: int | None = None) -> onnx.NodeProto:
+    output = f"{tensor}_{'q' if kind == 'QuantizeLinear' else 'dq'}"
+    node = helper.make_node(kind, [source, f"{tensor}_scale", f"{tensor}_zero_point"], [output], output)
     if axis is not None:
         node.attribute.append(helper.make_attribute("axis", axis))
     return node
 
 
-def _add_scale(graph: onnx.GraphProto, name: str, scales: NDArray[np.floating]) -> None:
-    graph.initializer.append(numpy_helper.from_array(scales, f"{name}_scale"))
-    graph.initializer.append(numpy_helper.from_array(np.zeros(scales.shape, np.int8), f"{name}_zero_point"))
+def _add_scale(arrays: dict[str, NDArray[np.generic]], name: str, how: Quantised, float_type: np.dtype[Any]) -> None:
+    arrays[f"{name}_scale"] = np.asarray(how.scale).astype(float_type)
+    arrays[f"{name}_zero_point"] = np.zeros(np.shape(how.scale), np.uint8 if how.is_unsigned else np.int8)
 
 
-def _nodes_between(graph: onnx.GraphProto, first: onnx.NodeProto, last: onnx.NodeProto) -> list[onnx.NodeProto]:
+def _nodes_between(graph: onnx.GraphProto, first: onnx.NodeProto, last: onnx.NodeProto) -> Sequence[onnx.NodeProto]:
     """Return the nodes from the first convolution up to but without the head; nodes are in topological order."""
     nodes = list(graph.node)
     outputs = [node.output[0] for node in nodes]
     return nodes[outputs.index(first.output[0]) : outputs.index(last.output[0])]
-
-
-def _fold_batch_norm(node: onnx.NodeProto, weights: dict[str, NDArray[np.generic]]) -> None:
-    epsilon = next((a.f for a in node.attribute if a.name == "epsilon"), 1e-5)
-    gamma, beta, mean, variance = (weights[name].astype(np.float64) for name in node.input[1:5])
-    scale = gamma / np.sqrt(variance + epsilon)
-    folded = (scale, beta - mean * scale, np.zeros_like(scale), np.ones_like(scale))
-    for i, (suffix, array) in enumerate(zip(("scale", "shift", "zero", "one"), folded, strict=True), start=1):
-        # New names: two layers may share one weight.
-        name = f"{node.output[0]}_{suffix}"
-        weights[name] = array.astype(np.float32)
-        node.input[i] = name
-    del node.attribute[:]
-    node.attribute.append(helper.make_attribute("epsilon", 0.0))
 
 
 def _insert_cast(graph: onnx.GraphProto, consumer: onnx.NodeProto, name: str, to: int) -> None:
@@ -180,10 +182,3 @@ def _insert_cast(graph: onnx.GraphProto, consumer: onnx.NodeProto, name: str, to
     position = [node.output[0] for node in graph.node].index(consumer.output[0])
     consumer.input[0] = name
     graph.node.insert(position, cast)
-
-
-def _drop_unused_initializers(graph: onnx.GraphProto) -> None:
-    used = {name for node in graph.node for name in node.input}
-    kept = [tensor for tensor in graph.initializer if tensor.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)

@@ -1,28 +1,34 @@
 """fp32 bundle -> fp16 or int8 bundle, kept only when it passes the gate beside the model it came from.
 
-Int8 comes in two dialects made from one set of scales: `typed` (float16 around int8, opset 19, TensorRT 10 and later) and
-`trt8` (float32 around int8, opset 17, TensorRT 8.6).
+Int8 comes in the dialects of forms.py. Where one does not pass, the convolutions that int8 hurts most are left in floating point,
+as few as pass; they are named in the manifest.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
 
 from chexnet_deploy.bundle import ONNX_MODEL, PROBE, Bundle, Calibration, Check, Manifest, Precision, hash_files
 from chexnet_deploy.errors import BundleError, GateError
 from chexnet_deploy.parity import compare
 from chexnet_deploy.predictor import sigmoid
 from chexnet_deploy.quantize.calibration import CalibrationSet
-from chexnet_deploy.quantize.graphs import insert_qdq, quantizable_convs, to_float16
-from chexnet_deploy.quantize.ranges import ESTIMATOR, activation_ranges
+from chexnet_deploy.quantize.forms import ESTIMATOR, Dialect, prepare
+from chexnet_deploy.quantize.graphs import to_float16
+from chexnet_deploy.quantize.sensitivity import Sensitivity, fewest_float_convolutions, measure_sensitivity
 from chexnet_deploy.scoring import LabelledImages, score_files
+from chexnet_deploy.sessions.base import Logits
 from chexnet_deploy.sessions.ort import OrtSession, require_float16_rounding
 from chexnet_deploy.spec import Gate
+
+MAX_FLOAT_CONVOLUTIONS = 32  # a quarter of them; beyond, fp16 is the better choice
+SENSITIVITY_IMAGES = 16
+N_WEAKEST = 10
 
 
 def to_fp16(bundle: Bundle, out: Path, gate: Gate, validation: LabelledImages | None) -> Bundle:
@@ -40,7 +46,13 @@ def to_fp16(bundle: Bundle, out: Path, gate: Gate, validation: LabelledImages | 
     """
     _require_fp32(bundle)
     model = to_float16(onnx.load_from_string(bundle.read_model())).SerializeToString()
-    return _keep(bundle, model, out, gate, validation, Precision.FP16, "float", None, ())
+    trial = _Trial(bundle, gate, validation)
+    verdict = trial.judge(model)
+    if verdict.reasons:
+        raise GateError(
+            f"the fp16 model does not pass its gate, so no bundle was kept: {'; '.join(verdict.reasons)}. Use fp32."
+        )
+    return _write(bundle, model, out, Precision.FP16, verdict)
 
 
 def to_int8(
@@ -50,22 +62,24 @@ def to_int8(
     gate: Gate,
     validation: LabelledImages,
     *,
-    dialect: Literal["typed", "trt8"] = "typed",
+    dialect: Dialect = "typed",
     on_images: Callable[[int], None] | None = None,
+    on_layer: Callable[[int], None] | None = None,
 ) -> Bundle:
-    """Write an int8 bundle of an fp32 bundle: explicit Q/DQ, symmetric, zero points 0, per-channel weights.
+    """Write an int8 bundle of an fp32 bundle: explicit Q/DQ, zero points 0, per-channel weights.
 
     Args:
         bundle: fp32.
-        calibration: images that set the activation ranges.
+        calibration: images that set the activation ranges and round the weights.
         out: where; nothing may be there yet.
         gate: what the int8 model must pass.
         validation: labelled images of validation patients.
-        dialect: see the module.
+        dialect: see forms.py.
         on_images: called with the calibration images done.
+        on_layer: called with the convolutions measured, where the gate fails and the most sensitive are looked for.
 
     Raises:
-        GateError: it answers too differently; nothing is kept.
+        GateError: it answers too differently even with a quarter of the convolutions in floating point; nothing is kept.
         CalibrationError: a tensor has no range on these images.
         SessionError: this ONNX Runtime can't check the typed dialect.
     """
@@ -73,68 +87,119 @@ def to_int8(
     if dialect == "typed":
         require_float16_rounding()
     single = onnx.load_from_string(bundle.read_model())
-    convs = quantizable_convs(single)
-    tensors = sorted({node.input[0] for node in convs})
-    ranges = activation_ranges(single, tensors, calibration.pixels, on_images=on_images)
-    names = [node.output[0] for node in convs]
-    single_weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in single.graph.initializer}
-    graph = to_float16(single) if dialect == "typed" else single
-    model = insert_qdq(graph, ranges, names, single_weights).SerializeToString()
+    prepared = prepare(single, dialect, calibration.pixels, on_images=on_images)
+    trial = _Trial(bundle, gate, validation)
+    model = prepared.build().SerializeToString()
+    verdict = trial.judge(model)
+    left: tuple[str, ...] = ()
+    ranking: tuple[Sensitivity, ...] = ()
+    if verdict.reasons:
+        ranking = measure_sensitivity(prepared, calibration.pixels[:SENSITIVITY_IMAGES], on_layer=on_layer)
+        found = fewest_float_convolutions(
+            [each.convolution for each in ranking],
+            lambda names: not trial.judge(prepared.build(names).SerializeToString()).reasons,
+            at_most=MAX_FLOAT_CONVOLUTIONS,
+        )
+        if found is None:
+            raise GateError(
+                f"the int8 model does not pass its gate, even with {MAX_FLOAT_CONVOLUTIONS} convolutions in floating point, so "
+                f"no bundle was kept: {'; '.join(verdict.reasons)}. Use fp16, or calibrate on more images."
+            )
+        left = found
+        model = prepared.build(left).SerializeToString()
+        verdict = trial.judge(model)
+    never = tuple(node.name for node in single.graph.node if node.op_type == "Conv" and node.name not in prepared.convs)
     record = Calibration(list_sha256=calibration.sha256, n_images=len(calibration.images), estimator=ESTIMATOR)
-    left_alone = tuple(node.name for node in single.graph.node if node.op_type == "Conv" and node not in convs)
-    return _keep(bundle, model, out, gate, validation, Precision.INT8, dialect, record, left_alone)
+    weakest = {each.convolution: each.logit_noise for each in ranking[:N_WEAKEST]}
+    return _write(bundle, model, out, Precision.INT8, verdict, dialect, record, (*never, *left), weakest)
 
 
-def _keep(
-    parent: Bundle,
-    model: bytes,
-    out: Path,
-    gate: Gate,
-    validation: LabelledImages | None,
-    precision: Precision,
-    dialect: Literal["float", "typed", "trt8"],
-    calibration: Calibration | None,
-    float_convolutions: tuple[str, ...],
-) -> Bundle:
-    """Run the new model beside its parent, and write it as a bundle if it passes."""
-    old = parent.manifest
-    probe = parent.read_probe()
-    candidate = OrtSession(model, old.preprocessing.resize_px)
-    logits, _ = candidate.run(probe.pixels)
-    gap = float(np.abs(sigmoid(logits) - sigmoid(probe.logits)).max())
-    limit = gate.max_abs_probability_difference
-    checks = [Check(name="max |probability difference| on the probe", value=gap, limit=limit)]
-    reasons = [] if gap <= limit else [f"max |probability difference| on the probe {gap:.4f}, limit {limit}"]
-    if validation is not None:
-        reference = OrtSession.open(parent)
-        scores = score_files({"parent": reference, "new": candidate}, validation.paths, old.preprocessing)
-        reference.close()
+@dataclass(frozen=True, slots=True)
+class _Verdict:
+    """What came of one candidate."""
+
+    probe_max_abs_logit_error: float
+    checks: tuple[Check, ...]
+    reasons: tuple[str, ...]
+
+
+class _Trial:
+    """Judges candidates beside one parent, whose answers are computed once."""
+
+    def __init__(self, parent: Bundle, gate: Gate, validation: LabelledImages | None) -> None:
+        self._manifest = parent.manifest
+        self._probe = parent.read_probe()
+        self._gate = gate
+        self._validation = validation
+        self._reference: Logits | None = None
+        if validation is not None:
+            session = OrtSession.open(parent)
+            self._reference = _score(session, validation, parent.manifest)
+            session.close()
+
+    def judge(self, model: bytes) -> _Verdict:
+        """Run a candidate on the probe and the validation images."""
+        session = OrtSession(model, self._manifest.preprocessing.resize_px)
+        logits, _ = session.run(self._probe.pixels)
+        gap = float(np.abs(sigmoid(logits) - sigmoid(self._probe.logits)).max())
+        limit = self._gate.max_abs_probability_difference
+        checks = [Check(name="max |probability difference| on the probe", value=gap, limit=limit)]
+        reasons = [] if gap <= limit else [f"max |probability difference| on the probe {gap:.4f}, limit {limit}"]
+        if self._validation is not None and self._reference is not None:
+            candidate = _score(session, self._validation, self._manifest)
+            more, failures = self._compare(self._reference, candidate, self._validation)
+            checks += more
+            reasons += failures
+        session.close()
+        return _Verdict(float(np.abs(logits - self._probe.logits).max()), tuple(checks), tuple(reasons))
+
+    def _compare(
+        self, reference: Logits, candidate: Logits, validation: LabelledImages
+    ) -> tuple[list[Check], tuple[str, ...]]:
         report = compare(
-            scores["parent"],
-            scores["new"],
+            reference,
+            candidate,
             validation.truth,
             validation.patients,
-            old.findings,
-            old.operating_points,
-            gate,
+            self._manifest.findings,
+            self._manifest.operating_points,
+            self._gate,
         )
-        reasons += report.reasons if report.verdict == "FAIL" else ()
         images = f"on {report.n_images} validation images"
-        losses = [-(f.difference or 0.0) / f.margin for f in report.findings if f.verdict != "not assessable"]
-        checks.append(
+        checks = [
             Check(
-                name=f"max |probability difference| {images}", value=report.max_abs_probability_difference, limit=limit
+                name=f"max |probability difference| {images}",
+                value=report.max_abs_probability_difference,
+                limit=self._gate.max_abs_probability_difference,
             )
-        )
+        ]
+        losses = [-(f.difference or 0.0) / f.margin for f in report.findings if f.verdict != "not assessable"]
         if losses:
             name = f"largest AUROC loss as a share of its margin, {report.n_assessable} assessable findings {images}"
             checks.append(Check(name=name, value=max(losses), limit=1.0))
-    candidate.close()
-    if reasons:
-        raise GateError(
-            f"the {precision.value} model does not pass its gate, so no bundle was kept: {'; '.join(reasons)}. "
-            f"Use fp16, or calibrate on more images."
-        )
+        noise = [f.noise_share for f in report.findings if f.noise_share is not None]
+        if noise and self._gate.logit_noise_share is not None:
+            name = f"largest RMS logit difference as a share of the logits' standard deviation {images}"
+            checks.append(Check(name=name, value=max(noise), limit=self._gate.logit_noise_share))
+        return checks, report.reasons if report.verdict == "FAIL" else ()
+
+
+def _score(session: OrtSession, images: LabelledImages, manifest: Manifest) -> Logits:
+    return score_files({"model": session}, images.paths, manifest.preprocessing)["model"]
+
+
+def _write(
+    parent: Bundle,
+    model: bytes,
+    out: Path,
+    precision: Precision,
+    verdict: _Verdict,
+    dialect: Dialect | Literal["float"] = "float",
+    calibration: Calibration | None = None,
+    float_convolutions: Sequence[str] = (),
+    weakest: dict[str, float] | None = None,
+) -> Bundle:
+    old, probe = parent.manifest, parent.read_probe_bytes()
     manifest = Manifest(
         precision=precision,
         dialect=dialect,
@@ -142,17 +207,20 @@ def _keep(
         preprocessing=old.preprocessing,
         head_bias=old.head_bias,
         operating_points=old.operating_points,
-        files=hash_files({ONNX_MODEL: model, PROBE: parent.read_probe_bytes()}),
+        files=hash_files({ONNX_MODEL: model, PROBE: probe}),
         checkpoint_sha256=old.checkpoint_sha256,
+        release=old.release,
         trained_on=old.trained_on,
+        scope=old.scope,
         ancestors=(*old.ancestors, parent.id),
         calibration=calibration,
-        probe_max_abs_logit_error=float(np.abs(logits - probe.logits).max()),
-        checks=tuple(checks),
+        probe_max_abs_logit_error=verdict.probe_max_abs_logit_error,
+        checks=verdict.checks,
         tools={name: version(name) for name in ("chexnet-deploy", "onnx", "onnxruntime")},
-        float_convolutions=float_convolutions,
+        float_convolutions=tuple(float_convolutions),
+        weakest_convolutions=weakest or {},
     )
-    return Bundle.write(out, manifest, model, parent.read_probe_bytes())
+    return Bundle.write(out, manifest, model, probe)
 
 
 def _require_fp32(bundle: Bundle) -> None:

@@ -1,12 +1,23 @@
 """Open a bundle on a backend: the only place that picks one. It checks known answers before it hands a session out."""
 
+import importlib.util
+
 import numpy as np
 
 from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.errors import MissingPackageError, SessionError
 from chexnet_deploy.sessions.base import Logits, Maps, Provider, Session, run_in_batches
 
-__all__ = ["Logits", "Maps", "Provider", "Session", "check_known_answers", "open_session", "run_in_batches"]
+__all__ = [
+    "Logits",
+    "Maps",
+    "Provider",
+    "Session",
+    "check_known_answers",
+    "open_session",
+    "resolve_provider",
+    "run_in_batches",
+]
 
 N_STARTUP_PROBES = 4  # enough to catch a wrong file or backend, few enough for a scanner's start-up
 # What two machines may differ by beyond the error measured when the bundle was kept: other instruction sets round
@@ -15,18 +26,19 @@ LOGIT_SLACK = 2e-3
 CAM_IDENTITY_TOLERANCE = 1e-4
 
 
-def open_session(bundle: Bundle, *, threads: int | None = None, provider: Provider = "cpu") -> Session:
+def open_session(bundle: Bundle, *, threads: int | None = None, provider: Provider = "auto") -> Session:
     """Load a bundle on the backend it was made for and check its known answers.
 
     Args:
-        bundle: verified.
+        bundle: verified; if it was opened with trust, its release is the oldest that runs here from now on.
         threads: CPU threads for one call, for ONNX bundles; None takes all cores.
-        provider: what ONNX Runtime runs an ONNX bundle on.
+        provider: what runs an ONNX bundle.
 
     Raises:
         MissingPackageError: the backend is not installed.
         SessionError: the plan is for another machine, the backend refuses the model, or it answers otherwise than when
             the bundle was made.
+        TrustError: a newer release has run since the bundle was opened, or that it ran can't be kept.
     """
     session: Session
     if bundle.manifest.target is not None:
@@ -34,13 +46,37 @@ def open_session(bundle: Bundle, *, threads: int | None = None, provider: Provid
 
         session = TrtSession.open(bundle)
     else:
-        try:
-            from chexnet_deploy.sessions.ort import OrtSession
-        except ModuleNotFoundError as err:
-            raise MissingPackageError("onnxruntime is not installed. Run: pip install 'chexnet-deploy[cpu]'") from err
-        session = OrtSession.open(bundle, threads=threads, provider=provider)
-    check_known_answers(session, bundle, n_probes=N_STARTUP_PROBES)
+        session = _open_onnx(bundle, threads, provider)
+    try:
+        check_known_answers(session, bundle, n_probes=N_STARTUP_PROBES)
+        bundle.keep_release()
+    except BaseException:
+        session.close()
+        raise
     return session
+
+
+def resolve_provider(provider: Provider) -> Provider:
+    """Return what `provider` means here: "auto" is OpenVINO where it is installed, and else ONNX Runtime on the CPU."""
+    if provider != "auto":
+        return provider
+    return "cpu" if importlib.util.find_spec("openvino") is None else "openvino"
+
+
+def _open_onnx(bundle: Bundle, threads: int | None, provider: Provider) -> Session:
+    if resolve_provider(provider) == "openvino":
+        try:
+            from chexnet_deploy.sessions.openvino import OpenvinoSession
+        except ModuleNotFoundError as err:
+            raise MissingPackageError("openvino is not installed. Run: pip install 'chexnet-deploy[openvino]'") from err
+        return OpenvinoSession.open(bundle, threads=threads)
+    try:
+        from chexnet_deploy.sessions.ort import OrtSession
+    except ModuleNotFoundError as err:
+        raise MissingPackageError(
+            "neither openvino nor onnxruntime is installed. Run: pip install 'chexnet-deploy[cpu]'"
+        ) from err
+    return OrtSession.open(bundle, threads=threads, provider="cuda" if provider == "cuda" else "cpu")
 
 
 def check_known_answers(session: Session, bundle: Bundle, *, n_probes: int) -> float:

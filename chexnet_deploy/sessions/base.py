@@ -10,7 +10,9 @@ from chexnet_deploy.errors import SessionError
 from chexnet_deploy.preprocessing import Pixels
 
 Logits = NDArray[np.float32]  # [N, C], C in manifest order; no sigmoid in any graph
-Provider: TypeAlias = Literal["cpu", "cuda"]  # what ONNX Runtime runs on; plans know their GPU
+# What runs an ONNX bundle: "auto" is OpenVINO where it is installed and else ONNX Runtime on the CPU, "cpu" and "cuda" are ONNX
+# Runtime's. Plans know their GPU.
+Provider: TypeAlias = Literal["auto", "openvino", "cpu", "cuda"]
 Maps = NDArray[np.float32]  # [N, C, S/32, S/32], class activation maps; mean over space + bias = logits
 
 

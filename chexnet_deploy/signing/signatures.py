@@ -1,0 +1,94 @@
+"""manifest.sig: who signed a manifest, in the one form that is accepted. Knows no keys; see keys.py.
+
+A signature is Ed25519 (RFC 8032) over the pre-authentication encoding of DSSE 1.0 (secure-systems-lab/dsse, protocol.md),
+a standard's way of saying what is signed, so that no signature made for anything else fits here:
+
+    DSSEv1 <bytes of the type> <type> <bytes of manifest.json> <manifest.json>
+"""
+
+import json
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from chexnet_deploy.errors import TrustError
+from chexnet_deploy.files import Sha256
+
+SIGNATURE = "manifest.sig"
+PAYLOAD_TYPE = b"application/vnd.chexnet-deploy.manifest.v1+json"
+MAX_SIGNATURES = 8  # a key and its successor are two; more is for several parties
+MAX_SIGNATURE_BYTES = 4096
+
+Ed25519Hex = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{128}$")]
+"""64 bytes as lower-case hexadecimal digits."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Signature(_Record):
+    """One key's word for a manifest.
+
+    Attributes:
+        key: the key's fingerprint, see keys.fingerprint.
+        ed25519: the signature.
+    """
+
+    key: Sha256
+    ed25519: Ed25519Hex
+
+
+class SignatureFile(_Record):
+    """All signatures of one manifest; more than one while a fleet changes from a key to its successor."""
+
+    format: Literal[1] = 1
+    signatures: Annotated[tuple[Signature, ...], Field(min_length=1, max_length=MAX_SIGNATURES)]
+
+    @classmethod
+    def of(cls, signatures: tuple[Signature, ...]) -> "SignatureFile":
+        """Return the file of some signatures; of two by one key the last is kept.
+
+        Raises:
+            TrustError: more than MAX_SIGNATURES.
+        """
+        by_key = {signature.key: signature for signature in signatures}
+        if len(by_key) > MAX_SIGNATURES:
+            raise TrustError(
+                f"{len(by_key)} keys would have signed, at most {MAX_SIGNATURES} may. "
+                f"Delete {SIGNATURE} and sign with those that are still trusted."
+            )
+        return cls(signatures=tuple(by_key[key] for key in sorted(by_key)))
+
+    @classmethod
+    def parse(cls, content: bytes, where: str) -> "SignatureFile":
+        """Read manifest.sig; only the bytes that to_bytes would write are accepted, so none of them is without meaning.
+
+        Args:
+            content: at most MAX_SIGNATURE_BYTES.
+            where: the file, for errors.
+
+        Raises:
+            TrustError: any other form.
+        """
+        try:
+            parsed = cls.model_validate_json(content)
+            is_canonical = cls.of(parsed.signatures).to_bytes() == content
+        except ValidationError as err:
+            first = err.errors()[0]
+            field = ".".join(map(str, first["loc"])) or "file"
+            raise TrustError(f"{where}: {field}: {first['msg']}. Copy the bundle again or sign it again.") from err
+        if not is_canonical:
+            raise TrustError(
+                f"{where} is not in the form that `sign` writes. Copy the bundle again, or delete it and sign again."
+            )
+        return parsed
+
+    def to_bytes(self) -> bytes:
+        """Return the bytes of manifest.sig."""
+        return (json.dumps(self.model_dump(mode="json"), indent=2) + "\n").encode()
+
+
+def message_to_sign(manifest: bytes) -> bytes:
+    """Return what is signed for the bytes of a manifest.json."""
+    return b"DSSEv1 %d %b %d %b" % (len(PAYLOAD_TYPE), PAYLOAD_TYPE, len(manifest), manifest)
