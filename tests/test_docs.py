@@ -82,6 +82,14 @@ def test_the_table_is_made_from_the_committed_results() -> None:
     assert table.strip() == markdown_table(read_results())
 
 
+def test_the_peers_table_is_made_from_the_committed_results() -> None:
+    from benchmarks.peers import RESULTS
+    from benchmarks.peers_page import Results, markdown_table
+
+    table = README.split("<!-- python -m benchmarks.peers --table -->\n")[1].split("<!-- end -->")[0]
+    assert table.strip() == markdown_table(Results.model_validate_json(RESULTS.read_text())).strip()
+
+
 def test_every_file_the_readme_names_exists() -> None:
     for name in re.findall(r"`((?:training|engines|benchmarks|chexnet_deploy)/[\w/.]+)`", README):
         assert (CHECKOUT / name).exists(), name

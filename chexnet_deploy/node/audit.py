@@ -6,6 +6,7 @@ left, and whoever may write the log may write another whole one: both show only 
 and hash, which is kept in a file beside the log and belongs, from time to time, on another machine or on paper.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -100,16 +101,20 @@ class AuditLog:
             AuditError: the line can't be written; nothing may be done that it was to record.
         """
         with self._lock:
-            self.is_writable = False
             line, digest = self._compose(event, fields)
-            self._write(line)
-            self.head = Head(self.head.seq + 1, digest)
+            head = Head(self.head.seq + 1, digest)
+            before = os.fstat(self._handle).st_size
             try:
-                write_file(_head_path(self._path), _head_line(self.head))
+                self._write(line)
+                write_file(_head_path(self._path), _head_line(head))
             except OSError as err:
+                # Nothing is done upon this line. Left there, a part of it would break the chain, and whole ones would run
+                # ahead of the head.
+                os.ftruncate(self._handle, before)
+                self.is_writable = False
                 raise _cannot_write(self._path, err) from err
-            self.is_writable = True
-            return self.head
+            self.head, self.is_writable = head, True
+            return head
 
     def _compose(self, event: str, fields: Mapping[str, Value]) -> tuple[bytes, str]:
         record = {
@@ -128,16 +133,9 @@ class AuditLog:
         return line, digest
 
     def _write(self, line: bytes) -> None:
-        before = os.fstat(self._handle).st_size
-        try:
-            written = os.write(self._handle, line)
-            if written < len(line):
-                raise OSError(28, "only a part of a line fitted")
-            os.fsync(self._handle)
-        except OSError as err:
-            # A part of a line would break the chain for every line after it.
-            os.ftruncate(self._handle, before)
-            raise _cannot_write(self._path, err) from err
+        if os.write(self._handle, line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(self._handle)
 
     def close(self) -> None:
         """Close the log."""

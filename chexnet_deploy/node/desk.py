@@ -4,6 +4,7 @@ An image leaves the spool only when its decision is in the audit log and its res
 repeats the image, with the same results under the same UIDs. One thread, one worker, one image at a time.
 """
 
+import contextlib
 import hashlib
 import threading
 from collections.abc import Callable, Sequence
@@ -113,8 +114,15 @@ class Desk:
             return False
         self.is_ready, self._n_failed_starts = True, 0
         self._next_test_s = monotonic() + self._health.self_test_every_s
+        self._try_audit_again()
         self._notifier.say("WATCHDOG=1")
         return True
+
+    def _try_audit_again(self) -> None:
+        # While no line can be written no image is taken, so no image would ever find out that there is room again.
+        if not self._audit.is_writable:
+            with contextlib.suppress(AuditError):
+                self._audit.append("writable-again")
 
     def _lost(self, fault: WorkerFault) -> None:
         self.is_ready = False

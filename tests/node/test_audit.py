@@ -167,7 +167,31 @@ def test_full_disk_refuses_and_leaves_the_chain_whole(tmp_path: Path, monkeypatc
                 log.append("answered")
         assert not log.is_writable
         assert verify(path).seq == 3
+    head_path = path.with_name(path.name + HEAD_SUFFIX)
+    head_path.unlink()
+    head_path.mkdir()
+    for _ in range(3):
+        with pytest.raises(AuditError):
+            log.append("answered")
+    assert verify(path).seq == 3  # no line runs ahead of its head
+    head_path.rmdir()
     log.append("answered")
     assert log.is_writable
     assert verify(path, log.head.hash).seq == 4
     log.close()
+
+
+def test_log_counts_as_writable_while_a_line_is_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # An image that comes in at that moment must not be refused.
+    log = AuditLog.open(tmp_path / "audit.jsonl")
+    seen, real = [], os.fsync
+
+    def look(handle: int) -> None:
+        seen.append(log.is_writable)
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", look)
+    log.append("answered")
+    log.close()
+    assert seen
+    assert all(seen)

@@ -247,6 +247,7 @@ def test_worker_that_cannot_start_ends_the_node_with_70(node: NodeProcess) -> No
 
 
 def test_full_audit_log_stops_acknowledging_until_there_is_room(node: NodeProcess, pacs: Pacs, tmp_path: Path) -> None:
+    node.overrides = "\n[health]\nself_test_every_s = 0.5\n"
     node.start()
     pacs.start()
     head = node.state / "audit.jsonl.head"
@@ -259,7 +260,13 @@ def test_full_audit_log_stops_acknowledging_until_there_is_room(node: NodeProces
     head.rmdir()
     wait_until(lambda: is_delivered(node, 1))  # it was kept all the same
     assert store(node.port, [image]) == [0]
+    head.unlink()
+    head.mkdir()
+    assert store(node.port, [image]) == [0xA700]  # nothing is left to do by which the node would notice room again
+    head.rmdir()
+    wait_until(lambda: store(node.port, [image]) == [0])
     assert node.stop() == 0
+    assert verify(node.state / "audit.jsonl", read_head(head).hash).seq == len(audit_lines(node))
 
 
 def test_second_node_in_a_folder_is_refused(node: NodeProcess) -> None:
