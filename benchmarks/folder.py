@@ -31,14 +31,14 @@ from PIL import Image
 
 from chexnet_deploy.bench import describe_machine
 from chexnet_deploy.bundle import Bundle
-from chexnet_deploy.cli import progress, run_program
+from chexnet_deploy.cli import OnProvider, ProviderName, progress, run_program
 from chexnet_deploy.image_files import find_images
 from chexnet_deploy.images import read_image
 from chexnet_deploy.phases import OnPhase
 from chexnet_deploy.predictor import Predictor
 from chexnet_deploy.preprocessing import Pixels, Preprocessing
-from chexnet_deploy.sessions import Session, open_session
-from chexnet_deploy.streaming import Flow, usable_cores
+from chexnet_deploy.sessions import Provider, Session, open_session, resolve_provider
+from chexnet_deploy.streaming import Flow, choose_flow, usable_cores
 from training.phantom import PhantomSpec, draw_radiograph, plan_studies
 
 CHECKOUT = Path(__file__).parents[1]
@@ -76,17 +76,18 @@ def main(
     folder: Annotated[Path | None, typer.Option(help="Radiographs; default: phantoms.")] = None,
     n_phantoms: Annotated[int, typer.Option(min=8, help="How many, where there is no folder.")] = 1000,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each side.")] = 3,
+    provider: OnProvider = ProviderName.AUTO,
     out: Annotated[Path, typer.Option(help="The JSON to write.")] = RESULTS,
 ) -> None:
     """Measure, write the JSON and print it in words; exits 1 below the bar or where memory grows."""
-    opened, cores = Bundle.open(bundle), usable_cores()
+    opened, cores, backend = Bundle.open(bundle), usable_cores(), resolve_provider(provider.value)
     with tempfile.TemporaryDirectory(prefix="chexnet-folder-") as place, progress() as on_phase:
         if folder is None:
             folder = Path(place) / "phantoms"
             draw_phantoms(folder, n_phantoms, cores, on_phase)
         paths = list(find_images([folder]).paths())
         median_kb = median(path.stat().st_size for path in paths) / 1000
-        sides = bare_sides(opened, paths, cores) | settings_sides(opened, paths, cores)
+        sides = bare_sides(opened, paths, cores, backend) | settings_sides(opened, paths, cores, backend)
         speeds: dict[str, list[Speed]] = {name: [] for name in (*sides, "whole")}
         series: list[list[Sample]] = []
         for turn in range(rounds):
@@ -94,14 +95,14 @@ def main(
             for i, name in enumerate(names[::-1] if turn % 2 else names):
                 if name == "whole":
                     core = _children_s()
-                    series.append(watch_predict(bundle, folder, Path(place) / f"{turn}.csv"))
+                    series.append(watch_predict(bundle, folder, Path(place) / f"{turn}.csv", backend))
                     # With the start of the program, which has no core time of its own here.
                     core_ms = 1000.0 * (_children_s() - core) / len(paths)
                     speeds[name].append(Speed(settled_rate(series[-1]), core_ms))
                 else:
                     speeds[name].append(timed(sides[name]))
                 on_phase("measuring", turn * len(names) + i + 1, rounds * len(names))
-    results = summarise(opened, median_kb, speeds, series, cores)
+    results = summarise(opened, median_kb, speeds, series, cores, backend)
     out.write_text(json.dumps(results, indent=1) + "\n")
     print_results(results)
     raise typer.Exit(0 if results["times_additive_bound"] >= BAR and results["memory_is_flat"] else 1)
@@ -126,11 +127,12 @@ def draw_phantoms(folder: Path, n: int, workers: int, on_phase: OnPhase) -> None
             on_phase("drawing", done, n)
 
 
-def bare_sides(bundle: Bundle, paths: Sequence[Path], cores: int) -> dict[str, Side]:
+def bare_sides(bundle: Bundle, paths: Sequence[Path], cores: int, provider: Provider) -> dict[str, Side]:
     """Return what measures decoding alone and the session alone, in images a second, all cores at work."""
     preprocessing = bundle.manifest.preprocessing
     pixels = [preprocessing(read_image(path)) for path in paths[:N_ALONE]]
-    one_call, call_per_core = open_session(bundle), open_session(bundle, threads=1)
+    one_call = open_session(bundle, provider=provider)
+    call_per_core = open_session(bundle, threads=1, provider=provider)
     return {
         "decode": partial(decode_all, paths, preprocessing, cores),
         "infer, one call on all cores": partial(infer_all, one_call, pixels, 1),
@@ -138,7 +140,7 @@ def bare_sides(bundle: Bundle, paths: Sequence[Path], cores: int) -> dict[str, S
     }
 
 
-def settings_sides(bundle: Bundle, paths: Sequence[Path], cores: int) -> dict[str, Side]:
+def settings_sides(bundle: Bundle, paths: Sequence[Path], cores: int, provider: Provider) -> dict[str, Side]:
     """Return what measures files to findings, in this process, with other settings than the default."""
     settings: list[tuple[int | None, Flow]] = [
         (None, Flow(calls=1, workers=cores + 1)),
@@ -150,7 +152,7 @@ def settings_sides(bundle: Bundle, paths: Sequence[Path], cores: int) -> dict[st
     ]
     sides: dict[str, Side] = {}
     for threads, flow in settings:
-        predictor = Predictor(open_session(bundle, threads=threads), bundle.manifest, flow)
+        predictor = Predictor(open_session(bundle, threads=threads, provider=provider), bundle.manifest, flow)
         words = f"threads {threads or 'all'}, batch {flow.batch_size}, calls {flow.calls}, workers {flow.workers}"
         sides[f"stream, {words}"] = partial(stream_all, predictor, paths[:N_ALONE])
     return sides
@@ -180,9 +182,10 @@ def timed(side: Side) -> Speed:
     return Speed(n / (perf_counter() - wall), 1000.0 * (process_time() - core) / n)
 
 
-def watch_predict(bundle: Path, folder: Path, table: Path) -> list[Sample]:
+def watch_predict(bundle: Path, folder: Path, table: Path, provider: Provider) -> list[Sample]:
     """Run the command as a user does and look at its rows and memory until it ends."""
     words = [sys.executable, "-m", "chexnet_deploy", "predict", str(bundle), str(folder), "--out", str(table)]
+    words += ["--provider", provider]
     samples: list[Sample] = []
     written, rows, n_read = table.with_name(f"{table.name}.partial"), 0, 0
     start = perf_counter()
@@ -214,6 +217,7 @@ def summarise(
     speeds: Mapping[str, Sequence[Speed]],
     series: Sequence[Sequence[Sample]],
     cores: int,
+    provider: Provider,
 ) -> dict[str, Any]:
     """Return the JSON's content."""
     medians = {name: median(speed.images_per_s for speed in samples) for name, samples in speeds.items()}
@@ -222,11 +226,11 @@ def summarise(
     infer = max(medians["infer, one call on all cores"], medians["infer, a call on each core"])
     whole, bound = medians["whole"], 1.0 / (1.0 / decode + 1.0 / infer)
     growth_mib = max(max(s.resident_mib for s in _settled(run)) - _settled(run)[0].resident_mib for run in series)
-    with Predictor.of(bundle, threads=1) as predictor:
-        flow = predictor.flow
+    flow = choose_flow(bundle.manifest, threads=1, provider=provider, cores=cores)
     return {
         "machine": describe_machine().model_dump(),
         "cores": cores,
+        "provider": provider,
         "precision": bundle.manifest.precision.value,
         "resize_px": bundle.manifest.preprocessing.resize_px,
         "n_images": series[-1][-1].rows,

@@ -35,7 +35,7 @@ from chexnet_deploy.predictor import Prediction, Predictor, draw_cam
 from chexnet_deploy.results import open_table
 from chexnet_deploy.scope import ScopePolicy
 from chexnet_deploy.scoring import LabelledImages
-from chexnet_deploy.sessions import Provider
+from chexnet_deploy.sessions import Provider, resolve_provider
 from chexnet_deploy.sessions.target import open_driver
 from chexnet_deploy.sessions.tensorrt_versions import Backend, open_tensorrt
 from chexnet_deploy.signing.release import Release
@@ -334,13 +334,13 @@ def predict_table(
         ChexnetError: the bundle can't be used here, the table is another one or can't be written, or the one file that was
             given can't be read.
     """
-    threads = _threads_for(images, threads)
+    threads, provider, target = _threads_for(images, threads), resolve_provider(provider), bundle.manifest.target
     card = TableCard(
         bundle=bundle.id,
         preprocessing=bundle.manifest.preprocessing,
         findings=bundle.manifest.findings,
         operating_points=bundle.manifest.operating_points,
-        provider=provider,
+        backend=provider if target is None else target.backend,
         threads=threads,
         batch_size=choose_flow(bundle.manifest, threads=threads, provider=provider, cores=usable_cores()).batch_size,
         n_images=len(images.names),

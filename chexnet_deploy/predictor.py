@@ -67,7 +67,7 @@ class Predictor:
         self._preprocessing = manifest.preprocessing
         self._operating_points = dict(manifest.operating_points)
         self._scope = manifest.scope or ScopePolicy()
-        self._reader = ImageReader()
+        self._reader = ImageReader(processes=max(1, flow.workers - 1))  # started as compressed DICOM asks for them
 
     @classmethod
     def open(

@@ -17,7 +17,6 @@ from chexnet_deploy.files import Sha256
 from chexnet_deploy.image_files import one_line
 from chexnet_deploy.predictor import Prediction
 from chexnet_deploy.preprocessing import Preprocessing
-from chexnet_deploy.sessions import Provider
 
 ColumnKind: TypeAlias = Literal["text", "probability", "decision"]
 
@@ -33,7 +32,8 @@ class TableCard(BaseModel):
         preprocessing: the bundle's.
         findings: the bundle's, in its order.
         operating_points: the bundle's.
-        provider: what ONNX Runtime ran on. Answers may differ in their last bits between providers,
+        backend: what ran the model: openvino, cpu, cuda, tensorrt or tensorrt_rtx; never "auto", which may become another.
+            Answers may differ in their last bits between backends,
         threads: between thread counts of one call (None is all cores),
         batch_size: and between batches, which are cut by place every so many images.
         n_images: rows of the whole table.
@@ -49,7 +49,7 @@ class TableCard(BaseModel):
     preprocessing: Preprocessing
     findings: tuple[str, ...]
     operating_points: dict[str, float]
-    provider: Provider
+    backend: str
     threads: int | None
     batch_size: Annotated[int, Field(ge=1)]
     n_images: Annotated[int, Field(ge=1)]

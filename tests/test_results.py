@@ -29,6 +29,7 @@ from chexnet_deploy.findings import FINDINGS
 from chexnet_deploy.predictor import Prediction, Predictor
 from chexnet_deploy.preprocessing import Preprocessing
 from chexnet_deploy.results import open_table
+from chexnet_deploy.sessions import resolve_provider
 from chexnet_deploy.table_rows import TableCard, read_back, read_card
 from tests.test_cli import assert_one_line_error, chexnet
 
@@ -39,7 +40,7 @@ CARD = TableCard(
     preprocessing=Preprocessing(),
     findings=FINDINGS,
     operating_points=dict.fromkeys(FINDINGS[:3], 0.5),
-    provider="cpu",
+    backend="cpu",
     threads=1,
     batch_size=1,
     n_images=N,
@@ -175,7 +176,7 @@ def test_nothing_is_left_where_no_row_was_written(tmp_path: Path) -> None:
         ({"preprocessing": Preprocessing(resize_px=320)}, "preprocessing"),
         ({"images_sha256": "c" * 64}, "images sha256"),
         ({"threads": 2}, "threads 1; this run has 2"),
-        ({"provider": "cuda"}, "provider cpu"),
+        ({"backend": "openvino"}, "backend cpu"),
         ({"batch_size": 2}, "batch size 1"),
         ({"operating_points": {}}, "operating points"),
     ],
@@ -493,6 +494,22 @@ def test_a_list_of_paths(bundles: dict[str, Bundle], folder: Path, tmp_path: Pat
 def test_pictures_and_a_table_are_made_apart(bundles: dict[str, Bundle], folder: Path, tmp_path: Path) -> None:
     done = chexnet("predict", bundles["fp32"].path, folder, "--out", tmp_path / "t.csv", "--cam", tmp_path / "cam")
     assert_one_line_error(done, 2, "--cam", "apart")
+
+
+def test_a_table_is_of_the_backend_that_ran_and_not_of_auto(
+    bundles: dict[str, Bundle], folder: Path, tmp_path: Path
+) -> None:
+    image = min(folder.rglob("*.png"))
+    for provider in ("auto", "cpu"):
+        done = chexnet(
+            "predict", bundles["fp32"].path, image, "--out", tmp_path / f"{provider}.csv", "--provider", provider
+        )
+        assert done.returncode == 0, done.stderr
+    cards = {name: read_card(tmp_path / f"{name}.csv.json") for name in ("auto", "cpu")}
+    assert cards["auto"] is not None
+    assert cards["cpu"] is not None
+    assert cards["auto"].backend == resolve_provider("auto")
+    assert cards["cpu"].backend == "cpu"
 
 
 @pytest.mark.slow
