@@ -374,7 +374,10 @@ def _refuse_no_bundle(path: Path) -> None:
         found = "a file" if path.exists() else "nothing"
         raise BundleError(f"{path} is no bundle: found {found}, needed a directory that `export` wrote.")
     if not (path / MANIFEST).exists():
-        inside = sorted(str(file.parent) for file in path.glob(f"*/{MANIFEST}"))
+        try:
+            inside = sorted(str(file.parent) for file in path.glob(f"*/{MANIFEST}"))
+        except OSError:  # it went away meanwhile: opening it says so
+            inside = []
         if inside:
             raise BundleError(f"{path} is a folder of bundles. Give one of them: {', '.join(inside)}.")
 
