@@ -54,6 +54,7 @@ serial_number = "RIG-1"
 [model]
 bundle = "{bundle}"
 answer_deadline_s = {answer_deadline_s}
+{model_settings}
 """
 
 
@@ -105,12 +106,14 @@ class NodeProcess:
 
     Attributes:
         folder: for its configuration, state and journal; survives kills.
+        model_settings: TOML for its [model].
         overrides: TOML appended to the configuration.
     """
 
     folder: Path
     bundle: Path
     answer_deadline_s: float = 20.0
+    model_settings: str = ""
     overrides: str = ""
     port: int = field(default_factory=free_port)
     pacs_port: int = field(default_factory=free_port)
@@ -141,6 +144,7 @@ class NodeProcess:
                 scanner=SCANNER,
                 pacs=PACS,
                 answer_deadline_s=self.answer_deadline_s,
+                model_settings=self.model_settings,
             )
             + self.overrides
         )

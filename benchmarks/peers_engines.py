@@ -18,6 +18,7 @@ BATCHES: Final = (1, 16)
 # Of a batch of 16: whole on all threads, or in pieces on a stream for each thread; the faster one is timed.
 _PIECES: Final = (16, 8, 4)
 _TRIALS = 3
+SETTLE_S: Final = 0.1
 TORCH: Final = ("torch, eager", "torch, channels_last", "torch.compile")
 
 Run: TypeAlias = Callable[[Pixels], object]
@@ -49,13 +50,13 @@ def open_engines(models: Models, *, openvino_only: bool) -> tuple[Engine, ...]:
 
 
 def time_in_turns(
-    engines: Sequence[Engine], pixels: Pixels, rounds: Mapping[int, int]
+    engines: Sequence[Engine], pixels: Pixels, rounds: Mapping[int, int], *, settle_s: float = SETTLE_S
 ) -> list[dict[int, tuple[float, ...]]]:
     """Return for each engine, by batch size, ms per image in every round.
 
-    Each is run once untimed before it is timed: the threads of the one before may still be waiting for work, and the caches
-    hold its weights. Every round has an order of its own, drawn with a fixed seed: were the one before always the same, what it
-    leaves behind would be counted as its neighbour's time.
+    Each is run untimed, once at the least and for `settle_s`, before it is timed: the threads of the one before may still be
+    waiting for work, and the caches hold its weights. Every round has an order of its own, drawn with a fixed seed: were the
+    one before always the same, what it leaves behind would be counted as its neighbour's time.
     """
     generator = np.random.default_rng(0)
     samples: list[dict[int, list[float]]] = [{} for _ in engines]
@@ -66,7 +67,10 @@ def time_in_turns(
             part = np.ascontiguousarray(pixels[first : first + batch])
             for i in generator.permutation(order):
                 run = engines[i].runs[batch]
+                settled_at = perf_counter() + settle_s
                 run(part)
+                while perf_counter() < settled_at:
+                    run(part)
                 start = perf_counter()
                 run(part)
                 samples[i].setdefault(batch, []).append((perf_counter() - start) * 1e3 / batch)

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
+from socket import gethostname
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -266,6 +267,15 @@ def predict(
         Path | None, typer.Option(help="A .csv or .parquet for all answers; a run that was stopped goes on with it.")
     ] = None,
     cam: Annotated[Path | None, typer.Option(help="New folder for pictures of where the model looked.")] = None,
+    dicom_out: Annotated[
+        Path | None,
+        typer.Option(
+            help="New folder for DICOM results of DICOM radiographs: a report and Secondary Captures of each."
+        ),
+    ] = None,
+    serial_number: Annotated[
+        str, typer.Option(help="Of this installation, for DICOM results; default: the machine's name.")
+    ] = "",
     trust: TrustOption = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads for one call; default: 1, and all cores for one image.")
@@ -279,10 +289,12 @@ def predict(
     """
     from chexnet_deploy.bundle import Bundle
     from chexnet_deploy.image_files import find_images
-    from chexnet_deploy.pipeline import open_predictor, predict_images, predict_table
+    from chexnet_deploy.pipeline import open_predictor, predict_images, predict_table, report_images
 
-    if out is not None and cam is not None:
-        raise TableError("--cam draws pictures beside printed answers, --out writes a table. Run them apart.")
+    if sum(place is not None for place in (out, cam, dicom_out)) > 1:
+        raise TableError(
+            "--out writes a table, --cam pictures and --dicom-out DICOM files beside printed answers. Run them apart."
+        )
     opened, found = Bundle.open(bundle, trust=read_trust(trust)), find_images(images)
     if found.n_others:
         typer.echo(f"entries of the folders that are no images by name, left out: {found.n_others:,}", err=True)
@@ -297,10 +309,15 @@ def predict(
         else:
             typer.echo(f"{out}  {n_images:,} images, {n_quarantined:,} quarantined  bundle {opened.id[:12]}")
     else:
-        with open_predictor(opened, found, threads=threads, provider=provider.value) as predictor:
-            answers = predict_images(predictor, found, cam)
-            show = print_json_answers if as_json else print_answers
-            n_images, n_quarantined = len(found.names), show(answers, predictor.operating_points)
+        n_images, show = len(found.names), print_json_answers if as_json else print_answers
+        if dicom_out is not None:
+            answers = report_images(
+                opened, found, dicom_out, serial_number or gethostname(), threads=threads, provider=provider.value
+            )
+            n_quarantined = show(answers, opened.manifest.operating_points)
+        else:
+            with open_predictor(opened, found, threads=threads, provider=provider.value) as predictor:
+                n_quarantined = show(predict_images(predictor, found, cam), predictor.operating_points)
     if n_quarantined:
         where = "its rows say why" if out is not None else "each says why"
         typer.echo(f"{n_quarantined:,} of {n_images:,} images can't be read and are quarantined; {where}", err=True)

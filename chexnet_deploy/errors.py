@@ -82,6 +82,7 @@ class RefusalReason(str, Enum):
     BODY_PART = "body-part"
     VIEW = "view"
     AGE = "age"
+    SOURCE_HEADER = "source-header"  # the picture is good, but a result could not be filed under its study or patient
     # Of the picture itself, by input_guard.py; too small is above.
     EXTREME_ASPECT = "extreme-aspect"
     BLANK = "blank"

@@ -116,7 +116,7 @@ def test_engines_take_turns_and_each_is_run_once_untimed() -> None:
         Engine(name, {batch: lambda part, name=name: seen.append((name, len(part))) for batch in (1, 16)})  # type: ignore[misc]
         for name in "ab"
     ]
-    samples = time_in_turns([*engines, Engine("absent", {})], pixels, {1: 8, 16: 3})
+    samples = time_in_turns([*engines, Engine("absent", {})], pixels, {1: 8, 16: 3}, settle_s=0.0)
     turns = [(seen[i], seen[i + 1]) for i in range(0, len(seen), 2)]
     assert all(untimed == timed for untimed, timed in turns)
     rounds = [(turns[i][0][0], turns[i + 1][0][0]) for i in range(0, len(turns), 2)]

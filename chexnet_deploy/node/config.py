@@ -162,20 +162,23 @@ class Model(_Record):
 
     Attributes:
         bundle: a folder that export or build wrote.
-        provider: what ONNX Runtime runs an ONNX bundle on.
+        trust: a trust file; the bundle runs only if it is signed by a key in it, of a release not too old.
+        provider: what runs an ONNX bundle; see open_session. "cpu" is the one whose memory can be kept from being written and
+            run: OpenVINO, like CUDA, compiles kernels when it starts.
         start_deadline_s: for the worker to load it and give the known answers.
         answer_deadline_s: for one image; a worker that takes longer is killed and the image tried once more.
         max_failed_starts: in a row; then the node ends with exit code 70 for its supervisor to decide.
     """
 
     bundle: Path
-    provider: Literal["cpu", "cuda"] = "cpu"
+    trust: Path | None = None
+    provider: Literal["cpu", "openvino", "cuda"] = "cpu"
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     start_deadline_s: Seconds = 60.0
     answer_deadline_s: Seconds = 20.0
     max_failed_starts: Annotated[int, Field(ge=1, le=100)] = 3
 
-    @field_validator("bundle", mode="before")
+    @field_validator("bundle", "trust", mode="before")
     @classmethod
     def _from_text(cls, value: object) -> object:
         return Path(value) if isinstance(value, str) else value
@@ -247,8 +250,11 @@ class NodeConfig(_Record):
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> "NodeConfig":
-        if not self.folder.is_absolute() or not self.model.bundle.is_absolute():
-            raise ValueError("folder and model.bundle must be absolute paths: a service has no working directory")
+        paths = (self.folder, self.model.bundle, self.model.trust or self.folder)
+        if not all(path.is_absolute() for path in paths):
+            raise ValueError(
+                "folder, model.bundle and model.trust must be absolute paths: a service has no working directory"
+            )
         if len({d.ae_title for d in self.destinations}) < len(self.destinations):
             raise ValueError("two destinations have the same ae_title")
         if self.outbox.first_retry_s > self.outbox.max_retry_s:

@@ -3,7 +3,8 @@
 import sys
 from pathlib import Path
 
-from chexnet_deploy.bundle import Bundle
+from chexnet_deploy.errors import NodeError
+from chexnet_deploy.node.bundles import open_bundle, read_trust
 from chexnet_deploy.node.config import read_config
 from chexnet_deploy.node.service import run_node
 from chexnet_deploy.node.systemd import unit
@@ -30,9 +31,15 @@ def print_unit(path: Path, program: Path) -> str:
 
     Raises:
         NodeError: the configuration is wrong, or can't be run as a service.
-        BundleError: the bundle can't be opened.
+        BundleError, TrustError: the bundle can't be opened.
     """
     config = read_config(path)
-    manifest = Bundle.open(config.model.bundle).manifest
+    manifest = open_bundle(config.model).manifest
+    trust = read_trust(config.model)
+    if trust is not None and trust.floor_file is not None and config.folder not in trust.floor_file.parents:
+        raise NodeError(
+            f"{trust.floor_file} must be written whenever a newer release has run, and the service can write in {config.folder} "
+            "alone. Give floor_file as a path in that folder."
+        )
     needs_gpu = manifest.target is not None or config.model.provider == "cuda"
     return unit(config, path.absolute(), (str(program),), needs_gpu=needs_gpu)

@@ -67,10 +67,11 @@ def unit(config: NodeConfig, path: Path, command: tuple[str, ...], *, needs_gpu:
     words = (*command, "node", str(path))
     if any(set(word) & set(" \t\n\"'\\%$;") for word in words):
         raise NodeError("a path with a space, quote or one of \\ % $ ; can't be used in a unit. Choose another path.")
-    if any(word.startswith(("/home/", "/root/", "/run/user/", "/tmp/")) for word in (*words, str(config.model.bundle))):
+    read = (*words, str(config.model.bundle), str(config.model.trust or ""))
+    if any(word.startswith(("/home/", "/root/", "/run/user/", "/tmp/")) for word in read):
         raise NodeError(
-            "the program, the configuration or the bundle lies in a home or temporary folder, which the service can't see. "
-            "Move it, e.g. to /opt and /etc."
+            "the program, the configuration, the bundle or the trust file lies in a home or temporary folder, which the service "
+            "can't see. Move it, e.g. to /opt and /etc."
         )
     drain_s = config.health.drain_deadline_s + _STOP_SLACK_S
     start_s = config.model.max_failed_starts * (config.model.start_deadline_s + 1.0) + _STOP_SLACK_S
@@ -98,7 +99,7 @@ def unit(config: NodeConfig, path: Path, command: tuple[str, ...], *, needs_gpu:
         f"MemoryMax={config.health.max_memory_mib}M",
         "MemorySwapMax=0",
         "TasksMax=512",
-        *_devices(needs_gpu=needs_gpu),
+        *_devices(needs_gpu=needs_gpu, compiles=needs_gpu or config.model.provider == "openvino"),
         *_addresses(config),
         *_HARDENING.splitlines(),
         "",
@@ -108,14 +109,14 @@ def unit(config: NodeConfig, path: Path, command: tuple[str, ...], *, needs_gpu:
     return "\n".join(lines) + "\n"
 
 
-def _devices(*, needs_gpu: bool) -> Iterator[str]:
+def _devices(*, needs_gpu: bool, compiles: bool) -> Iterator[str]:
     yield "DevicePolicy=closed"
     if needs_gpu:
-        # CUDA compiles for the GPU at hand and maps it into memory, so neither of the two lines below can be had.
         for group in ("nvidia", "nvidia-frontend", "nvidia-uvm", "nvidiactl", "nvidia-caps"):
             yield f"DeviceAllow=char-{group} rw"
     else:
         yield "PrivateDevices=yes"
+    if not compiles:  # CUDA and OpenVINO write the kernels that they run
         yield "MemoryDenyWriteExecute=yes"
 
 

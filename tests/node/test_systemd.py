@@ -47,6 +47,12 @@ def test_a_gpu_is_let_in_only_where_one_is_needed() -> None:
     assert "PrivateDevices" not in make(needs_gpu=True)
 
 
+@pytest.mark.parametrize(("provider", "denied"), [("cpu", True), ("openvino", False)])
+def test_memory_that_is_written_is_never_run_where_no_kernel_is_compiled(provider: str, denied: bool) -> None:
+    text = make(model={"bundle": "/opt/chexnet/bundle", "provider": provider})
+    assert ("MemoryDenyWriteExecute=yes" in text) is denied
+
+
 def test_named_destination_leaves_addresses_open_and_says_so() -> None:
     text = make(destinations=[{"host": "pacs.hospital", "port": 104, "ae_title": "PACS"}])
     assert "IPAddressDeny" not in text
@@ -58,6 +64,7 @@ def test_named_destination_leaves_addresses_open_and_says_so() -> None:
     [
         ({"folder": "/srv/node"}, "/var/lib"),
         ({"model": {"bundle": "/home/me/bundle"}}, "home"),
+        ({"model": {"bundle": "/opt/chexnet/bundle", "trust": "/home/me/trust.toml"}}, "home"),
     ],
 )
 def test_what_a_service_cannot_see_is_refused(changes: dict[str, object], named: str) -> None:
