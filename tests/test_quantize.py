@@ -23,6 +23,7 @@ from chexnet_deploy.quantize.precision import to_fp16, to_int8
 from chexnet_deploy.quantize.rounding import INT8_MAX, PAIR_MAX, largest_pairs, round_weights
 from chexnet_deploy.quantize.sensitivity import fewest_float_convolutions
 from chexnet_deploy.scoring import LabelledImages, iter_pixels
+from chexnet_deploy.sessions import run_in_batches
 from chexnet_deploy.sessions.ort import OrtSession
 from chexnet_deploy.spec import Gate, read_spec
 
@@ -242,6 +243,21 @@ def test_int8_records_its_calibration(bundles: dict[str, Bundle], calibration: C
     assert manifest.float_convolutions == ("/features/conv0/Conv", "/Conv")  # the first and the head
     assert bundles["int8"].read_probe_bytes() == bundles["fp32"].read_probe_bytes()
     assert all(check.value <= check.limit for check in manifest.checks)
+
+
+@pytest.mark.parametrize("name", ["int8", "int8-cpu"])
+def test_int8_shifts_no_finding_on_the_calibration_images(
+    bundles: dict[str, Bundle], calibration: CalibrationSet, name: str
+) -> None:
+    logits = {}
+    for bundle in (bundles["fp32"], bundles[name]):
+        session = OrtSession.open(bundle)
+        logits[bundle.path.name], _ = run_in_batches(session, calibration.pixels)
+        session.close()
+    shift = (logits[name] - logits["fp32"]).mean(axis=0)
+    moved = np.subtract(bundles[name].manifest.head_bias, bundles["fp32"].manifest.head_bias)
+    np.testing.assert_allclose(shift, 0.0, atol=2e-5)
+    assert np.abs(moved).max() > 1e-4  # without it there was one
 
 
 @pytest.mark.parametrize("parent", ["fp16", "int8"])

@@ -4,7 +4,7 @@ Int8 comes in the dialects of forms.py. Where one does not pass, the convolution
 as few as pass; they are named in the manifest.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,9 +20,10 @@ from chexnet_deploy.predictor import sigmoid
 from chexnet_deploy.quantize.calibration import CalibrationSet
 from chexnet_deploy.quantize.forms import ESTIMATOR, Dialect, prepare
 from chexnet_deploy.quantize.graphs import to_float16
+from chexnet_deploy.quantize.head_bias import correct_head_bias, read_head_bias
 from chexnet_deploy.quantize.sensitivity import Sensitivity, fewest_float_convolutions, measure_sensitivity
 from chexnet_deploy.scoring import LabelledImages, score_files
-from chexnet_deploy.sessions.base import Logits
+from chexnet_deploy.sessions.base import Logits, run_in_batches
 from chexnet_deploy.sessions.ort import OrtSession, require_float16_rounding
 from chexnet_deploy.spec import Gate
 
@@ -45,7 +46,7 @@ def to_fp16(bundle: Bundle, out: Path, gate: Gate, validation: LabelledImages | 
         ExportError: a weight is beyond float16.
     """
     _require_fp32(bundle)
-    model = to_float16(onnx.load_from_string(bundle.read_model())).SerializeToString()
+    model = to_float16(onnx.load_from_string(bundle.read_model()))
     trial = _Trial(bundle, gate, validation)
     verdict = trial.judge(model)
     if verdict.reasons:
@@ -89,7 +90,14 @@ def to_int8(
     single = onnx.load_from_string(bundle.read_model())
     prepared = prepare(single, dialect, calibration.pixels, on_images=on_images)
     trial = _Trial(bundle, gate, validation)
-    model = prepared.build().SerializeToString()
+    session = OrtSession.open(bundle)
+    reference, _ = run_in_batches(session, calibration.pixels)
+    session.close()
+
+    def build(float_convs: Collection[str] = ()) -> onnx.ModelProto:
+        return correct_head_bias(prepared.build(float_convs), reference, calibration.pixels)
+
+    model = build()
     verdict = trial.judge(model)
     left: tuple[str, ...] = ()
     ranking: tuple[Sensitivity, ...] = ()
@@ -97,7 +105,7 @@ def to_int8(
         ranking = measure_sensitivity(prepared, calibration.pixels[:SENSITIVITY_IMAGES], on_layer=on_layer)
         found = fewest_float_convolutions(
             [each.convolution for each in ranking],
-            lambda names: not trial.judge(prepared.build(names).SerializeToString()).reasons,
+            lambda names: not trial.judge(build(names)).reasons,
             at_most=MAX_FLOAT_CONVOLUTIONS,
         )
         if found is None:
@@ -106,7 +114,7 @@ def to_int8(
                 f"no bundle was kept: {'; '.join(verdict.reasons)}. Use fp16, or calibrate on more images."
             )
         left = found
-        model = prepared.build(left).SerializeToString()
+        model = build(left)
         verdict = trial.judge(model)
     never = tuple(node.name for node in single.graph.node if node.op_type == "Conv" and node.name not in prepared.convs)
     record = Calibration(list_sha256=calibration.sha256, n_images=len(calibration.images), estimator=ESTIMATOR)
@@ -137,9 +145,9 @@ class _Trial:
             self._reference = _score(session, validation, parent.manifest)
             session.close()
 
-    def judge(self, model: bytes) -> _Verdict:
+    def judge(self, model: onnx.ModelProto) -> _Verdict:
         """Run a candidate on the probe and the validation images."""
-        session = OrtSession(model, self._manifest.preprocessing.resize_px)
+        session = OrtSession(model.SerializeToString(), self._manifest.preprocessing.resize_px)
         logits, _ = session.run(self._probe.pixels)
         gap = float(np.abs(sigmoid(logits) - sigmoid(self._probe.logits)).max())
         limit = self._gate.max_abs_probability_difference
@@ -190,7 +198,7 @@ def _score(session: OrtSession, images: LabelledImages, manifest: Manifest) -> L
 
 def _write(
     parent: Bundle,
-    model: bytes,
+    model: onnx.ModelProto,
     out: Path,
     precision: Precision,
     verdict: _Verdict,
@@ -199,15 +207,15 @@ def _write(
     float_convolutions: Sequence[str] = (),
     weakest: dict[str, float] | None = None,
 ) -> Bundle:
-    old, probe = parent.manifest, parent.read_probe_bytes()
+    old, probe, content = parent.manifest, parent.read_probe_bytes(), model.SerializeToString()
     manifest = Manifest(
         precision=precision,
         dialect=dialect,
         findings=old.findings,
         preprocessing=old.preprocessing,
-        head_bias=old.head_bias,
+        head_bias=tuple(read_head_bias(model).tolist()),
         operating_points=old.operating_points,
-        files=hash_files({ONNX_MODEL: model, PROBE: probe}),
+        files=hash_files({ONNX_MODEL: content, PROBE: probe}),
         checkpoint_sha256=old.checkpoint_sha256,
         release=old.release,
         trained_on=old.trained_on,
@@ -220,7 +228,7 @@ def _write(
         float_convolutions=tuple(float_convolutions),
         weakest_convolutions=weakest or {},
     )
-    return Bundle.write(out, manifest, model, probe)
+    return Bundle.write(out, manifest, content, probe)
 
 
 def _require_fp32(bundle: Bundle) -> None:
