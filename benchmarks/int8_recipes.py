@@ -18,8 +18,7 @@ from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, q
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from chexnet_deploy.preprocessing import Pixels
-from chexnet_deploy.quantize.forms import RANGE_MARGIN, Calibrated, Prepared
-from chexnet_deploy.quantize.graphs import Quantised, round_up_to_half
+from chexnet_deploy.quantize.forms import Calibrated
 from chexnet_deploy.sessions import Logits
 
 Answer: TypeAlias = Callable[[Pixels], Logits]
@@ -189,10 +188,6 @@ def without_equalising(calibrated: Calibrated) -> Calibrated:
     return replace(calibrated, seen=replace(seen, low=low, high=high))
 
 
-def without_margin(prepared: Prepared) -> Prepared:
-    """Return it with activations that reach no further than on the calibration images."""
-    activations = {
-        name: Quantised(np.float16(round_up_to_half(np.float64(how.scale) / RANGE_MARGIN)), None, how.is_unsigned)
-        for name, how in prepared.activations.items()
-    }
-    return replace(prepared, activations=activations)
+def without_margin(calibrated: Calibrated) -> Calibrated:
+    """Return it as if no image reached further than the calibration images."""
+    return replace(calibrated, margin=1.0)

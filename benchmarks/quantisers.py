@@ -191,7 +191,7 @@ def our_recipes(model: bytes, pixels: Pixels, draws: list[Pixels]) -> Iterator[R
     for words, taken_away in (
         ("weights rounded to the nearest", lambda images: choose_integers(without_gptq(for_cpu(images)))),
         ("channels not equalised", lambda images: choose_integers(without_equalising(for_cpu(images)))),
-        ("no range margin", lambda images: without_margin(choose_integers(for_cpu(images)))),
+        ("no range margin", lambda images: choose_integers(without_margin(for_cpu(images)))),
     ):
         make: Callable[[Pixels], Prepared] = taken_away
         yield Recipe(f"{OURS}, {words}", "OpenVINO", pixels, lambda images, make=make: finished(make(images), images))  # type: ignore[misc]

@@ -21,7 +21,7 @@ from chexnet_deploy.export.checkpoint import read_checkpoint
 from chexnet_deploy.export.model import DeployGraph
 from chexnet_deploy.preprocessing import Pixels
 from chexnet_deploy.probe import draw_probe_pixels
-from chexnet_deploy.quantize.forms import RANGE_MARGIN, Calibrated, calibrate, choose_integers, prepare
+from chexnet_deploy.quantize.forms import Calibrated, Prepared, calibrate, choose_integers, range_margin
 from chexnet_deploy.quantize.graphs import convolutions
 from chexnet_deploy.quantize.nodes import weights_of
 from chexnet_deploy.sessions import run_in_batches
@@ -72,6 +72,11 @@ def pixels() -> Pixels:
 @pytest.fixture(scope="module")
 def calibrated(bundles: dict[str, Bundle], pixels: Pixels) -> Calibrated:
     return calibrate(onnx.load_from_string(bundles["fp32"].read_model()), "cpu", pixels)
+
+
+@pytest.fixture(scope="module")
+def usual(calibrated: Calibrated) -> Prepared:
+    return choose_integers(calibrated)
 
 
 def weight_name(calibrated: Calibrated, conv: str) -> str:
@@ -148,14 +153,7 @@ def test_openvino_with_a_fixed_batch_answers_a_batch_that_is_not_full(
     np.testing.assert_allclose(fixed.answer(pixels[:11]), expected, atol=1e-4)
 
 
-def test_calibrating_and_choosing_is_preparing(
-    bundles: dict[str, Bundle], calibrated: Calibrated, pixels: Pixels
-) -> None:
-    whole = prepare(onnx.load_from_string(bundles["fp32"].read_model()), "cpu", pixels).build()
-    assert choose_integers(calibrated).build() == whole
-
-
-def test_without_gptq_each_weight_is_rounded_to_the_nearest(calibrated: Calibrated) -> None:
+def test_without_gptq_each_weight_is_rounded_to_the_nearest(calibrated: Calibrated, usual: Prepared) -> None:
     plain = choose_integers(without_gptq(calibrated))
     name = weight_name(calibrated, "denselayer2/conv1")
     how = plain.weights[name]
@@ -164,25 +162,24 @@ def test_without_gptq_each_weight_is_rounded_to_the_nearest(calibrated: Calibrat
     assert how.steps is not None
     # All but those that two neighbours share 16 bits with.
     assert (how.steps == nearest).mean() > 0.99
-    learned = choose_integers(calibrated).weights[name].steps
+    learned = usual.weights[name].steps
     assert learned is not None
     assert (learned != how.steps).mean() > 0.05
 
 
-def test_without_equalising_every_channel_keeps_its_size(calibrated: Calibrated) -> None:
+def test_without_equalising_every_channel_keeps_its_size(calibrated: Calibrated, usual: Prepared) -> None:
     flat = without_equalising(calibrated)
     assert all(np.ptp(values) == 0.0 for values in flat.seen.high.values())
     name = weight_name(calibrated, "denselayer2/conv1")
     before, after = weights_of(calibrated.graph)[name], weights_of(choose_integers(flat).graph)[name]
     np.testing.assert_array_equal(before, after)
-    assert not np.array_equal(before, weights_of(choose_integers(calibrated).graph)[name])
+    assert not np.array_equal(before, weights_of(usual.graph)[name])
 
 
-def test_without_margin_scales_shrink_by_the_margin(calibrated: Calibrated) -> None:
-    usual = choose_integers(calibrated)
-    for name, how in without_margin(usual).activations.items():
-        assert float(usual.activations[name].scale) / float(how.scale) == pytest.approx(RANGE_MARGIN, rel=2e-3)
-        assert how.is_unsigned == usual.activations[name].is_unsigned
+def test_without_margin_scales_shrink_by_the_margin(calibrated: Calibrated, usual: Prepared, pixels: Pixels) -> None:
+    for name, how in choose_integers(without_margin(calibrated)).activations.items():
+        ratio = float(usual.activations[name].scale) / float(how.scale)
+        assert ratio == pytest.approx(range_margin(len(pixels)), rel=2e-3)
 
 
 def test_signal_in_decibels() -> None:

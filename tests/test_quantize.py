@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,19 +10,20 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
+import chexnet_deploy.quantize.precision as room
 from chexnet_deploy.bundle import Bundle, Precision
 from chexnet_deploy.chestxray14 import ChestXray14
 from chexnet_deploy.errors import BundleError, CalibrationError, ExportError, GateError
 from chexnet_deploy.predictor import sigmoid
 from chexnet_deploy.quantize.calibration import CalibrationSet, choose_calibration
 from chexnet_deploy.quantize.equalise import ConcatParts, equalise_inputs, normalise_parts
-from chexnet_deploy.quantize.forms import prepare
-from chexnet_deploy.quantize.graphs import convolutions, fold_batch_norms, round_up_to_half, to_float16
+from chexnet_deploy.quantize.forms import Prepared, prepare
+from chexnet_deploy.quantize.graphs import Quantised, convolutions, fold_batch_norms, round_up_to_half, to_float16
 from chexnet_deploy.quantize.gray_stem import to_gray_stem
 from chexnet_deploy.quantize.observed import observe
 from chexnet_deploy.quantize.precision import to_fp16, to_int8
 from chexnet_deploy.quantize.rounding import INT8_MAX, PAIR_MAX, largest_pairs, round_weights
-from chexnet_deploy.quantize.sensitivity import fewest_float_convolutions
+from chexnet_deploy.quantize.sensitivity import Sensitivity, fewest_float_convolutions
 from chexnet_deploy.scoring import LabelledImages, iter_pixels
 from chexnet_deploy.sessions import run_in_batches
 from chexnet_deploy.sessions.ort import OrtSession
@@ -72,6 +74,11 @@ def calibration(phantom: ChestXray14, bundles: dict[str, Bundle]) -> Calibration
 @pytest.fixture(scope="module")
 def validation(phantom: ChestXray14, bundles: dict[str, Bundle]) -> LabelledImages:
     return LabelledImages.of(phantom.split("val"), bundles["fp32"].manifest.findings)
+
+
+@pytest.fixture(scope="module")
+def prepared(bundles: dict[str, Bundle], calibration: CalibrationSet) -> Prepared:
+    return prepare(graph_of(bundles["fp32"]), "typed", calibration.pixels)
 
 
 @pytest.fixture(scope="module")
@@ -273,8 +280,18 @@ def test_only_fp32_is_quantised(
 
 
 def test_a_gate_that_fails_leaves_nothing(
-    bundles: dict[str, Bundle], calibration: CalibrationSet, validation: LabelledImages, tmp_path: Path
+    bundles: dict[str, Bundle],
+    calibration: CalibrationSet,
+    validation: LabelledImages,
+    prepared: Prepared,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # Prepared once and ranked by name: both take long, and nothing here depends on how.
+    monkeypatch.setattr(room, "prepare", lambda *_, **__: prepared)
+    monkeypatch.setattr(
+        room, "measure_sensitivity", lambda *_, **__: tuple(Sensitivity(n, 1.0) for n in prepared.convs)
+    )
     with pytest.raises(GateError, match=r"no bundle was kept.*on the probe"):
         to_int8(bundles["fp32"], calibration, tmp_path / "out", TINY, validation)
     with pytest.raises(GateError, match=r"no bundle was kept.*on the probe"):
@@ -427,33 +444,27 @@ def test_a_planted_bad_layer_is_found_and_left_in_floating_point(
     bundles: dict[str, Bundle],
     calibration: CalibrationSet,
     validation: LabelledImages,
+    prepared: Prepared,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # One layer's activations get a scale that clips nearly all of them; everything else is as it should be.
-    import chexnet_deploy.quantize.precision as room
-    from chexnet_deploy.quantize.forms import Dialect, Prepared
-    from chexnet_deploy.quantize.graphs import Quantised
-
-    def planted(model: onnx.ModelProto, dialect: Dialect, pixels: NDArray[np.uint8], **_: object) -> Prepared:
-        made = prepare(model, dialect, pixels)
-        tensor = made.convs[BAD][1]
-        assert tensor is not None
-        made.activations[tensor] = Quantised(np.float16(float(made.activations[tensor].scale) / 50))  # type: ignore[index]
-        return made
-
+    tensor = prepared.convs[BAD][1]
+    assert tensor is not None
+    bad = Quantised(np.float16(float(prepared.activations[tensor].scale) / 50))
+    planted = replace(prepared, activations={**prepared.activations, tensor: bad})
     single = graph_of(bundles["fp32"])
     pixels = np.concatenate(
         [bundles["fp32"].read_probe().pixels, *iter_pixels(validation.paths, bundles["fp32"].manifest.preprocessing)]
     )
     good, spoilt = (
         float(np.abs(sigmoid(answers(made.build(), pixels)) - sigmoid(answers(single, pixels))).max())
-        for made in (prepare(single, "typed", calibration.pixels), planted(single, "typed", calibration.pixels))
+        for made in (prepared, planted)
     )
     assert spoilt > 1.5 * good
     # The planted layer fails it and nothing else does.
     gate = WIDE.model_copy(update={"max_abs_probability_difference": (good + spoilt) / 2})
-    monkeypatch.setattr(room, "prepare", planted)
+    monkeypatch.setattr(room, "prepare", lambda *_, **__: planted)
     kept = to_int8(bundles["fp32"], calibration, tmp_path / "int8", gate, validation)
     assert BAD in kept.manifest.float_convolutions
     assert next(iter(kept.manifest.weakest_convolutions)) == BAD
