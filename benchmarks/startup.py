@@ -1,6 +1,7 @@
 """How long a scanner waits: from starting the program to its first verified result, and for the first image after minutes idle.
 
-    python -m benchmarks.startup BUNDLE IMAGE [--idle-s 60] [--out benchmarks/results/startup-cpu.json]
+    python -m benchmarks.startup BUNDLE IMAGE [--idle-s 60]      writes results/startup-cpu.json
+    python -m benchmarks.startup --table                         prints it as docs/embedding.md shows it
 
 A start is a new process that opens the bundle (hashes, known answers), predicts IMAGE once and ends; its clock begins before Python
 does. Every provider has as many starts, in turns, so all but the first find the files in the system's memory. The node's start ends
@@ -17,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import typer
 
@@ -47,14 +48,20 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def main(
-    bundle: Annotated[Path, typer.Argument(help="A bundle.")],
-    image: Annotated[Path, typer.Argument(help="A radiograph.")],
+    bundle: Annotated[Path | None, typer.Argument(help="A bundle.")] = None,
+    image: Annotated[Path | None, typer.Argument(help="A radiograph.")] = None,
     starts: Annotated[int, typer.Option(min=3, help="Of each program.")] = 7,
     idle_s: Annotated[float, typer.Option(min=0.0, help="Before each answer after idling.")] = 60.0,
     idles: Annotated[int, typer.Option(min=1, help="Of each provider.")] = 5,
     out: Annotated[Path, typer.Option(help="JSON to write.")] = RESULTS,
+    table: Annotated[bool, typer.Option("--table", help="Print the committed results and stop.")] = False,
 ) -> None:
     """Measure, print and write."""
+    if table:
+        typer.echo(markdown_table(json.loads(RESULTS.read_text())))
+        return
+    if bundle is None or image is None:
+        raise typer.BadParameter("give a bundle and a radiograph")
     manifest = Bundle.open(bundle).manifest
     results = {
         "machine": describe_machine().model_dump(),
@@ -69,6 +76,32 @@ def main(
     }
     out.write_text(json.dumps(results, indent=1) + "\n")
     typer.echo(json.dumps(results, indent=1))
+
+
+def markdown_table(results: Mapping[str, Any]) -> str:
+    """Return the results as a table for people."""
+    lines = [
+        "| program | start to first result, median (worst) | most memory | p50 of one image | first image after idling, worst of "
+        f"{len(results['first_after_idle']['cpu']['first_ms'])} |",
+        "|---|---|---|---|---|",
+    ]
+    for provider, name in zip(PROVIDERS, ("Predictor on OpenVINO", "Predictor on ONNX Runtime"), strict=True):
+        start, idle = results["start_to_first_result"][provider], results["first_after_idle"][provider]
+        lines.append(
+            f"| {name} | {start['median_s']:.1f} s ({start['worst_s']:.1f} s) | {start['peak_memory_mib']:.0f} MiB "
+            f"| {idle['steady_p50_ms']:.1f} ms | {max(idle['first_ms']):.1f} ms, {idle['worst_first_over_steady']:.2f} x p50 |"
+        )
+    node = results["node_start_to_first_report"]
+    lines.append(
+        f"| node, to the report at its destination | {node['median_s']:.1f} s ({node['worst_s']:.1f} s) | | | |"
+    )
+    machine = results["machine"]
+    lines += [
+        "",
+        f"{results['precision']} bundle, {results['resize_px']} px; a result is a PNG of 1024 x 1024 px read and answered; idle "
+        f"for {results['idle_s']:.0f} s. {machine['processor']}.",
+    ]
+    return "\n".join(lines)
 
 
 def _starts(bundle: Path, image: Path, n_starts: int) -> Mapping[str, object]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from chexnet_deploy.bundle import Bundle, Manifest, Precision
-    from chexnet_deploy.errors import ChexnetError
+    from chexnet_deploy.errors import ChexnetError, ImageError
     from chexnet_deploy.findings import FINDINGS
     from chexnet_deploy.images import read_image
     from chexnet_deploy.predictor import Prediction, Predictor, draw_cam
@@ -23,6 +23,7 @@ __all__ = [
     "FINDINGS",
     "Bundle",
     "ChexnetError",
+    "ImageError",
     "Manifest",
     "Precision",
     "Prediction",
@@ -40,6 +41,7 @@ _HOMES = {
     "FINDINGS": "findings",
     "Bundle": "bundle",
     "ChexnetError": "errors",
+    "ImageError": "errors",
     "Manifest": "bundle",
     "Precision": "bundle",
     "Prediction": "predictor",

@@ -1,5 +1,6 @@
 """The README says what is true: its commands run as printed, on phantoms and with a recipe of one epoch."""
 
+import json
 import os
 import re
 import shlex
@@ -10,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from chexnet_deploy.bundle import Bundle
+
 CHECKOUT = Path(__file__).parents[1]
 README = (CHECKOUT / "README.md").read_text()
+EMBEDDING = (CHECKOUT / "docs" / "embedding.md").read_text()
 RECIPE = """
 resize_px = 32
 epochs = 1
@@ -90,6 +94,33 @@ def test_the_peers_table_is_made_from_the_committed_results() -> None:
     assert table.strip() == markdown_table(Results.model_validate_json(RESULTS.read_text())).strip()
 
 
-def test_every_file_the_readme_names_exists() -> None:
-    for name in re.findall(r"`((?:training|engines|benchmarks|chexnet_deploy)/[\w/.]+)`", README):
+def test_the_startup_table_is_made_from_the_committed_results() -> None:
+    from benchmarks.startup import RESULTS, markdown_table
+
+    table = EMBEDDING.split("<!-- python -m benchmarks.startup --table -->\n")[1].split("<!-- end -->")[0]
+    assert table.strip() == markdown_table(json.loads(RESULTS.read_text()))
+
+
+def test_the_embedding_guides_program_runs(bundles: dict[str, Bundle], phantom_root: Path, tmp_path: Path) -> None:
+    (program,) = re.findall(r"```python\n(.*?)```", EMBEDDING, flags=re.DOTALL)
+    shutil.copytree(bundles["int8"].path, tmp_path / "bundles" / "first" / "int8")
+    radiograph = tmp_path / "radiograph.png"
+    shutil.copy(sorted((phantom_root / "images").iterdir())[0], radiograph)
+    for content, said in ((radiograph.read_bytes(), "Pneumonia"), (b"no image", "refused: unreadable")):
+        radiograph.write_bytes(content)
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
+            capture_output=True,
+            text=True,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert said in done.stdout
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in (CHECKOUT / "docs").glob("*.md"))])
+def test_every_file_a_page_names_exists(page: str) -> None:
+    text = (CHECKOUT / page).read_text()
+    for name in re.findall(r"`((?:training|engines|benchmarks|chexnet_deploy|tests)/[\w/.-]+)`", text):
         assert (CHECKOUT / name).exists(), name
