@@ -71,11 +71,15 @@ class Calibration(_Record):
         list_sha256: hash of the image names, in order, each with the SHA-256 of its pixels.
         n_images: how many.
         estimator: how a tensor's range was chosen from them.
+        logit_mean: [C] of the fp32 model's logits on them; a service measures its images' drift from it.
+        logit_sd: [C] standard deviation of these.
     """
 
     list_sha256: Sha256
     n_images: Annotated[int, Field(ge=1)]
     estimator: str
+    logit_mean: tuple[float, ...]
+    logit_sd: tuple[Annotated[float, Field(ge=0.0)], ...]
 
 
 class Check(_Record):
@@ -193,6 +197,10 @@ class Manifest(_Record):
             raise ValueError(f"operating points for unknown findings {unknown}")
         if (self.precision is Precision.INT8) != (self.calibration is not None):
             raise ValueError("an int8 model has a calibration and no other model has one")
+        if self.calibration is not None:
+            n_values = {len(self.calibration.logit_mean), len(self.calibration.logit_sd)}
+            if n_values != {len(self.findings)}:
+                raise ValueError("the calibration needs a logit_mean and a logit_sd for each finding")
         if (self.precision is Precision.INT8) != (self.dialect != "float"):
             raise ValueError("an int8 model has dialect typed, trt8 or cpu; other models have dialect float")
         if (self.float_convolutions or self.weakest_convolutions) and self.precision is not Precision.INT8:

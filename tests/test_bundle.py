@@ -143,6 +143,23 @@ def test_resealed_edit_is_refused(copy: Path, change: Callable[[dict[str, object
     assert_says(refusal(copy), str(copy / MANIFEST), named)
 
 
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda r: r["logit_mean"].pop(), "for each finding"),
+        (lambda r: r["logit_sd"].__setitem__(0, float("inf")), "logit_sd.0"),
+        (lambda r: r["logit_sd"].__setitem__(0, -1.0), "logit_sd.0"),
+        (lambda r: r.pop("logit_mean"), "logit_mean"),
+    ],
+)
+def test_resealed_edit_of_the_calibration_is_refused(
+    bundles: dict[str, Bundle], tmp_path: Path, change: Callable[[dict[str, object]], object], named: str
+) -> None:
+    copy = shutil.copytree(bundles["int8"].path, tmp_path / "int8")
+    edit(copy, lambda r: change(r["calibration"]))
+    assert_says(refusal(copy), str(copy / MANIFEST), named)
+
+
 def test_repeated_key_is_refused(copy: Path) -> None:
     raw = (copy / MANIFEST).read_bytes()
     seal(copy, raw.replace(b'"precision": "fp32"', b'"precision": "fp32", "precision": "fp32"', 1))
@@ -365,7 +382,14 @@ def manifests(draw: st.DrawFn) -> Manifest:
         checkpoint_sha256=draw(_hashes),
         ancestors=tuple(draw(st.lists(_hashes, max_size=3))),
         calibration=draw(
-            st.builds(Calibration, list_sha256=_hashes, n_images=st.integers(1, 2**70), estimator=_text)
+            st.builds(
+                Calibration,
+                list_sha256=_hashes,
+                n_images=st.integers(1, 2**70),
+                estimator=_text,
+                logit_mean=st.tuples(*[_finite] * len(findings)),
+                logit_sd=st.tuples(*[_fraction] * len(findings)),
+            )
             if is_int8
             else st.none()
         ),

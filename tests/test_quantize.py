@@ -262,6 +262,10 @@ def test_int8_shifts_no_finding_on_the_calibration_images(
         session = OrtSession.open(bundle)
         logits[bundle.path.name], _ = run_in_batches(session, calibration.pixels)
         session.close()
+    recorded = bundles[name].manifest.calibration
+    assert recorded is not None
+    np.testing.assert_allclose(recorded.logit_mean, logits["fp32"].mean(axis=0), atol=1e-5)
+    np.testing.assert_allclose(recorded.logit_sd, logits["fp32"].std(axis=0), atol=1e-5)
     shift = (logits[name] - logits["fp32"]).mean(axis=0)
     moved = np.subtract(bundles[name].manifest.head_bias, bundles["fp32"].manifest.head_bias)
     np.testing.assert_allclose(shift, 0.0, atol=2e-5)

@@ -117,7 +117,13 @@ def to_int8(
         model = build(left)
         verdict = trial.judge(model)
     never = tuple(node.name for node in single.graph.node if node.op_type == "Conv" and node.name not in prepared.convs)
-    record = Calibration(list_sha256=calibration.sha256, n_images=len(calibration.images), estimator=ESTIMATOR)
+    record = Calibration(
+        list_sha256=calibration.sha256,
+        n_images=len(calibration.images),
+        estimator=ESTIMATOR,
+        logit_mean=tuple(reference.mean(axis=0, dtype=np.float64).tolist()),
+        logit_sd=tuple(reference.std(axis=0, dtype=np.float64).tolist()),
+    )
     weakest = {each.convolution: each.logit_noise for each in ranking[:N_WEAKEST]}
     return _write(bundle, model, out, Precision.INT8, verdict, dialect, record, (*never, *left), weakest)
 
