@@ -94,6 +94,16 @@ def test_the_peers_table_is_made_from_the_committed_results() -> None:
     assert table.strip() == markdown_table(Results.model_validate_json(RESULTS.read_text())).strip()
 
 
+@pytest.mark.parametrize("name", ["phantoms", "real"])
+def test_the_quantisers_table_is_made_from_the_committed_results(name: str) -> None:
+    from benchmarks.quantisers import RESULTS, Results, markdown_table
+
+    page = (CHECKOUT / "docs" / "quantisation.md").read_text()
+    table = page.split(f"<!-- python -m benchmarks.quantisers --name {name} --table -->\n")[1].split("<!-- end -->")[0]
+    results = Results.model_validate_json((RESULTS / f"quantisers-{name}.json").read_text())
+    assert table.strip() == markdown_table(results)
+
+
 def test_the_startup_table_is_made_from_the_committed_results() -> None:
     from benchmarks.startup import RESULTS, markdown_table
 
