@@ -26,6 +26,8 @@ from chexnet_deploy.errors import ChexnetError, GateError, ImageError, MissingPa
 from chexnet_deploy.phases import OnPhase
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from chexnet_deploy.bench import BenchReport
     from chexnet_deploy.evaluation.records import Evaluation
     from chexnet_deploy.predictor import Prediction
@@ -70,6 +72,13 @@ OnProvider = Annotated[
         "auto is OpenVINO where it is installed, else cpu."
     ),
 ]
+
+
+class ExecutorName(str, Enum):
+    """What carries many images into a table."""
+
+    LOCAL = "local"
+    RAY = "ray"
 
 
 class TritonDevice(str, Enum):
@@ -336,6 +345,15 @@ def predict(
     out: Annotated[
         Path | None, typer.Option(help="A .csv or .parquet for all answers; a run that was stopped goes on with it.")
     ] = None,
+    executor: Annotated[
+        ExecutorName, typer.Option(help="What carries the images into --out: this process, or a Ray cluster.")
+    ] = ExecutorName.LOCAL,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Ray workers, a model in each; default: one a machine, or one a GPU.")
+    ] = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="A Ray cluster that runs, e.g. auto; default: one is started here for the work.")
+    ] = None,
     cam: Annotated[Path | None, typer.Option(help="New folder for pictures of where the model looked.")] = None,
     dicom_out: Annotated[
         Path | None,
@@ -366,12 +384,27 @@ def predict(
             "--out writes a table, --cam pictures and --dicom-out DICOM files beside printed answers. Run them apart."
         )
     opened, found = Bundle.open(bundle, trust=read_trust(trust)), find_images(images)
+    elsewhere = None
+    if executor is ExecutorName.RAY:
+        if out is None or found.is_one_file:
+            raise TableError(
+                "--executor ray carries many images into a table. Give --out and several images, or leave it away."
+            )
+        elsewhere = _open_ray_room().Cluster(cluster, workers=workers, trust=read_trust(trust)).rows
+    elif workers is not None or cluster is not None:
+        raise TableError("--workers and --cluster are for --executor ray. Give it, or leave them away.")
     if found.n_others:
         typer.echo(f"entries of the folders that are no images by name, left out: {found.n_others:,}", err=True)
     if out is not None:
         with progress() as on_phase, going_on(out):
             n_images, n_quarantined = predict_table(
-                opened, found, out, threads=threads, provider=provider.value, on_phase=on_phase
+                opened,
+                found,
+                out,
+                threads=threads,
+                provider=provider.value,
+                on_phase=on_phase,
+                elsewhere=elsewhere,
             )
         counts = {"table": str(out), "bundle": opened.id, "n_images": n_images, "n_quarantined": n_quarantined}
         if as_json:
@@ -753,6 +786,14 @@ def _release(line: str | None, number: int | None) -> "Release | None":
     except ValidationError as err:
         first = err.errors()[0]
         raise SpecError(f"--{'line' if 'line' in first['loc'] else 'release'}: {first['msg']}. Correct it.") from err
+
+
+def _open_ray_room() -> "ModuleType":
+    try:
+        from chexnet_deploy.serving import ray_cluster
+    except ModuleNotFoundError as err:
+        raise MissingPackageError(f"{err.name} is not installed. Run: pip install 'chexnet-deploy[ray]'") from err
+    return ray_cluster
 
 
 def _print_json(value: object) -> None:
