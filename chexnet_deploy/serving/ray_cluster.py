@@ -263,6 +263,8 @@ def _connected(address: str | None) -> Iterator[None]:
                 num_cpus=usable_cores(),
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,
+                # Who reaches a cluster's ports can run code in it: none but this machine's own users.
+                _node_ip_address="127.0.0.1",
                 log_to_driver=False,
                 logging_level=ERROR,
             )
