@@ -29,7 +29,7 @@ from chexnet_deploy.results import open_table
 from chexnet_deploy.table_rows import Row, TableCard, row_bytes
 
 N_ROWS: Final = 20_000
-N_DICOM_READS: Final = 10
+N_DICOM_READS: Final = 5
 
 app = typer.Typer(add_completion=False)
 
@@ -40,7 +40,7 @@ def main(
     images: Annotated[Path | None, typer.Argument(help="A folder of PNG radiographs, as NIH ships them.")] = None,
     dicom: Annotated[list[Path] | None, typer.Option(help="A DICOM radiograph; one for each transfer syntax.")] = None,
     n_images: Annotated[int, typer.Option(min=2, help="PNGs, at the most.")] = 100,
-    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
     table: Annotated[bool, typer.Option("--table", help="Print the tables, measure nothing.")] = False,
     out: Annotated[Path, typer.Option(help="The JSON.")] = RESULTS,
 ) -> None:

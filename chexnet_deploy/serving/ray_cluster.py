@@ -9,6 +9,7 @@ Every machine of the cluster sees bundle and images under the same paths, and ha
 """
 
 import os
+import secrets
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -146,13 +147,14 @@ def _connected(address: str | None) -> Iterator[None]:
         raise ClusterError("this process is in a Ray cluster already. Run predict in one of its own.")
     try:
         if address is None:
+            # Who reaches a cluster's ports can run code in it. Ray listens on all of the machine's networks, so that one that
+            # is started here asks for a key that nobody else has; Ray takes it from the environment alone.
+            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
             ray.init(
                 "local",
                 num_cpus=usable_cores(),
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,
-                # Who reaches a cluster's ports can run code in it: none but this machine's own users.
-                _node_ip_address="127.0.0.1",
                 log_to_driver=False,
                 logging_level=ERROR,
             )
