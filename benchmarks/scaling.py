@@ -7,7 +7,7 @@ Costs are core time, of this process and of the one that decodes DICOM, so that 
 Stages take turns. What the model costs is in results/peers-cpu.json.
 """
 
-import os
+import resource
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -122,10 +122,15 @@ def _card(bundle: Bundle) -> TableCard:
 
 
 def _core_s(work: Callable[[], object]) -> float:
-    before = os.times()
+    before = _spent_s()
     work()
-    after = os.times()
-    return sum(after[:4]) - sum(before[:4])
+    return _spent_s() - before
+
+
+def _spent_s() -> float:
+    """Return the core time of this process and of those that it saw end."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def _syntax(path: Path) -> str:

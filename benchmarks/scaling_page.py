@@ -111,9 +111,10 @@ def _table_line(results: Results) -> str:
 
 
 def _caption(results: Results, peers: Peers) -> str:
-    counts = ", ".join(f"{found.n_files} of {name}" for name, found in results.inputs.items())
+    counts = ", ".join(str(found.n_files) for found in results.inputs.values())
     return (
-        f"Core time, medians of {len(results.row_core_us)} rounds on {results.machine.processor}; files: {counts}; pixels of "
-        f"{results.resize_px} px. Model: our int8 for CPUs at {peers.resize_px} px, one image a call on {peers.threads} cores of "
-        f"{peers.machine.processor}; in batches of {BATCH} it takes {model_core_ms(peers, BATCH):.1f} core-ms."
+        f"Core time, medians of {len(results.row_core_us)} rounds on {results.machine.processor}; {counts} different files; "
+        f"pixels of {results.resize_px} px. Model: our int8 for CPUs at {peers.resize_px} px, one image a call on "
+        f"{peers.threads} cores of {peers.machine.processor}; in batches of {BATCH} it takes "
+        f"{model_core_ms(peers, BATCH):.1f} core-ms."
     )

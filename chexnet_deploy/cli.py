@@ -7,6 +7,8 @@ command that needs them.
 
 import errno
 import json
+import os
+import secrets
 import signal
 import sys
 import threading
@@ -390,6 +392,10 @@ def predict(
             raise TableError(
                 "--executor ray carries many images into a table. Give --out and several images, or leave it away."
             )
+        if cluster is None:
+            # Ray reads its key when it is imported, and from the environment alone; one that runs has its own.
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         elsewhere = _open_ray_room().Cluster(cluster, workers=workers, trust=read_trust(trust)).rows
     elif workers is not None or cluster is not None:
         raise TableError("--workers and --cluster are for --executor ray. Give it, or leave them away.")

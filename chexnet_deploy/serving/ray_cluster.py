@@ -9,7 +9,6 @@ Every machine of the cluster sees bundle and images under the same paths, and ha
 """
 
 import os
-import secrets
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -145,11 +144,14 @@ def _blocks(names: Sequence[str], start: int, n: int) -> Iterator[pa.Table]:
 def _connected(address: str | None) -> Iterator[None]:
     if ray.is_initialized():
         raise ClusterError("this process is in a Ray cluster already. Run predict in one of its own.")
+    if address is None and os.environ.get("RAY_AUTH_MODE") != "token":
+        # Who reaches a cluster's ports can run code in it, and Ray listens on all of the machine's networks.
+        raise ClusterError(
+            "a cluster started here would be open to whoever reaches this machine. Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to "
+            "64 random hexadecimal digits before ray is imported, as chexnet-deploy predict does."
+        )
     try:
         if address is None:
-            # Who reaches a cluster's ports can run code in it. Ray listens on all of the machine's networks, so that one that
-            # is started here asks for a key that nobody else has; Ray takes it from the environment alone.
-            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
             ray.init(
                 "local",
                 num_cpus=usable_cores(),

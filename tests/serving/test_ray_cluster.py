@@ -125,6 +125,8 @@ def test_a_killed_run_is_gone_on_with_by_this_machine_alone(
     assert out.read_bytes() == local
 
 
+# Which ray reads when it is imported, before the command line can make a key.
+KEY = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
 DEADLY = """
 import os, signal, sys
 from pathlib import Path
@@ -140,13 +142,18 @@ run_program(app)
 """
 
 
+def run_script(script: str, words: list[str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", script, *words]
+    return subprocess.run(command, env={**os.environ, **KEY}, capture_output=True, text=True, timeout=180)
+
+
 @pytest.mark.slow
 def test_images_that_end_worker_after_worker_end_the_run(
     bundles: dict[str, Bundle], folder: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "table.csv"
     words = ["predict", str(bundles["fp32"].path), str(folder), "--out", str(out), "--executor", "ray"]
-    done = subprocess.run([sys.executable, "-c", DEADLY, *words], capture_output=True, text=True, timeout=180)
+    done = run_script(DEADLY, words)
     assert done.returncode == 2, done.stderr
     assert "workers ended while they carried images 0 to" in done.stderr
 
@@ -162,6 +169,6 @@ def test_what_a_worker_refuses_reaches_the_user(bundles: dict[str, Bundle], fold
         "        return super()._open()",
     )
     words = ["predict", str(place), str(folder), "--out", str(tmp_path / "table.csv"), "--executor", "ray"]
-    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, timeout=180)
+    done = run_script(script, words)
     assert done.returncode == 2, done.stderr
     assert "is another bundle on a machine of the cluster" in done.stderr
