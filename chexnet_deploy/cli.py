@@ -7,11 +7,13 @@ command that needs them.
 
 import errno
 import json
+import os
+import secrets
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -26,9 +28,12 @@ from chexnet_deploy.errors import ChexnetError, GateError, ImageError, MissingPa
 from chexnet_deploy.phases import OnPhase
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from chexnet_deploy.bench import BenchReport
     from chexnet_deploy.evaluation.records import Evaluation
     from chexnet_deploy.predictor import Prediction
+    from chexnet_deploy.serving.triton import TritonModel
     from chexnet_deploy.signing.release import Release
 
 app = typer.Typer(
@@ -71,6 +76,20 @@ OnProvider = Annotated[
 ]
 
 
+class ExecutorName(str, Enum):
+    """What carries many images into a table."""
+
+    LOCAL = "local"
+    RAY = "ray"
+
+
+class TritonDevice(str, Enum):
+    """What runs ONNX bundles in Triton."""
+
+    CPU = "cpu"
+    GPU = "gpu"
+
+
 class SplitName(str, Enum):
     """Which patients."""
 
@@ -81,10 +100,15 @@ class SplitName(str, Enum):
 
 @app.command()
 def export(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="A .safetensors file written by python -m training, or by import.")
+    context: typer.Context,
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="CHECKPOINT | BUNDLE...",
+            help="A .safetensors file written by python -m training, or by import; or bundles, for --triton.",
+        ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the bundles; each precision gets one in it.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the bundles; each precision gets one in it.")] = None,
     precision: Annotated[str, typer.Option(help="Comma-separated: fp32, fp16, int8. fp32 is always made.")] = "fp32",
     calibration: Annotated[
         Path | None, typer.Option(help="Image names for int8, one a line; default: chosen, and written to OUT.")
@@ -105,41 +129,98 @@ def export(
     release: Annotated[
         int | None, typer.Option(min=1, help="Its number, greater than every one before; needs --line.")
     ] = None,
+    triton: Annotated[
+        Path | None, typer.Option(help="New folder: a model repository of the bundles for NVIDIA Triton.")
+    ] = None,
+    triton_device: Annotated[
+        TritonDevice | None,
+        typer.Option(help="What runs ONNX bundles in Triton; default: cpu. Plans run on their GPU."),
+    ] = None,
+    trust: TrustOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Make fp32, fp16 and int8 bundles of a checkpoint; each is kept only if it answers as the one before."""
+    """Make fp32, fp16 and int8 bundles of a checkpoint; each is kept only if it answers as the one before.
+
+    With --triton also a model repository of them; or of bundles that are there, ONNX or plans, where those are named.
+    """
+    from chexnet_deploy.bundle import Bundle
     from chexnet_deploy.pipeline import build_bundle, export_bundles, parse_dialects, parse_precisions, require_tensorrt
     from chexnet_deploy.spec import read_scope
 
-    policy = None if scope is None else read_scope(scope)
-    if engine:
-        require_tensorrt("tensorrt")
-    with progress() as on_phase:
-        bundles = export_bundles(
-            checkpoint,
-            out,
-            parse_precisions(precision),
-            data_root=data,
-            calibration_list=calibration,
-            n_calibration_images=calibration_images,
-            dialects=parse_dialects(dialect),
-            release=_release(line, release),
-            on_phase=on_phase,
-            scope=policy,
-        )
+    are_bundles = all(source.is_dir() for source in sources)
+    _check_export(context, are_bundles=are_bundles, n_sources=len(sources), out=out, triton=triton)
+    if are_bundles:
+        bundles = [Bundle.open(source, trust=read_trust(trust)) for source in sources]
+    else:
+        assert out is not None  # _check_export
+        policy = None if scope is None else read_scope(scope)
         if engine:
-            with cancellation() as cancelled:
-                bundles += [
-                    build_bundle(b.path, out / f"{b.path.name}-plan", None, cancelled=cancelled, on_phase=on_phase)
-                    for b in bundles
-                ]
+            require_tensorrt("tensorrt")
+        with progress() as on_phase:
+            bundles = export_bundles(
+                sources[0],
+                out,
+                parse_precisions(precision),
+                data_root=data,
+                calibration_list=calibration,
+                n_calibration_images=calibration_images,
+                dialects=parse_dialects(dialect),
+                release=_release(line, release),
+                on_phase=on_phase,
+                scope=policy,
+            )
+            if engine:
+                with cancellation() as cancelled:
+                    bundles += [
+                        build_bundle(b.path, out / f"{b.path.name}-plan", None, cancelled=cancelled, on_phase=on_phase)
+                        for b in bundles
+                    ]
+    if triton is not None:
+        from chexnet_deploy.serving.triton import write_repository
+
+        models = write_repository(triton, bundles, device=None if triton_device is None else triton_device.value)
     if as_json:
         _print_json({b.path.name: {"path": str(b.path), "id": b.id} for b in bundles})
         return
     for bundle in bundles:
         typer.echo(f"{bundle.path}  {bundle.manifest.precision.value}  id {bundle.id[:12]}")
-        for check in bundle.manifest.checks:
+        for check in () if are_bundles else bundle.manifest.checks:
             typer.echo(f"  {check.name}: {check.value:.3g} (limit {check.limit:g})")
+    if triton is not None:
+        print_repository(triton, models)
+
+
+def _check_export(
+    context: typer.Context, *, are_bundles: bool, n_sources: int, out: Path | None, triton: Path | None
+) -> None:
+    """Refuse options that don't go together, before any work.
+
+    Raises:
+        SpecError: says which, and what to leave away or to give.
+    """
+    given = {
+        name.replace("_", "-")
+        for name in context.params
+        if (source := context.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"
+    }
+    if are_bundles:
+        if triton is None:
+            raise SpecError(
+                "found bundles and no --triton; export makes bundles of a checkpoint. Give a .safetensors file."
+            )
+        if makes := sorted(given - {"sources", "triton", "triton-device", "trust", "as-json"}):
+            raise SpecError(f"--{', --'.join(makes)}: for a checkpoint, and bundles are there already. Leave it away.")
+        return
+    if n_sources != 1:
+        raise SpecError(f"found {n_sources} paths that are not all bundles; needed one checkpoint, or bundles alone.")
+    if out is None:
+        raise SpecError("found no --out, needed a folder for the bundles. Give it.")
+    if "trust" in given:
+        raise SpecError("checkpoints aren't signed, and --trust is for bundles. Leave it away.")
+    if triton is None and "triton-device" in given:
+        raise SpecError("--triton-device is for a model repository. Give --triton, or leave it away.")
+    if triton is not None and triton.exists():
+        raise SpecError(f"{triton} is there already. Choose another --triton, or delete it first.")
 
 
 @app.command("import")
@@ -266,6 +347,15 @@ def predict(
     out: Annotated[
         Path | None, typer.Option(help="A .csv or .parquet for all answers; a run that was stopped goes on with it.")
     ] = None,
+    executor: Annotated[
+        ExecutorName, typer.Option(help="What carries the images into --out: this process, or a Ray cluster.")
+    ] = ExecutorName.LOCAL,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Ray workers, a model in each; default: one a machine, or one a GPU.")
+    ] = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="A Ray cluster that runs, e.g. auto; default: one is started here for the work.")
+    ] = None,
     cam: Annotated[Path | None, typer.Option(help="New folder for pictures of where the model looked.")] = None,
     dicom_out: Annotated[
         Path | None,
@@ -296,12 +386,31 @@ def predict(
             "--out writes a table, --cam pictures and --dicom-out DICOM files beside printed answers. Run them apart."
         )
     opened, found = Bundle.open(bundle, trust=read_trust(trust)), find_images(images)
+    elsewhere = None
+    if executor is ExecutorName.RAY:
+        if out is None or found.is_one_file:
+            raise TableError(
+                "--executor ray carries many images into a table. Give --out and several images, or leave it away."
+            )
+        if cluster is None:
+            # Ray reads its key when it is imported, and from the environment alone; one that runs has its own.
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        elsewhere = _open_ray_room().Cluster(cluster, workers=workers, trust=read_trust(trust)).rows
+    elif workers is not None or cluster is not None:
+        raise TableError("--workers and --cluster are for --executor ray. Give it, or leave them away.")
     if found.n_others:
         typer.echo(f"entries of the folders that are no images by name, left out: {found.n_others:,}", err=True)
     if out is not None:
         with progress() as on_phase, going_on(out):
             n_images, n_quarantined = predict_table(
-                opened, found, out, threads=threads, provider=provider.value, on_phase=on_phase
+                opened,
+                found,
+                out,
+                threads=threads,
+                provider=provider.value,
+                on_phase=on_phase,
+                elsewhere=elsewhere,
             )
         counts = {"table": str(out), "bundle": opened.id, "n_images": n_images, "n_quarantined": n_quarantined}
         if as_json:
@@ -390,9 +499,12 @@ def evaluate(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A bundle, or a .safetensors checkpoint.")], trust: TrustOption = None
+    path: Annotated[
+        Path, typer.Argument(help="A bundle, a .safetensors checkpoint, or a model repository for Triton.")
+    ],
+    trust: TrustOption = None,
 ) -> None:
-    """Verify a bundle or a checkpoint and print its manifest as JSON."""
+    """Verify a bundle, a checkpoint or a Triton model repository and print what it is as JSON."""
     if path.suffix == ".safetensors":
         if trust is not None:
             raise SpecError("checkpoints aren't signed, and --trust is for bundles. Leave it away.")
@@ -401,7 +513,14 @@ def inspect(
         typer.echo(open_torch_room().read_checkpoint(path).manifest.model_dump_json(indent=2))
         return
     from chexnet_deploy.bundle import Bundle
+    from chexnet_deploy.serving.triton import check_repository, is_repository
 
+    if is_repository(path):
+        models = check_repository(path, trust=read_trust(trust))
+        _print_json(
+            {m.name: {"device": m.device, "versions": {v: b.id for v, b in m.versions.items()}} for m in models}
+        )
+        return
     bundle = Bundle.open(path, trust=read_trust(trust))
     _print_json({"id": bundle.id, **json.loads(bundle.manifest.model_dump_json())})
 
@@ -562,6 +681,17 @@ def progress() -> Iterator[OnPhase]:
         yield on_phase
 
 
+def print_repository(path: Path, models: "Sequence[TritonModel]") -> None:
+    """Print each model's versions, and what the server must bring along to answer rightly."""
+    for model in models:
+        for version, bundle in model.versions.items():
+            typer.echo(f"{path}  {model.name} {version}  on {model.device}  id {bundle.id[:12]}")
+            if bundle.manifest.dialect == "typed" and bundle.manifest.engine is None:
+                typer.echo(
+                    f"warning: {model.name} answers wrongly in a Triton with an ONNX Runtime before 1.30", err=True
+                )
+
+
 def print_bench(report: "BenchReport", page: Path) -> None:
     """Print the table, every reason why not PASS, and where the whole report lies."""
     from chexnet_deploy.bench import summary_rows
@@ -662,6 +792,14 @@ def _release(line: str | None, number: int | None) -> "Release | None":
     except ValidationError as err:
         first = err.errors()[0]
         raise SpecError(f"--{'line' if 'line' in first['loc'] else 'release'}: {first['msg']}. Correct it.") from err
+
+
+def _open_ray_room() -> "ModuleType":
+    try:
+        from chexnet_deploy.serving import ray_cluster
+    except ModuleNotFoundError as err:
+        raise MissingPackageError(f"{err.name} is not installed. Run: pip install 'chexnet-deploy[ray]'") from err
+    return ray_cluster
 
 
 def _print_json(value: object) -> None:

@@ -4,6 +4,7 @@
     ├── BundleError           a bundle is damaged, edited, incomplete or can't be written
     ├── CalibrationError      a calibration set is too small, repeated, constant or overlaps the evaluation set
     ├── CheckpointError       weights can't be loaded, or don't fit the model
+    ├── ClusterError          a Ray cluster can't be reached, differs from this machine, or its workers keep ending
     ├── DatasetError          a data set's tables or images contradict each other
     ├── DicomError            a DICOM result can't be made or kept without guessing
     ├── ExportError           an exported graph doesn't answer as the model it came from
@@ -40,6 +41,10 @@ class CalibrationError(ChexnetError):
 
 class CheckpointError(ChexnetError):
     """Weights can't be loaded, or don't fit the model."""
+
+
+class ClusterError(ChexnetError):
+    """A Ray cluster can't be reached, differs from this machine, or its workers keep ending."""
 
 
 class DatasetError(ChexnetError):

@@ -6,12 +6,12 @@ The command line, the demo and the benchmarks call these.
 import importlib
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from datetime import datetime
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from PIL import Image
 
@@ -43,12 +43,15 @@ from chexnet_deploy.signing.release import Release
 from chexnet_deploy.signing.trust import Trust
 from chexnet_deploy.spec import read_spec
 from chexnet_deploy.streaming import choose_flow, usable_cores
-from chexnet_deploy.table_rows import TableCard
+from chexnet_deploy.table_rows import Row, TableCard
 from chexnet_deploy.tables import read_image_list
 
 if TYPE_CHECKING:
     from chexnet_deploy.export.legacy import LegacyImport
     from chexnet_deploy.quantize.forms import Dialect
+
+MakeRows: TypeAlias = Callable[[Bundle, ImageFiles, TableCard, int], Generator[Row]]
+"""Yields the rows of a table's images in order, from a place on."""
 
 MAX_GATE_IMAGES = 512  # enough to catch a broken quantisation in a minute; `bench` is where the whole set is used
 CHOSEN_LIST = "calibration.txt"
@@ -371,9 +374,25 @@ def _write_report(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def predict_table(
-    bundle: Bundle, images: ImageFiles, out: Path, *, threads: int | None, provider: Provider, on_phase: OnPhase
+    bundle: Bundle,
+    images: ImageFiles,
+    out: Path,
+    *,
+    threads: int | None,
+    provider: Provider,
+    on_phase: OnPhase,
+    elsewhere: MakeRows | None = None,
 ) -> tuple[int, int]:
     """Write the findings in all images into one table, or go on with it; return its rows and those quarantined.
+
+    Args:
+        bundle: verified.
+        images: a row for each, in order.
+        out: .csv or .parquet.
+        threads: CPU threads of one call; None for one where there are many images.
+        provider: what runs an ONNX bundle.
+        on_phase: told of every row.
+        elsewhere: what makes the rows that are missing, e.g. a cluster; None for this process.
 
     Raises:
         ChexnetError: the bundle can't be used here, the table is another one or can't be written, or the one file that was
@@ -394,7 +413,11 @@ def predict_table(
     with ExitStack() as stack:
         table = stack.enter_context(open_table(out, card, images.names))
         on_phase("predict", table.n_done, card.n_images)
-        if table.n_done < card.n_images:
+        if table.n_done < card.n_images and elsewhere is not None:
+            for row in stack.enter_context(closing(elsewhere(bundle, images, card, table.n_done))):
+                table.add_row(row)
+                on_phase("predict", table.n_done, card.n_images)
+        elif table.n_done < card.n_images:
             predictor = stack.enter_context(open_predictor(bundle, images, threads=threads, provider=provider))
             answers = stack.enter_context(closing(predictor.predict_stream(images.paths(table.n_done))))
             for path, answer in answers:

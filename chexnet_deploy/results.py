@@ -21,7 +21,7 @@ from typing import IO, Final
 from chexnet_deploy.errors import ImageError, MissingPackageError, TableError
 from chexnet_deploy.files import sha256_of_file, show_file, write_file
 from chexnet_deploy.predictor import Prediction
-from chexnet_deploy.table_rows import TableCard, header_bytes, read_back, read_card, row_bytes
+from chexnet_deploy.table_rows import Row, TableCard, header_bytes, read_back, read_card, row_bytes
 
 SUFFIXES: Final = (".csv", ".parquet")
 
@@ -53,11 +53,16 @@ class Table:
         Raises:
             TableError: the disk is full or read-only; rows that are done are kept.
         """
+        line = row_bytes(self._card, self._names[self.n_done], path, answer)
+        self.add_row(Row(line, isinstance(answer, ImageError)))
+
+    def add_row(self, row: Row) -> None:
+        """Write the next image's row, which was made elsewhere; raises as `add` does."""
         assert self._rows is not None  # a whole table has no next row
         with _writing(self._out):
-            _write_all(self._rows, row_bytes(self._card, self._names[self.n_done], path, answer))
+            _write_all(self._rows, row.line)
         self.n_done += 1
-        self.n_quarantined += isinstance(answer, ImageError)
+        self.n_quarantined += row.is_quarantined
 
     def _take_whole(self) -> None:
         """Count the rows of a table that is there already, where it is the one asked for and as it was written."""

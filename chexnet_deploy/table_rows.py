@@ -7,7 +7,7 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Final, Literal, TypeAlias
+from typing import Annotated, Final, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -22,6 +22,18 @@ ColumnKind: TypeAlias = Literal["text", "probability", "decision"]
 
 OK: Final = "ok"
 QUARANTINED: Final = "quarantined"
+
+
+class Row(NamedTuple):
+    """One image's line of a table, ready to be written.
+
+    Attributes:
+        line: as row_bytes makes it.
+        is_quarantined: the image can't be read.
+    """
+
+    line: bytes
+    is_quarantined: bool
 
 
 class TableCard(BaseModel):

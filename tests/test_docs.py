@@ -134,3 +134,11 @@ def test_every_file_a_page_names_exists(page: str) -> None:
     text = (CHECKOUT / page).read_text()
     for name in re.findall(r"`((?:training|engines|benchmarks|chexnet_deploy|tests)/[\w/.-]+)`", text):
         assert (CHECKOUT / name).exists(), name
+
+
+def test_the_scaling_tables_are_made_from_the_committed_results() -> None:
+    from benchmarks.scaling_page import RESULTS, Results, markdown, read_peers
+
+    page = (CHECKOUT / "docs" / "scaling.md").read_text()
+    tables = page.split("<!-- python -m benchmarks.scaling --table -->\n")[1].split("<!-- end -->")[0]
+    assert tables.strip() == markdown(Results.model_validate_json(RESULTS.read_text()), read_peers()).strip()

@@ -15,8 +15,8 @@ from chexnet_deploy.preprocessing import Pixels
 from chexnet_deploy.probe import Probe
 from chexnet_deploy.scoring import score_files
 from chexnet_deploy.sessions import Logits, Maps, check_known_answers, open_session
-from chexnet_deploy.sessions.base import check_finite, check_pixels
-from chexnet_deploy.sessions.ort import MAX_BATCH, OrtSession
+from chexnet_deploy.sessions.base import MAX_BATCH, check_finite, check_pixels
+from chexnet_deploy.sessions.ort import OrtSession
 
 PRECISIONS = ["fp32", "fp16", "int8"]
 

@@ -15,7 +15,8 @@ Logits = NDArray[np.float32]  # [N, C], C in manifest order; no sigmoid in any g
 Provider: TypeAlias = Literal["auto", "openvino", "cpu", "cuda"]
 Maps = NDArray[np.float32]  # [N, C, S/32, S/32], class activation maps; mean over space + bias = logits
 
-
+# What an ONNX bundle takes at once: 256 x 224 x 224 takes about 3 GB of activations; nobody gains from more on a CPU.
+MAX_BATCH = 256
 _BATCH_SIZE = 32  # fewer than a session may take, so that activations stay small
 
 

@@ -17,9 +17,8 @@ import openvino
 from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.errors import SessionError
 from chexnet_deploy.preprocessing import Pixels
-from chexnet_deploy.sessions.base import Logits, Maps, check_finite, check_pixels
+from chexnet_deploy.sessions.base import MAX_BATCH, Logits, Maps, check_finite, check_pixels
 
-MAX_BATCH = 256
 # A batch is cut into pieces that run side by side on one core each: 1.1 to 1.2 times the images a second of one piece on
 # all cores, whose activations leave the core's own cache. Single images take all cores.
 PIECE = 4

@@ -21,14 +21,13 @@ import onnxruntime as ort
 from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.errors import SessionError
 from chexnet_deploy.preprocessing import Pixels
-from chexnet_deploy.sessions.base import Logits, Maps, Provider, check_finite, check_pixels
+from chexnet_deploy.sessions.base import MAX_BATCH, Logits, Maps, Provider, check_finite, check_pixels
 
 # TF32 would round the fp32 reference to ten bits of mantissa, silently; ONNX Runtime has it on.
 _PROVIDERS: Mapping[Provider, tuple[str, dict[str, str]]] = {
     "cpu": ("CPUExecutionProvider", {}),
     "cuda": ("CUDAExecutionProvider", {"use_tf32": "0"}),
 }
-MAX_BATCH = 256  # 256 x 224 x 224 takes about 3 GB of activations; nobody gains from more on a CPU
 _LOG_ERRORS_ONLY = 3
 _TYPE_NAMES = {"float": "float32", "float16": "float16", "int8": "int8", "uint8": "int8"}
 
