@@ -113,12 +113,20 @@ class Lane:
         plan: which batch sizes to join requests to.
         window_s: how long a lane that has just run waits for more images to reach the next size; an idle one never waits.
         on_run: called with the images in each run and its seconds; must not block.
+        check: raises where the session no longer gives its known answers; asked after a run that failed.
     """
 
     def __init__(
-        self, session: Session, plan: BatchPlan, *, window_s: float, on_run: Callable[[int, float], None]
+        self,
+        session: Session,
+        plan: BatchPlan,
+        *,
+        window_s: float,
+        on_run: Callable[[int, float], None],
+        check: Callable[[], object],
     ) -> None:
-        self._session, self._plan, self._window_s, self._on_run = session, plan, window_s, on_run
+        self._session, self._plan, self._window_s = session, plan, window_s
+        self._on_run, self._check = on_run, check
         self._waiting: deque[_Request] = deque()
         self._n_images = 0
         self._changed = threading.Condition()
@@ -205,8 +213,16 @@ class Lane:
                 for request in batch:
                     self._answer([request])
                 return
-            self.is_failing = True
+            self.is_failing = not self._is_sound()
             batch[0].future.set_exception(err)
+
+    def _is_sound(self) -> bool:
+        """Tell a broken session from one image that it can't answer: only the first is a reason to end the process."""
+        try:
+            self._check()
+        except Exception:  # noqa: BLE001 - whatever it is, the known answers weren't given
+            return False
+        return True
 
     def _run(self, batch: Sequence[_Request]) -> None:
         parts = [request.pixels for request in batch]

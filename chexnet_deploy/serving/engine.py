@@ -15,7 +15,7 @@ from chexnet_deploy.preprocessing import Pixels
 from chexnet_deploy.scope import ScopePolicy
 from chexnet_deploy.serving.batching import BatchPlan, Lane, measure_plan
 from chexnet_deploy.serving.config import ServeConfig
-from chexnet_deploy.sessions import Session, open_session, resolve_provider, run_in_batches
+from chexnet_deploy.sessions import Session, check_known_answers, open_session, resolve_provider, run_in_batches
 from chexnet_deploy.signing.trust import Trust
 
 _PLAN_PROBES = 16
@@ -99,7 +99,13 @@ def open_engine(config: ServeConfig, on_run: Callable[[int, float], None]) -> En
         session.close()
         raise
     backend = resolve_provider(config.provider) if bundle.manifest.target is None else bundle.manifest.target.backend
-    lane = Lane(session, plan, window_s=config.window_ms / 1000.0, on_run=on_run)
+    lane = Lane(
+        session,
+        plan,
+        window_s=config.window_ms / 1000.0,
+        on_run=on_run,
+        check=lambda: check_known_answers(session, unkept, n_probes=1),
+    )
     return Engine(bundle, backend, session, plan, lane)
 
 

@@ -175,7 +175,7 @@ def _infer(*faults: int) -> _Json:
     return {
         "summary": "Logits and maps of pixels, as JSON or with the protocol's binary extension.",
         "requestBody": {"required": True, "content": {"application/json": {"schema": _INFERENCE}}},
-        "responses": {"200": answer, **_errors(400, 413, 415, *faults)},
+        "responses": {"200": answer, **_errors(400, 413, 415, 422, *faults)},
     }
 
 

@@ -28,7 +28,7 @@ _POLICY: Final = (
 
 @lru_cache(maxsize=len(_TYPES))
 def _read(name: str) -> bytes:
-    return files("chexnet_deploy.serving").joinpath("page", name).read_bytes()
+    return files("chexnet_deploy.serving").joinpath("page").joinpath(name).read_bytes()
 
 
 def _file(name: str) -> Response:

@@ -52,7 +52,7 @@ class Service:
 
     @property
     def is_live(self) -> bool:
-        """False where the last run failed: then only a new process helps, or the next run shows that it doesn't."""
+        """False where the engine no longer gives its known answers: then only a new process helps."""
         return self._engine is None or not self._engine.lane.is_failing
 
     @property
@@ -136,7 +136,7 @@ class Service:
         """Return an engine's answer to pixels uint8 [N, 1, S, S]; admitted and held by the caller.
 
         Raises:
-            RequestError: 503 it waited beyond the deadline, 500 the engine failed.
+            RequestError: 503 it waited beyond the deadline, 422 the engine can't answer it, 500 nor anything else.
         """
         try:
             answer = await asyncio.wrap_future(engine.lane.submit(pixels, deadline_s))
@@ -144,7 +144,9 @@ class Service:
             raise busy(Fault.DEADLINE, "The image waited too long for its turn. Try again later.") from err
         except SessionError as err:
             log.error("%s failed: %s", engine.version, err)
-            raise RequestError(500, Fault.ENGINE, "The engine failed on this image; see the service's log.") from err
+            if engine.lane.is_failing:
+                raise RequestError(500, Fault.ENGINE, "The engine no longer gives its known answers.") from err
+            raise RequestError(422, Fault.ENGINE, "The model has no finite answer to this image.") from err
         self.metrics.stage.labels("queue").observe(answer.queue_s)
         self.metrics.stage.labels("infer").observe(answer.infer_s)
         self.metrics.count_images(pixels, answer.logits, engine.bundle.manifest.findings)

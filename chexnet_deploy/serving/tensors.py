@@ -112,7 +112,7 @@ def parse_inference(body: bytes, header_length: str | None, resize_px: int, max_
             raise bad_request("Bytes follow the JSON, but pixels has no binary_data_size.")
         pixels = _from_json(tensor.data, shape)
     wanted = request.outputs or [_Output(name="logits"), _Output(name="cam")]
-    outputs = {
+    outputs: dict[str, bool] = {
         output.name: request.parameters.binary_data_output
         if output.parameters.binary_data is None
         else output.parameters.binary_data

@@ -24,6 +24,7 @@ class SumSession:
     def __init__(self, *, lowest: int = 1, slot_noise: float = 0.0, image_s: float = 0.0, batch_s: float = 0.0) -> None:
         self.batch_range = (lowest, 64)
         self.sizes: list[int] = []
+        self.probe = 0
         self.may_run = threading.Event()
         self.may_run.set()
         self._slot_noise, self._image_s, self._batch_s = slot_noise, image_s, batch_s
@@ -53,7 +54,13 @@ def images(*values: int) -> Pixels:
 
 
 def open_lane(session: SumSession, plan: BatchPlan = PLAN, window_s: float = 0.0) -> Lane:
-    return Lane(session, plan, window_s=window_s, on_run=lambda n, infer_s: None)
+    return Lane(
+        session,
+        plan,
+        window_s=window_s,
+        on_run=lambda n, infer_s: None,
+        check=lambda: session.run(images(session.probe)),
+    )
 
 
 def test_what_waits_is_joined_and_everyone_gets_their_own() -> None:
@@ -102,7 +109,10 @@ def test_one_images_fault_stays_its_own() -> None:
     with pytest.raises(SessionError, match="a fault"):
         bad.result(10)
     assert good.result(10).logits.tolist() == [[12.0]]
-    assert not lane.is_failing  # the newest run was good
+    with pytest.raises(SessionError):
+        lane.submit(images(255), FOREVER_S).result(10)
+    assert not lane.is_failing  # as it still gives its known answer
+    session.probe = 255
     with pytest.raises(SessionError):
         lane.submit(images(255), FOREVER_S).result(10)
     assert lane.is_failing
@@ -128,10 +138,10 @@ def test_closing_answers_what_waits_and_takes_nothing_more() -> None:
 
 
 def test_the_plan_keeps_sizes_that_gain() -> None:
-    # 10 ms a run and nothing an image: each larger batch is far cheaper per image.
-    assert measure_plan(SumSession(batch_s=0.01), images(1, 2, 3), 8).sizes == (1, 2, 3, 4, 8)
-    # Nothing a run and 5 ms an image: no batch gains.
-    assert measure_plan(SumSession(image_s=0.005), images(1, 2, 3), 4).sizes[:1] == (1,)
+    # 30 ms a run and nothing an image: each larger batch is far cheaper per image.
+    assert measure_plan(SumSession(batch_s=0.03), images(1, 2, 3), 8).sizes == (1, 2, 3, 4, 8)
+    # Nothing a run and 20 ms an image: no batch gains.
+    assert measure_plan(SumSession(image_s=0.02), images(1, 2, 3), 4).sizes == (1,)
 
 
 def test_no_batch_is_made_where_it_changes_answers() -> None:

@@ -4,8 +4,8 @@ import contextlib
 import gzip
 import json
 import random
-import signal
 import shutil
+import signal
 import socket
 import subprocess
 import sys
