@@ -31,8 +31,12 @@ _PREDICTION: Final[_Json] = {
         "backend": {"type": "string"},
         "cam": {
             "type": "object",
-            "required": ["finding", "png_base64"],
-            "properties": {"finding": {"type": "string"}, "png_base64": {"type": "string"}},
+            "required": ["finding", "has_evidence", "png_base64"],
+            "properties": {
+                "finding": {"type": "string"},
+                "has_evidence": {"type": "boolean"},
+                "png_base64": {"type": "string"},
+            },
         },
     },
 }

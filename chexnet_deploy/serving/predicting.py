@@ -60,7 +60,11 @@ async def predict(service: Service, request: Request) -> Response:
         if cam is not None:
             heat = answer.maps[0, engine.bundle.manifest.findings.index(cam)]
             picture = await service.work(lambda: _draw(prepared.gray, heat), monotonic() + service.config.deadline_s)
-            content["cam"] = {"finding": cam, "png_base64": base64.b64encode(picture).decode()}
+            content["cam"] = {
+                "finding": cam,
+                "has_evidence": bool(heat.max() > 0.0),  # without any the picture stays gray
+                "png_base64": base64.b64encode(picture).decode(),
+            }
     return Response(json.dumps(content), media_type="application/json")
 
 

@@ -59,8 +59,9 @@ def test_a_radiograph_gets_its_findings_and_its_map(
     if "SCREENSHOTS" in os.environ:
         browser.screenshot(Path(os.environ["SCREENSHOTS"]) / "page.png")
 
-    image.write_bytes(b"no image")
-    browser.choose_file("#file", image)
+    other = tmp_path / "text.png"
+    other.write_bytes(b"no image")
+    browser.choose_file("#file", other)
     browser.wait("document.getElementById('status').innerText.includes('(unreadable)')")
     assert all(asked.startswith((url, "data:", "blob:")) for asked in browser.requests)
     # The refusal of the last file, which the browser notes by itself, and nothing else.

@@ -115,7 +115,7 @@ def test_predict_says_what_the_predictor_says(
     [
         ("/predict", b"DOE^JANE", {}, 422, "unreadable"),
         ("/predict", b"", {}, 400, "bad-request"),
-        ("/predict", bytes(128) + b"DICM" + b"DOE^JANE" * 9, {}, 422, "damaged-header"),
+        ("/predict", bytes(128) + b"DICM" + b"DOE^JANE" * 9, {}, 422, "transfer-syntax"),
         ("/predict?cam=DOE", b"x", {}, 400, "bad-request"),
         ("/predict?name=DOE", b"x", {}, 400, "bad-request"),
         ("/predict", b"x", {"Content-Encoding": "br"}, 415, "encoding"),

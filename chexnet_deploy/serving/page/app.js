@@ -129,7 +129,8 @@ async function showMap(finding) {
   try {
     const answer = await predict(finding);
     if (mine !== turn) return;
-    showPicture(`data:image/png;base64,${answer.cam.png_base64}`, `Where the model looked for ${finding.replaceAll("_", " ")}`);
+    showPicture(`data:image/png;base64,${answer.cam.png_base64}`, 
+      `${answer.cam.has_evidence ? "Where the model looked for" : "Nothing in the image speaks for"} ${finding.replaceAll("_", " ")}`);
     at("plain").hidden = !/^image\/(png|jpeg)$/.test(file.type); // a browser can't draw DICOM
   } catch (err) {
     if (mine === turn) say(err.message, true);
@@ -142,6 +143,8 @@ at("plain").addEventListener("click", () => {
   plainUrl = plainUrl || URL.createObjectURL(file);
   showPicture(plainUrl, "The radiograph");
 });
+// A file that was changed meanwhile may be chosen again: a browser sees no change otherwise.
+at("file").addEventListener("click", (event) => { event.target.value = ""; });
 at("file").addEventListener("change", (event) => take(event.target.files[0]));
 // The whole page takes a drop: one that misses would leave the page for the file.
 addEventListener("dragover", (event) => { event.preventDefault(); at("drop").classList.add("over"); });
