@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from chexnet_deploy import cli_signing
+from chexnet_deploy import cli_serving, cli_signing
 from chexnet_deploy.cli_signing import JsonFlag, TrustOption, read_trust
 from chexnet_deploy.errors import ChexnetError, GateError, ImageError, MissingPackageError, SpecError, TableError
 from chexnet_deploy.phases import OnPhase
@@ -543,6 +543,7 @@ def doctor(as_json: JsonFlag = False) -> None:
 
 
 app.add_typer(cli_signing.app)
+app.add_typer(cli_serving.app)
 
 
 @app.command()

@@ -15,6 +15,7 @@
     ├── MissingPackageError   an optional package is needed; the message names the extra to install
     ├── NodeError             the DICOM node's configuration, folders or address are wrong
     │   └── AuditError        an audit log was changed, cut short, or can't be written
+    ├── ServeError            the HTTP service's options or address are wrong, or it can't take another bundle
     ├── SessionError          a backend refused a model or its input
     ├── SpecError             an engine spec or a recipe is wrong
     ├── TableError            a table of findings is of another run, was changed, or can't be written
@@ -139,6 +140,10 @@ class NodeError(ChexnetError):
 
 class AuditError(NodeError):
     """An audit log was changed, cut short, or can't be written."""
+
+
+class ServeError(ChexnetError):
+    """The HTTP service's options or address are wrong, or it can't take another bundle."""
 
 
 class SessionError(ChexnetError):

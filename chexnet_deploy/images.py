@@ -82,14 +82,26 @@ class ImageReader:
                 its `reason` says which.
             MissingPackageError: it is a DICOM file, and pydicom is not installed.
         """
-        content = read_image_file(path)
+        return self.decode(read_image_file(path), scope=scope, name=path)
+
+    def decode(self, content: bytes, *, scope: "ScopePolicy | None" = None, name: object = "the image") -> Gray:
+        """Return the gray picture in the bytes of a PNG, JPEG or DICOM file, as `read` does.
+
+        Args:
+            content: the whole file, 1 byte to MAX_FILE_MIB.
+            scope: see read.
+            name: what messages call it.
+
+        Raises:
+            ImageError, MissingPackageError: see read.
+        """
         if content.startswith(_PNG_SIGNATURE):
-            return _read_png(path, content)
+            return _read_png(name, content)
         if content.startswith(_JPEG_SIGNATURE):
-            return _gray(path, _decode(path, content, JpegImageFile))
+            return _gray(name, _decode(name, content, JpegImageFile))
         if content[128:132] == b"DICM":
-            return self._open_decoder().decode(content, scope=scope, name=path).gray
-        raise ImageError(_unknown_format(path, content))
+            return self._open_decoder().decode(content, scope=scope, name=name).gray
+        raise ImageError(_unknown_format(name, content))
 
     def close(self) -> None:
         """End the decoder, if there is one."""
@@ -126,29 +138,29 @@ def read_image(path: Path) -> Gray:
         return reader.read(path)
 
 
-def _read_png(path: Path, content: bytes) -> Gray:
-    png = _check_png(path, content)
-    image = _decode(path, content, PngImageFile)
-    _check_all_rows(path, png, image)
+def _read_png(name: object, content: bytes) -> Gray:
+    png = _check_png(name, content)
+    image = _decode(name, content, PngImageFile)
+    _check_all_rows(name, png, image)
     if png.bits != 16:
-        return _gray(path, image)
+        return _gray(name, image)
     if png.colour_type != _PNG_GRAY:
         # Pillow keeps only the high byte of these, which is nearly all of a 12-bit radiograph lost.
-        raise ImageError(refusal(path, "16-bit colour or alpha", "16-bit gray", "save it as plain 16-bit gray"))
-    return _scale_16_bit(path, image)
+        raise ImageError(refusal(name, "16-bit colour or alpha", "16-bit gray", "save it as plain 16-bit gray"))
+    return _scale_16_bit(name, image)
 
 
-def _unknown_format(path: Path, content: bytes) -> str:
+def _unknown_format(name: object, content: bytes) -> str:
     """Say what the file begins with."""
     return refusal(
-        path,
+        name,
         f"neither a PNG nor a JPEG nor a DICOM file (it begins with {content[:8]!r})",
         "PNG, JPEG or DICOM contents, whatever the file is called",
         "export the radiograph as PNG",
     )
 
 
-def _check_png(path: Path, content: bytes) -> _Png:
+def _check_png(name: object, content: bytes) -> _Png:
     """Check every chunk of a PNG up to IEND and return what its header says.
 
     Pillow decodes a PNG whose pixel data fails its checksum or whose end is missing; a radiograph must be whole.
@@ -158,32 +170,32 @@ def _check_png(path: Path, content: bytes) -> _Png:
     packed = []
     while kind != b"IEND":
         if offset + 12 > len(content):
-            raise ImageError(refusal(path, "a truncated PNG (no IEND chunk)", "the whole file", "copy it again"))
+            raise ImageError(refusal(name, "a truncated PNG (no IEND chunk)", "the whole file", "copy it again"))
         length, kind = struct.unpack_from(">I4s", content, offset)
         start, end = offset + 8, offset + 12 + length
         if end > len(content):
-            raise ImageError(refusal(path, f"a PNG truncated in {kind!r}", "the whole file", "copy it again"))
+            raise ImageError(refusal(name, f"a PNG truncated in {kind!r}", "the whole file", "copy it again"))
         if zlib.crc32(view[offset + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
-            raise ImageError(refusal(path, f"a bad checksum in PNG chunk {kind!r}", "a whole file", "copy it again"))
+            raise ImageError(refusal(name, f"a bad checksum in PNG chunk {kind!r}", "a whole file", "copy it again"))
         if header is None:
             if kind != b"IHDR" or length != 13:
-                raise ImageError(refusal(path, f"a PNG starting with {kind!r}", "IHDR first", "export it again"))
+                raise ImageError(refusal(name, f"a PNG starting with {kind!r}", "IHDR first", "export it again"))
             header = struct.unpack_from(">IIBBxxB", content, start)
-            _check_sides(path, *header[:2])
+            _check_sides(name, *header[:2])
         elif kind == b"IDAT":
             packed.append(view[start : end - 4])
         elif kind == b"acTL":
-            raise ImageError(refusal(path, "an animated PNG", "one frame", "save the frame to be read on its own"))
+            raise ImageError(refusal(name, "an animated PNG", "one frame", "save the frame to be read on its own"))
         offset = end
     assert header is not None  # IEND can't come first
     png = _Png(*header, packed)
     if png.bits not in (8, 16) or png.colour_type not in _PNG_CHANNELS:
         found = f"{png.bits} bits a channel, colour type {png.colour_type}"
-        raise ImageError(refusal(path, found, "8 or 16-bit gray", "export it again without reducing grays"))
+        raise ImageError(refusal(name, found, "8 or 16-bit gray", "export it again without reducing grays"))
     return png
 
 
-def _check_all_rows(path: Path, png: _Png, image: Image.Image) -> None:
+def _check_all_rows(name: object, png: _Png, image: Image.Image) -> None:
     """Refuse a PNG whose compressed data ends early: Pillow leaves the rows that are missing black and says nothing.
 
     Unpacking twice costs a third of reading, so it is done only where the last row is black, as a missing one would be.
@@ -199,20 +211,20 @@ def _check_all_rows(path: Path, png: _Png, image: Image.Image) -> None:
     try:
         found = len(zlib.decompressobj().decompress(b"".join(png.packed), needed))
     except zlib.error as err:
-        raise ImageError(refusal(path, f"damaged data ({err})", "a whole PNG", "copy it again")) from err
+        raise ImageError(refusal(name, f"damaged data ({err})", "a whole PNG", "copy it again")) from err
     if found < needed:
-        raise ImageError(refusal(path, f"{found:,} bytes of pixel rows", f"{needed:,}", "export it again"))
+        raise ImageError(refusal(name, f"{found:,} bytes of pixel rows", f"{needed:,}", "export it again"))
 
 
-def _check_sides(path: Path, width_px: int, height_px: int) -> None:
+def _check_sides(name: object, width_px: int, height_px: int) -> None:
     found = f"{width_px} x {height_px} px"
     if min(width_px, height_px) < MIN_SIDE_PX:
-        raise ImageError(refusal(path, found, f"sides of at least {MIN_SIDE_PX} px", "check that it is a radiograph"))
+        raise ImageError(refusal(name, found, f"sides of at least {MIN_SIDE_PX} px", "check that it is a radiograph"))
     if width_px * height_px > MAX_PIXELS:
-        raise ImageError(refusal(path, found, f"at most {MAX_PIXELS:,} pixels", "export it at a lower resolution"))
+        raise ImageError(refusal(name, found, f"at most {MAX_PIXELS:,} pixels", "export it at a lower resolution"))
 
 
-def _decode(path: Path, content: bytes, decoder: type[PngImageFile] | type[JpegImageFile]) -> Image.Image:
+def _decode(name: object, content: bytes, decoder: type[PngImageFile] | type[JpegImageFile]) -> Image.Image:
     """Return the decoded picture, of admissible size, one frame and upright.
 
     The decoders are called by class and not through `Image.open`, whose bomb warning depends on a global that any other
@@ -220,35 +232,35 @@ def _decode(path: Path, content: bytes, decoder: type[PngImageFile] | type[JpegI
     """
     if ImageFile.LOAD_TRUNCATED_IMAGES:  # training scripts set it, and half a JPEG then reads as a whole one
         raise ImageError(
-            refusal(path, "PIL.ImageFile.LOAD_TRUNCATED_IMAGES set", "Pillow's default", "remove that setting")
+            refusal(name, "PIL.ImageFile.LOAD_TRUNCATED_IMAGES set", "Pillow's default", "remove that setting")
         )
     try:
         image = decoder(io.BytesIO(content))
-        _check_sides(path, *image.size)
+        _check_sides(name, *image.size)
         if "mp" in image.info:  # Multi-Picture Format (CIPA DC-007): a JPEG followed by others
-            raise ImageError(refusal(path, "a multi-picture JPEG", "one frame", "save the picture wanted on its own"))
+            raise ImageError(refusal(name, "a multi-picture JPEG", "one frame", "save the picture wanted on its own"))
         image.load()
         orientation = image.getexif().get(ExifTag.Orientation, 1)
     except ImageError:
         raise
     except Exception as err:  # a decoder fed with damaged bytes raises whatever it likes
-        raise ImageError(refusal(path, f"damaged data ({err})", "a whole PNG or JPEG", "copy it again")) from err
+        raise ImageError(refusal(name, f"damaged data ({err})", "a whole PNG or JPEG", "copy it again")) from err
     if orientation != 1:
         # Programs that rotate the pixels often leave the tag behind, so applying it is a guess too.
         raise ImageError(
-            refusal(path, f"EXIF orientation {orientation}", "an upright picture", "save it upright without the tag")
+            refusal(name, f"EXIF orientation {orientation}", "an upright picture", "save it upright without the tag")
         )
     return image
 
 
-def _scale_16_bit(path: Path, image: Image.Image) -> Gray:
+def _scale_16_bit(name: object, image: Image.Image) -> Gray:
     """Map darkest..brightest to 0..255, rounded half up, in integers."""
     if "transparency" in image.info:
-        raise ImageError(refusal(path, "16-bit gray with a transparent value", "opaque gray", "save it without alpha"))
+        raise ImageError(refusal(name, "16-bit gray with a transparent value", "opaque gray", "save it without alpha"))
     values = np.asarray(image)
     low, high = int(values.min()), int(values.max())
     if low == high:
-        raise ImageError(refusal(path, f"16-bit pixels all equal to {low}", "a picture", "export it again"))
+        raise ImageError(refusal(name, f"16-bit pixels all equal to {low}", "a picture", "export it again"))
     table = np.zeros(65536, np.uint8)
     span = high - low
     table[low : high + 1] = (np.arange(span + 1, dtype=np.int64) * 510 + span) // (2 * span)
@@ -256,7 +268,7 @@ def _scale_16_bit(path: Path, image: Image.Image) -> Gray:
     return gray
 
 
-def _gray(path: Path, image: Image.Image) -> Gray:
+def _gray(name: object, image: Image.Image) -> Gray:
     """Return an 8-bit picture's gray values, where it has only one value a pixel."""
     if "transparency" in image.info:
         image = image.convert("RGBA")
@@ -264,16 +276,16 @@ def _gray(path: Path, image: Image.Image) -> Gray:
         image = image.convert("RGB")
     pixels = np.array(image)
     if image.mode not in ("L", "LA", "RGB", "RGBA"):
-        raise ImageError(refusal(path, f"Pillow mode {image.mode}", "gray", "save it as 8 or 16-bit gray"))
+        raise ImageError(refusal(name, f"Pillow mode {image.mode}", "gray", "save it as 8 or 16-bit gray"))
     if image.mode in ("LA", "RGBA"):
         if int(pixels[..., -1].min()) < 255:
-            raise ImageError(refusal(path, "pixels that are not opaque", "alpha 255", "save it without alpha"))
+            raise ImageError(refusal(name, "pixels that are not opaque", "alpha 255", "save it without alpha"))
         pixels = pixels[..., :-1]
     if image.mode in ("RGB", "RGBA") and not (
         np.array_equal(pixels[..., 0], pixels[..., 1]) and np.array_equal(pixels[..., 0], pixels[..., 2])
     ):
         raise ImageError(
-            refusal(path, "true colour", "equal red, green and blue", "export the radiograph itself as gray")
+            refusal(name, "true colour", "equal red, green and blue", "export the radiograph itself as gray")
         )
     gray: Gray = pixels if pixels.ndim == 2 else np.ascontiguousarray(pixels[..., 0])
     return gray

@@ -26,6 +26,10 @@ HEAVY = (
     "pynetdicom",
     "gdcm",
     "highdicom",
+    "starlette",
+    "uvicorn",
+    "prometheus_client",
+    "python_multipart",
 )
 
 

@@ -1,0 +1,111 @@
+"""The ASGI application: which path is answered by what, and what becomes of errors."""
+
+import logging
+import traceback
+from collections.abc import Awaitable, Callable
+from typing import TypeAlias
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from chexnet_deploy.serving import pages, protocol
+from chexnet_deploy.serving.guard import GuardedApp
+from chexnet_deploy.serving.predicting import predict
+from chexnet_deploy.serving.refusals import RETRY_AFTER_S, Fault, RequestError
+from chexnet_deploy.serving.service import Service
+
+log = logging.getLogger("chexnet_deploy.serving")
+
+Handler: TypeAlias = Callable[[Service, Request], Awaitable[Response]]
+
+_MODEL = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
+_ALL = ["GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"]
+
+
+def make_app(service: Service) -> GuardedApp:
+    """Return the application of one service."""
+    routes: list[tuple[str, str, Handler]] = [
+        ("/", "GET", pages.page),
+        ("/page/{name}", "GET", pages.asset),
+        ("/docs", "GET", pages.docs),
+        ("/openapi.json", "GET", pages.openapi),
+        ("/engine", "GET", pages.engine),
+        ("/metrics", "GET", pages.metrics),
+        ("/predict", "POST", predict),
+        ("/v2", "GET", protocol.server),
+        ("/v2/health/live", "GET", protocol.live),
+        ("/v2/health/ready", "GET", protocol.ready),
+    ]
+    for path in _MODEL:
+        routes += [
+            (path, "GET", protocol.model),
+            (f"{path}/ready", "GET", protocol.model_ready),
+            (f"{path}/infer", "POST", protocol.infer),
+        ]
+    starlette = Starlette(
+        routes=[
+            *(Route(path, _endpoint(service, path, handler), methods=[method]) for path, method, handler in routes),
+            *(
+                Route(path, _endpoint(service, path, protocol.not_offered), methods=_ALL)
+                for path in (
+                    "/v2/repository/{rest:path}",
+                    "/v2/systemsharedmemory{rest:path}",
+                    "/v2/cudasharedmemory{rest:path}",
+                    "/v2/trace/{rest:path}",
+                    "/v2/logging",
+                    *(f"{path}/trace/{{rest:path}}" for path in _MODEL),
+                )
+            ),
+        ],
+        exception_handlers={HTTPException: _routing_error(service)},
+    )
+    # "/v2/" is no path of ours, and a redirect would repeat what the client asked for.
+    starlette.router.redirect_slashes = False
+    return GuardedApp(starlette, service.guard)
+
+
+def _endpoint(service: Service, path: str, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
+    async def answer(request: Request) -> Response:
+        try:
+            response = await handler(service, request)
+        except RequestError as err:
+            response = _refuse(service, err)
+        except ClientDisconnect:
+            # Nobody reads this.
+            response = _refuse(service, RequestError(400, Fault.GONE, "The client went away."))
+        except Exception as err:  # noqa: BLE001 - the service goes on, and says where it was
+            # Where, and never what: a message may quote the request.
+            frames = traceback.extract_tb(err.__traceback__)[-3:]
+            where = " < ".join(f"{frame.name}:{frame.lineno}" for frame in reversed(frames))
+            log.error("%s failed: %s at %s", path, type(err).__name__, where)
+            response = _refuse(service, RequestError(500, Fault.INTERNAL, "The service failed; see its log."))
+        response.headers["X-Content-Type-Options"] = "nosniff"
+        response.headers.setdefault("Cache-Control", "no-store")
+        service.metrics.requests.labels(path, str(response.status_code)).inc()
+        return response
+
+    return answer
+
+
+def _routing_error(service: Service) -> Callable[[Request, Exception], Awaitable[Response]]:
+    async def answer(_request: Request, err: Exception) -> Response:
+        assert isinstance(err, HTTPException)  # registered for it alone
+        if err.status_code == 405:
+            refusal = RequestError(405, Fault.METHOD, "This path takes another method; /openapi.json says which.")
+        else:
+            refusal = RequestError(404, Fault.NOT_FOUND, "There is no such path; /openapi.json names all.")
+        response = _refuse(service, refusal)
+        response.headers.update(err.headers or {})
+        service.metrics.requests.labels("none", str(response.status_code)).inc()
+        return response
+
+    return answer
+
+
+def _refuse(service: Service, err: RequestError) -> Response:
+    service.metrics.refusals.labels(err.reason.value).inc()
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if err.status == 503 else {}
+    return JSONResponse({"error": str(err), "reason": err.reason.value}, err.status, headers)

@@ -1,0 +1,124 @@
+"""What the service tells Prometheus; nothing of a single patient.
+
+Scores and pixels are published in blocks of 100 images: a scrape between two of them can't tell one patient's. They are what
+drift is seen in, by whoever keeps the series: a bundle's manifest holds no distribution to compare them with, and no
+calibration ranges, so no drift or saturation is computed here.
+"""
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+from chexnet_deploy.bundle import Bundle
+from chexnet_deploy.predictor import sigmoid
+from chexnet_deploy.preprocessing import Pixels
+from chexnet_deploy.sessions import Logits
+
+CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
+BLOCK: Final = 100
+_STAGE_BUCKETS_S: Final = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+_SCORE_BUCKETS: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
+_GRAY_BUCKETS: Final = (16, 32, 64, 96, 112, 128, 144, 160, 192, 224, 240, 255)
+_SHARE_BUCKETS: Final = (0.001, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
+
+
+class Metrics:
+    """One service's, in a registry of its own."""
+
+    def __init__(self) -> None:
+        registry = self._registry = CollectorRegistry()
+        self.stage = Histogram(
+            "chexnet_stage_seconds",
+            "Time a request spends in each stage",
+            ["stage"],
+            buckets=_STAGE_BUCKETS_S,
+            registry=registry,
+        )
+        self.requests = Counter("chexnet_requests", "Answers", ["route", "status"], registry=registry)
+        self.refusals = Counter("chexnet_refusals", "Requests refused", ["reason"], registry=registry)
+        self.queue = Gauge("chexnet_queue_images", "Images that wait for inference", registry=registry)
+        self.admitted = Gauge("chexnet_admitted_images", "Images admitted and not answered yet", registry=registry)
+        self.batches = Histogram(
+            "chexnet_batch_images", "Images in one run", buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256), registry=registry
+        )
+        self.connections = Gauge("chexnet_connections", "Open connections", registry=registry)
+        self.held = Gauge("chexnet_held_bytes", "Request bodies in memory", registry=registry)
+        self.ended = Counter(
+            "chexnet_connections_ended", "Connections ended by the guard", ["reason"], registry=registry
+        )
+        self.swaps = Counter("chexnet_swaps", "Attempts to take another bundle", ["result"], registry=registry)
+        self.ready = Gauge("chexnet_ready", "1 where images are answered", registry=registry)
+        self._engine = Gauge(
+            "chexnet_engine", "1 for the bundle that runs", ["bundle", "precision", "backend"], registry=registry
+        )
+        self._scores = Histogram(
+            "chexnet_score",
+            f"Probabilities by finding, in blocks of {BLOCK} images",
+            ["finding"],
+            buckets=_SCORE_BUCKETS,
+            registry=registry,
+        )
+        self._present = Counter(
+            "chexnet_present",
+            f"Images at or above an operating point, in blocks of {BLOCK}",
+            ["finding"],
+            registry=registry,
+        )
+        self._gray = Histogram(
+            "chexnet_pixel_mean",
+            f"Mean gray of the pixels, in blocks of {BLOCK}",
+            buckets=_GRAY_BUCKETS,
+            registry=registry,
+        )
+        self._clipped = Histogram(
+            "chexnet_pixel_clipped_share",
+            f"Share of pixels at 0 or 255, in blocks of {BLOCK}",
+            buckets=_SHARE_BUCKETS,
+            registry=registry,
+        )
+        self._block: list[tuple[float, float, np.ndarray]] = []
+        self._findings: tuple[str, ...] = ()
+        self._points: dict[str, float] = {}
+        for stage in ("read", "preprocess", "queue", "infer"):
+            self.stage.labels(stage)
+
+    def set_engine(self, bundle: Bundle, backend: str) -> None:
+        """Name the bundle that runs from now on; an unfinished block of the one before is dropped."""
+        manifest = bundle.manifest
+        self._engine.clear()
+        self._engine.labels(bundle.id, manifest.precision.value, backend).set(1)
+        self._findings, self._points = manifest.findings, dict(manifest.operating_points)
+        self._block.clear()
+
+    def count_images(self, pixels: Pixels, logits: Logits, findings: Sequence[str]) -> None:
+        """Add images that were answered to the block.
+
+        Args:
+            pixels: uint8 [N, 1, S, S].
+            logits: float32 [N, C].
+            findings: of the engine that answered; another's than the one that runs are left out.
+        """
+        if tuple(findings) != self._findings:
+            return
+        for image, scores in zip(pixels, sigmoid(logits), strict=True):
+            clipped = float(np.count_nonzero((image == 0) | (image == 255))) / image.size
+            self._block.append((float(image.mean()), clipped, scores))
+        if len(self._block) >= BLOCK:
+            self._publish()
+
+    def _publish(self) -> None:
+        for mean, clipped, scores in self._block:
+            self._gray.observe(mean)
+            self._clipped.observe(clipped)
+            for finding, score in zip(self._findings, scores.tolist(), strict=True):
+                self._scores.labels(finding).observe(score)
+                if score >= self._points.get(finding, 2.0):
+                    self._present.labels(finding).inc()
+        self._block.clear()
+
+    def to_text(self) -> bytes:
+        """Return the exposition format."""
+        return generate_latest(self._registry)

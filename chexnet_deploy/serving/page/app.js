@@ -1,0 +1,157 @@
+"use strict";
+// Everything the page shows of an answer is put in as text, never as markup.
+
+const at = (id) => document.getElementById(id);
+let file = null;
+let plainUrl = null;
+let turn = 0; // answers of an earlier file or choice are dropped
+
+function make(tag, className, text) {
+  const element = document.createElement(tag);
+  if (className) element.className = className;
+  if (text !== undefined) element.textContent = text;
+  return element;
+}
+
+function say(text, isBad) {
+  at("status").textContent = text;
+  at("status").classList.toggle("bad", Boolean(isBad));
+}
+
+async function ask(url, options) {
+  const response = await fetch(url, options);
+  const answer = await response.json();
+  if (!response.ok) throw new Error(`${answer.error} (${answer.reason})`);
+  return answer;
+}
+
+async function showEngine() {
+  try {
+    const engine = await ask("/engine");
+    at("engine-line").textContent = `${engine.precision} on ${engine.backend}, bundle ${engine.version}`;
+    const facts = {
+      "Bundle": engine.bundle,
+      "Precision": engine.dialect === "float" ? engine.precision : `${engine.precision} (${engine.dialect})`,
+      "Backend": engine.backend,
+      "Made of": engine.ancestors.length ? engine.ancestors.map((id) => id.slice(0, 12)).join(" → ") : "the checkpoint",
+      "Checkpoint": engine.checkpoint_sha256,
+      "Known answers": `differ by up to ${engine.probe_max_abs_logit_error.toPrecision(3)} logits from the fp32 model's`,
+      "Signed by": engine.signers.length ? engine.signers.join(", ") : "opened without a trust file",
+      "Release": engine.release ? `${engine.release.line} ${engine.release.number}` : "none",
+      "Calibration": engine.calibration ? `${engine.calibration.n_images} images` : "none",
+      "Batches": engine.batching.is_invariant ? `up to ${Math.max(...engine.batching.sizes)}, bit-equal to single images` : "never joined",
+    };
+    at("facts").replaceChildren(...Object.entries(facts).flatMap(([name, value]) => [make("dt", "", name), make("dd", "", value)]));
+    at("checks").replaceChildren(...engine.checks.map((check) => {
+      const row = make("tr");
+      row.append(make("td", "", check.name), make("td", "", check.value.toPrecision(3)), make("td", "", String(check.limit)));
+      return row;
+    }));
+  } catch (err) {
+    at("engine-line").textContent = err.message;
+  }
+}
+
+function showPicture(url, caption) {
+  at("shown").src = url;
+  at("shown").alt = caption;
+  at("caption").textContent = caption;
+  at("picture").hidden = false;
+}
+
+function showFindings(answer) {
+  const names = Object.keys(answer.probabilities).sort((a, b) => answer.probabilities[b] - answer.probabilities[a]);
+  at("findings").replaceChildren(...names.map((name) => {
+    const probability = answer.probabilities[name];
+    const point = answer.operating_points[name];
+    const verdict = point === undefined ? "no operating point" : `${answer.present[name] ? "at or above" : "below"} ${point.toFixed(3)}`;
+    const button = make("button", answer.present[name] ? "present" : "");
+    button.type = "button";
+    button.dataset.finding = name;
+    button.setAttribute("aria-pressed", "false");
+    const label = make("span", "name", name.replaceAll("_", " "));
+    label.append(make("span", "verdict", verdict));
+    const track = make("span", "track");
+    track.setAttribute("aria-hidden", "true");
+    const bar = make("div", "bar");
+    bar.style.width = `${100 * probability}%`;
+    track.append(bar);
+    if (point !== undefined) {
+      const mark = make("div", "point");
+      mark.style.left = `${100 * point}%`;
+      track.append(mark);
+    }
+    button.append(label, track, make("span", "value", probability.toFixed(3)));
+    button.addEventListener("click", () => showMap(name));
+    const item = make("li");
+    item.append(button);
+    return item;
+  }));
+}
+
+function press(name) {
+  for (const button of at("findings").querySelectorAll("button")) {
+    button.setAttribute("aria-pressed", String(button.dataset.finding === name));
+  }
+}
+
+async function predict(finding) {
+  const query = finding ? `?cam=${encodeURIComponent(finding)}` : "";
+  return ask(`/predict${query}`, { method: "POST", body: file, headers: { "Content-Type": "application/octet-stream" } });
+}
+
+async function take(chosen) {
+  if (!chosen) return;
+  const mine = ++turn;
+  file = chosen;
+  at("picture").hidden = true;
+  at("plain").hidden = true;
+  at("findings").replaceChildren();
+  if (plainUrl) URL.revokeObjectURL(plainUrl);
+  plainUrl = null;
+  say("Asking the model…");
+  try {
+    const answer = await predict("");
+    if (mine !== turn) return;
+    showFindings(answer);
+    const n = Object.values(answer.present).filter(Boolean).length;
+    say(`${n} of ${Object.keys(answer.probabilities).length} findings at or above their operating points.`);
+    const top = Object.keys(answer.probabilities).reduce((a, b) => (answer.probabilities[a] >= answer.probabilities[b] ? a : b));
+    await showMap(top);
+  } catch (err) {
+    if (mine === turn) say(err.message, true);
+  }
+}
+
+async function showMap(finding) {
+  const mine = ++turn;
+  press(finding);
+  try {
+    const answer = await predict(finding);
+    if (mine !== turn) return;
+    showPicture(`data:image/png;base64,${answer.cam.png_base64}`, 
+      `${answer.cam.has_evidence ? "Where the model looked for" : "Nothing in the image speaks for"} ${finding.replaceAll("_", " ")}`);
+    at("plain").hidden = !/^image\/(png|jpeg)$/.test(file.type); // a browser can't draw DICOM
+  } catch (err) {
+    if (mine === turn) say(err.message, true);
+  }
+}
+
+at("plain").addEventListener("click", () => {
+  turn++;
+  press("");
+  plainUrl = plainUrl || URL.createObjectURL(file);
+  showPicture(plainUrl, "The radiograph");
+});
+// A file that was changed meanwhile may be chosen again: a browser sees no change otherwise.
+at("file").addEventListener("click", (event) => { event.target.value = ""; });
+at("file").addEventListener("change", (event) => take(event.target.files[0]));
+// The whole page takes a drop: one that misses would leave the page for the file.
+addEventListener("dragover", (event) => { event.preventDefault(); at("drop").classList.add("over"); });
+addEventListener("dragleave", () => at("drop").classList.remove("over"));
+addEventListener("drop", (event) => {
+  event.preventDefault();
+  at("drop").classList.remove("over");
+  take(event.dataTransfer.files[0]);
+});
+showEngine();

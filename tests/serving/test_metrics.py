@@ -1,0 +1,29 @@
+"""Statistics of images are published a hundred at a time: a scrape between two blocks can't tell one patient's."""
+
+import numpy as np
+
+from chexnet_deploy.bundle import Bundle
+from chexnet_deploy.serving.metrics import BLOCK, Metrics
+
+
+def value(metrics: Metrics, line: str) -> float:
+    found = [row for row in metrics.to_text().decode().splitlines() if row.startswith(line + " ")]
+    return float(found[0].split(" ")[1]) if found else 0.0
+
+
+def test_scores_appear_in_whole_blocks(served: Bundle) -> None:
+    metrics = Metrics()
+    metrics.set_engine(served, "openvino")
+    findings = served.manifest.findings
+    pixels = np.full((1, 1, 32, 32), 255, np.uint8)
+    logits = np.full((1, len(findings)), 5.0, np.float32)  # probability 0.9933, over every operating point
+    for _ in range(BLOCK - 1):
+        metrics.count_images(pixels, logits, findings)
+    assert value(metrics, "chexnet_pixel_mean_count") == 0.0
+    metrics.count_images(pixels, logits, ("other",))
+    assert value(metrics, "chexnet_pixel_mean_count") == 0.0
+    metrics.count_images(pixels, logits, findings)
+    assert value(metrics, "chexnet_pixel_mean_sum") == 255.0 * BLOCK
+    assert value(metrics, "chexnet_pixel_clipped_share_sum") == float(BLOCK)
+    assert value(metrics, f'chexnet_present_total{{finding="{findings[0]}"}}') == float(BLOCK)
+    assert value(metrics, f'chexnet_score_bucket{{finding="{findings[0]}",le="0.95"}}') == 0.0
