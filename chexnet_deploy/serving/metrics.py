@@ -1,8 +1,8 @@
 """What the service tells Prometheus; nothing of a single patient.
 
-Scores and pixels are published in blocks of 100 images: a scrape between two of them can't tell one patient's. They are what
-drift is seen in, by whoever keeps the series: a bundle's manifest holds no distribution to compare them with, and no
-calibration ranges, so no drift or saturation is computed here.
+Scores and pixels are published in blocks of 100 images: a scrape between two of them can't tell one patient's. An int8 manifest
+holds the mean and spread of the logits on its calibration images, and drift is how far a block's mean lies from them. What
+saturates inside the network isn't seen: no backend shows its activations.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-from chexnet_deploy.bundle import Bundle
+from chexnet_deploy.bundle import Bundle, Calibration
 from chexnet_deploy.predictor import sigmoid
 from chexnet_deploy.preprocessing import Pixels
 from chexnet_deploy.sessions import Logits
@@ -79,9 +79,16 @@ class Metrics:
             buckets=_SHARE_BUCKETS,
             registry=registry,
         )
-        self._block: list[tuple[float, float, np.ndarray]] = []
+        self._drift = Gauge(
+            "chexnet_logit_drift",
+            f"Mean logit of the last {BLOCK} images less the calibration images', in standard deviations of theirs",
+            ["finding"],
+            registry=registry,
+        )
+        self._block: list[tuple[float, float, Logits]] = []
         self._findings: tuple[str, ...] = ()
         self._points: dict[str, float] = {}
+        self._calibration: Calibration | None = None
         for stage in ("read", "preprocess", "queue", "infer"):
             self.stage.labels(stage)
 
@@ -91,7 +98,9 @@ class Metrics:
         self._engine.clear()
         self._engine.labels(bundle.id, manifest.precision.value, backend).set(1)
         self._findings, self._points = manifest.findings, dict(manifest.operating_points)
+        self._calibration = manifest.calibration
         self._block.clear()
+        self._drift.clear()
 
     def count_images(self, pixels: Pixels, logits: Logits, findings: Sequence[str]) -> None:
         """Add images that were answered to the block.
@@ -103,20 +112,26 @@ class Metrics:
         """
         if tuple(findings) != self._findings:
             return
-        for image, scores in zip(pixels, sigmoid(logits), strict=True):
+        for image, row in zip(pixels, logits, strict=True):
             clipped = float(np.count_nonzero((image == 0) | (image == 255))) / image.size
-            self._block.append((float(image.mean()), clipped, scores))
+            self._block.append((float(image.mean()), clipped, row))
         if len(self._block) >= BLOCK:
             self._publish()
 
     def _publish(self) -> None:
-        for mean, clipped, scores in self._block:
+        for mean, clipped, logits in self._block:
             self._gray.observe(mean)
             self._clipped.observe(clipped)
-            for finding, score in zip(self._findings, scores.tolist(), strict=True):
+            for finding, score in zip(self._findings, sigmoid(logits).tolist(), strict=True):
                 self._scores.labels(finding).observe(score)
                 if score >= self._points.get(finding, 2.0):
                     self._present.labels(finding).inc()
+        if self._calibration is not None:
+            now = np.mean([logits for *_, logits in self._block], axis=0, dtype=np.float64)
+            then, spread = np.array(self._calibration.logit_mean), np.array(self._calibration.logit_sd)
+            drift = np.divide(now - then, spread, out=np.zeros_like(now), where=spread > 0.0)
+            for finding, value in zip(self._findings, drift.tolist(), strict=True):
+                self._drift.labels(finding).set(value)
         self._block.clear()
 
     def to_text(self) -> bytes:

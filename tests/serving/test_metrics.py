@@ -27,3 +27,19 @@ def test_scores_appear_in_whole_blocks(served: Bundle) -> None:
     assert value(metrics, "chexnet_pixel_clipped_share_sum") == float(BLOCK)
     assert value(metrics, f'chexnet_present_total{{finding="{findings[0]}"}}') == float(BLOCK)
     assert value(metrics, f'chexnet_score_bucket{{finding="{findings[0]}",le="0.95"}}') == 0.0
+
+
+def test_drift_is_told_in_the_calibration_images_own_spread(bundles: dict[str, Bundle]) -> None:
+    calibration = bundles["int8"].manifest.calibration
+    assert calibration is not None
+    metrics, findings = Metrics(), bundles["int8"].manifest.findings
+    metrics.set_engine(bundles["int8"], "openvino")
+    moved = np.add(calibration.logit_mean, np.multiply(2.0, calibration.logit_sd)).astype(np.float32)[None]
+    for _ in range(BLOCK - 1):
+        metrics.count_images(np.zeros((1, 1, 32, 32), np.uint8), moved, findings)
+    assert "chexnet_logit_drift{" not in metrics.to_text().decode()
+    metrics.count_images(np.zeros((1, 1, 32, 32), np.uint8), moved, findings)
+    for finding in findings:
+        assert abs(value(metrics, f'chexnet_logit_drift{{finding="{finding}"}}') - 2.0) < 1e-3
+    metrics.set_engine(bundles["fp32"], "openvino")  # has no calibration
+    assert "chexnet_logit_drift{" not in metrics.to_text().decode()
