@@ -193,7 +193,7 @@ def _translated() -> Iterator[None]:
     except ray.exceptions.RayError as err:
         cause = getattr(err, "cause", None)
         if isinstance(cause, ChexnetError):
-            raise cause from err
+            raise type(cause)(str(cause).splitlines()[0]) from err  # Ray adds lines about its own settings
         if isinstance(err, ray.exceptions.RayTaskError):
             raise  # a bug: its traceback is wanted
         raise ClusterError(
