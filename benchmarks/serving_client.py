@@ -62,7 +62,7 @@ class Client:
         try:
             writer.write(request)
             head = (await reader.readuntil(b"\r\n\r\n")).lower()
-            length = int(head.split(b"content-length:", 1)[1].split(b"\r\n", 1)[0])
+            length = int(head.split(b"\r\ncontent-length:", 1)[1].split(b"\r\n", 1)[0])
             body = await reader.readexactly(length)
         except BaseException:
             writer.transport.abort()

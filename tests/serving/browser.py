@@ -11,7 +11,7 @@ from typing import Any
 
 import websocket
 
-START_S = 60.0
+START_S = 300.0  # a machine may be busy; a service or browser that ends is seen at once
 
 
 class Browser:

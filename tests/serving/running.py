@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from time import monotonic, sleep
 
-START_S = 60.0
+START_S = 300.0  # a machine may be busy; a service or browser that ends is seen at once
 
 
 class Running:
