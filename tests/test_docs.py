@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from chexnet_deploy.bundle import Bundle
+from tests.serving.running import Running
 
 CHECKOUT = Path(__file__).parents[1]
 README = (CHECKOUT / "README.md").read_text()
@@ -52,7 +53,8 @@ def test_commands_on_your_own_data_and_the_scanner_example(
     shutil.copy(phantom_predictions, tmp_path / "predictions.csv")
     shutil.copy(phantom_root / "Data_Entry_2017_v2020.csv", tmp_path / "labels.csv")
     shutil.copytree(phantom_readers, tmp_path / "expert_labels")
-    shutil.copy(sorted((phantom_root / "images").iterdir())[0], tmp_path / "radiograph.png")
+    radiograph = tmp_path / "radiograph.png"
+    shutil.copy(sorted((phantom_root / "images").iterdir())[0], radiograph)
     environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
     for line in "".join(blocks("sh")[1:]).strip().split("\n"):
         smaller = line.replace("ROOT", str(phantom_root))
@@ -60,6 +62,12 @@ def test_commands_on_your_own_data_and_the_scanner_example(
             smaller = smaller.replace(long, short)
         smaller, _, redirected = smaller.partition(" > ")
         words = shlex.split(smaller)
+        if words[:2] == ["chexnet-deploy", "serve"]:
+            service = Running([str(tmp_path / words[2])], tmp_path / "serve.log")
+            service.wait_for_log("ready: ")
+            assert "Pneumonia" in service.json("POST", "/predict", radiograph.read_bytes())["probabilities"]
+            assert service.stop() == 0
+            continue
         words = [sys.executable, *(words[1:] if words[0] == "python" else ["-m", "chexnet_deploy", *words[1:]])]
         if "export" in words:
             words += ["--calibration-images", "100"]  # the phantom set is small
