@@ -26,7 +26,7 @@ BAD = ("00000001_555.png", "00000009_555.png")
     [
         ([(2, 0)], 2, False, (2, 1)),
         ([(2, 0)], None, False, (1, 2)),  # one a machine, with all its cores
-        ([(64, 0), (64, 0), (16, 0)], None, False, (3, 16)),
+        ([(64, 0), (64, 0), (16, 0)], None, False, (3, 32)),  # 96 cores at work; with 16 each it would be 48
         ([(64, 0), (64, 0)], 5, False, (5, 21)),  # three on one machine, two on the other
         ([(0, 0), (8, 0)], None, False, (1, 8)),  # a head that only asks
         ([(32, 4), (32, 4)], None, True, (8, 8)),
