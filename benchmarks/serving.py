@@ -71,6 +71,7 @@ class Service:
             if "ready: " in line:
                 break
         else:
+            self.process.wait()
             raise RuntimeError("the service did not start")
         self.ready_s = perf_counter() - began_s
 
@@ -84,18 +85,24 @@ class Service:
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(60)
 
+    def __enter__(self) -> "Service":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()  # where a measurement failed: nothing is left behind to disturb the next
+        self.process.wait()
+
 
 def measure_start(bundle: Bundle) -> dict[str, float]:
     """Time from starting the process to its first answer that is the known one."""
     probe = bundle.read_probe()
     began_s = perf_counter()
-    service = Service(bundle.path)
-    sample, body = asyncio.run(_ask_once(service.port, infer_request(MODEL, probe.pixels[:1])))
-    elapsed_s = perf_counter() - began_s
-    logits = np.frombuffer(body[-probe.logits[:1].nbytes :], "<f4")
-    if sample.status != 200 or np.abs(logits - probe.logits[0]).max() > LOGIT_TOLERANCE:
-        raise RuntimeError(f"the first answer was {sample.status}, or another than the known one")
-    service.stop()
+    with Service(bundle.path) as service:
+        sample, body = asyncio.run(_ask_once(service.port, infer_request(MODEL, probe.pixels[:1])))
+        elapsed_s = perf_counter() - began_s
+        logits = np.frombuffer(body[-probe.logits[:1].nbytes :], "<f4")
+        if sample.status != 200 or np.abs(logits - probe.logits[0]).max() > LOGIT_TOLERANCE:
+            raise RuntimeError(f"the first answer was {sample.status}, or another than the known one")
     return {"ready_s": service.ready_s, "first_verified_answer_s": elapsed_s}
 
 
@@ -120,16 +127,15 @@ def measure_session(bundle: Bundle, runs: int) -> dict[str, float]:
 
 def measure_batching(bundle: Path, request: bytes, rounds: int, seconds: float) -> dict[str, Any]:
     """Run one client, then sixteen, with batching and without, in turns."""
-    sides = {"batched": Service(bundle), "single": Service(bundle, "--max-batch", "1")}
-    found: dict[str, dict[str, list[float]]] = {name: {"idle_p50_ms": [], "images_per_s": []} for name in sides}
-    for turn in range(rounds):
-        for name in sorted(sides, reverse=bool(turn % 2)):
-            idle, _ = asyncio.run(closed_loop(sides[name].port, request, clients=1, seconds=seconds))
-            _, rate = asyncio.run(closed_loop(sides[name].port, request, clients=CLIENTS, seconds=seconds))
-            found[name]["idle_p50_ms"].append(percentile_ms(idle, 50, 200))
-            found[name]["images_per_s"].append(rate)
-    for service in sides.values():
-        service.stop()
+    with Service(bundle) as batched, Service(bundle, "--max-batch", "1") as alone:
+        ports = {"batched": batched.port, "single": alone.port}
+        found: dict[str, dict[str, list[float]]] = {name: {"idle_p50_ms": [], "images_per_s": []} for name in ports}
+        for turn in range(rounds):
+            for name in sorted(ports, reverse=bool(turn % 2)):
+                idle, _ = asyncio.run(closed_loop(ports[name], request, clients=1, seconds=seconds))
+                _, rate = asyncio.run(closed_loop(ports[name], request, clients=CLIENTS, seconds=seconds))
+                found[name]["idle_p50_ms"].append(percentile_ms(idle, 50, 200))
+                found[name]["images_per_s"].append(rate)
     on, off = found["batched"], found["single"]
     gains = [a / b for a, b in zip(on["images_per_s"], off["images_per_s"], strict=True)]
     added = [a - b for a, b in zip(on["idle_p50_ms"], off["idle_p50_ms"], strict=True)]
@@ -194,16 +200,16 @@ def main(
         "session": measure_session(opened, 300),
         "batching": measure_batching(opened.path, request, rounds, turn_s),
     }
-    service = Service(opened.path)
-    single, _ = asyncio.run(closed_loop(service.port, request, clients=1, seconds=turn_s))
-    _, capacity = asyncio.run(closed_loop(service.port, request, clients=CLIENTS, seconds=2 * turn_s))
-    results["single_stream"] = {"p50_ms": percentile_ms(single, 50, 200), "p99_ms": percentile_ms(single, 99, 200)}
-    results["capacity_images_per_s"] = capacity
-    results["attack"] = measure_attack(service, request)
-    for share in (0.8, 3.0):
-        results[f"load_{share:g}"] = measure_load(service, request, share * capacity, seconds, seed=int(share * 10))
-        sleep(1.0)
-    results["exit_code"] = service.stop()
+    with Service(opened.path) as service:
+        single, _ = asyncio.run(closed_loop(service.port, request, clients=1, seconds=turn_s))
+        _, capacity = asyncio.run(closed_loop(service.port, request, clients=CLIENTS, seconds=2 * turn_s))
+        results["single_stream"] = {"p50_ms": percentile_ms(single, 50, 200), "p99_ms": percentile_ms(single, 99, 200)}
+        results["capacity_images_per_s"] = capacity
+        results["attack"] = measure_attack(service, request)
+        for share in (0.8, 3.0):
+            results[f"load_{share:g}"] = measure_load(service, request, share * capacity, seconds, seed=int(share * 10))
+            sleep(1.0)
+        results["exit_code"] = service.stop()
     results["bars"] = judge(results)
     out.write_text(json.dumps(results, indent=1) + "\n")
     typer.echo(json.dumps({name: results[name] for name in ("capacity_images_per_s", "bars")}, indent=1))
