@@ -54,6 +54,8 @@ def test_workers_that_do_not_fit_are_refused(
 def test_options_that_a_cluster_can_not_have_are_refused(bundles: dict[str, Bundle], tmp_path: Path) -> None:
     bundle, lone = str(bundles["fp32"].path), str(tmp_path / "a.png")
     assert_one_line_error(chexnet("predict", bundle, lone, "--executor", "ray", "--out", "t.csv"), 2, "several images")
+    (tmp_path / "a.png").touch()
+    (tmp_path / "b.png").touch()
     assert_one_line_error(chexnet("predict", bundle, str(tmp_path), "--executor", "ray"), 2, "Give --out")
     assert_one_line_error(chexnet("predict", bundle, lone, "--workers", "2"), 2, "--workers and --cluster are for")
 
