@@ -69,7 +69,7 @@ def test_commands_on_your_own_data_and_the_scanner_example(
             assert service.stop() == 0
             continue
         words = [sys.executable, *(words[1:] if words[0] == "python" else ["-m", "chexnet_deploy", *words[1:]])]
-        if "export" in words:
+        if "--precision" in words:
             words += ["--calibration-images", "100"]  # the phantom set is small
         if "benchmarks.gpu" in words:
             words += ["--dry-run", "--images", "20", "--row-deadline-s", "1", "--out", "gpu.json"]

@@ -108,7 +108,7 @@ def test_a_killed_worker_loses_no_row_and_makes_none_twice(
         wait_for_rows(out, process)
         workers = list(workers_of(process.pid))
         os.kill(workers[0], signal.SIGKILL)
-        _, errors = process.communicate(timeout=180)
+        _, errors = process.communicate(timeout=500)
     assert len(workers) == 2
     assert process.returncode == 3, errors  # the two bad files
     assert out.read_bytes() == local
@@ -146,7 +146,7 @@ run_program(app)
 
 def run_script(script: str, words: list[str]) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", script, *words]
-    return subprocess.run(command, env={**os.environ, **KEY}, capture_output=True, text=True, timeout=180)
+    return subprocess.run(command, env={**os.environ, **KEY}, capture_output=True, text=True, timeout=500)
 
 
 @pytest.mark.slow
