@@ -1,6 +1,7 @@
 """A cluster's table is the one that this process would have made, whatever dies on the way."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -157,7 +158,8 @@ def test_images_that_end_worker_after_worker_end_the_run(
     words = ["predict", str(bundles["fp32"].path), str(folder), "--out", str(out), "--executor", "ray"]
     done = run_script(DEADLY, words)
     assert done.returncode == 2, done.stderr
-    assert "workers ended while they carried images 0 to" in done.stderr
+    # Ray may begin with any of the blocks that are ready.
+    assert re.search(r"3 workers ended while they carried images \d+ to \d+ of the list", done.stderr), done.stderr
 
 
 @pytest.mark.slow
