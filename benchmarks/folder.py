@@ -31,7 +31,8 @@ from PIL import Image
 
 from chexnet_deploy.bench import describe_machine
 from chexnet_deploy.bundle import Bundle
-from chexnet_deploy.cli import OnProvider, ProviderName, progress, run_program
+from chexnet_deploy.cli import progress, run_program
+from chexnet_deploy.cli_options import OnProvider, ProviderName
 from chexnet_deploy.image_files import find_images
 from chexnet_deploy.images import read_image
 from chexnet_deploy.phases import OnPhase

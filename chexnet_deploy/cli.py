@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from chexnet_deploy import cli_serving, cli_signing
-from chexnet_deploy.cli_signing import JsonFlag, TrustOption, read_trust
+from chexnet_deploy.cli_options import JsonFlag, OnProvider, ProviderName, Threads, TrustOption, read_trust
 from chexnet_deploy.errors import ChexnetError, GateError, ImageError, MissingPackageError, SpecError, TableError
 from chexnet_deploy.phases import OnPhase
 
@@ -55,25 +55,6 @@ _INTERRUPTED = "interrupted; nothing half-written was left behind"
 
 DataOption = Annotated[Path | None, typer.Option("--data", help="ChestX-ray14: tables, split lists and images.")]
 ImagesOption = Annotated[Path | None, typer.Option("--images", help="Only the images this list names, one a line.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads for one call; default: all cores.")]
-
-
-class ProviderName(str, Enum):
-    """What runs an ONNX bundle."""
-
-    AUTO = "auto"
-    OPENVINO = "openvino"
-    CPU = "cpu"
-    CUDA = "cuda"
-
-
-OnProvider = Annotated[
-    ProviderName,
-    typer.Option(
-        help="What runs an ONNX bundle: OpenVINO, ONNX Runtime on the cpu or on cuda; never another. "
-        "auto is OpenVINO where it is installed, else cpu."
-    ),
-]
 
 
 class ExecutorName(str, Enum):

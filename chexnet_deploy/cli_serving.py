@@ -1,24 +1,14 @@
 """The command that serves a bundle over HTTP."""
 
 import logging
-from enum import Enum
 from typing import Annotated
 
 import typer
 
-from chexnet_deploy.cli_signing import BundleArgument, TrustOption
+from chexnet_deploy.cli_options import BundleArgument, OnProvider, ProviderName, Threads, TrustOption
 from chexnet_deploy.errors import MissingPackageError
 
 app = typer.Typer()
-
-
-class ServeProvider(str, Enum):
-    """What runs an ONNX bundle."""
-
-    AUTO = "auto"
-    OPENVINO = "openvino"
-    CPU = "cpu"
-    CUDA = "cuda"
 
 
 @app.command()
@@ -30,10 +20,8 @@ def serve(
     port: Annotated[int, typer.Option(help="0 takes a free one and logs it.")] = 8000,
     name: Annotated[str, typer.Option(help="The model's name in URLs.")] = "chexnet",
     trust: TrustOption = None,
-    provider: Annotated[
-        ServeProvider, typer.Option(help="What runs an ONNX bundle; auto is OpenVINO where it is installed, else cpu.")
-    ] = ServeProvider.AUTO,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads for one call; default: all cores.")] = None,
+    provider: OnProvider = ProviderName.AUTO,
+    threads: Threads = None,
     max_batch: Annotated[int, typer.Option(help="Images in one request, and in one run.")] = 16,
     window_ms: Annotated[float, typer.Option(help="How long a busy service waits to fill a batch.")] = 0.0,
     queue: Annotated[int, typer.Option(help="Images admitted and not answered yet; beyond it 503.")] = 64,

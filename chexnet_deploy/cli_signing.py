@@ -1,4 +1,4 @@
-"""The commands about keys and signatures, and the --trust option that every command which opens a bundle shares."""
+"""The commands about keys and signatures."""
 
 import json
 from pathlib import Path
@@ -6,35 +6,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from chexnet_deploy.cli_options import BundleArgument, JsonFlag
 from chexnet_deploy.errors import MissingPackageError
 
 if TYPE_CHECKING:
     from types import ModuleType
 
     from chexnet_deploy.bundle import Bundle
-    from chexnet_deploy.signing.trust import Trust
 
 app = typer.Typer()
-
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
-TrustOption = Annotated[
-    Path | None,
-    typer.Option("--trust", help="Trust file: open only bundles signed by a key in it, of a release not too old."),
-]
-BundleArgument = Annotated[Path, typer.Argument(help="A bundle.")]
-
-
-def read_trust(path: Path | None) -> "Trust | None":
-    """Return what --trust names.
-
-    Raises:
-        TrustError: it can't be used.
-    """
-    if path is None:
-        return None
-    from chexnet_deploy.signing.trust import Trust
-
-    return Trust.read(path)
 
 
 @app.command()

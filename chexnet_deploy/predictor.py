@@ -50,6 +50,14 @@ class Prediction:
     present: dict[str, bool]
     maps: dict[str, NDArray[np.float32]]
 
+    @classmethod
+    def of(cls, logits: Logits, maps: NDArray[np.float32] | None, manifest: Manifest) -> "Prediction":
+        """Name one image's logits float32 [C] and maps float32 [C, S/32, S/32], in manifest order."""
+        probabilities = dict(zip(manifest.findings, sigmoid(logits).tolist(), strict=True))
+        present = {name: probabilities[name] >= point for name, point in manifest.operating_points.items()}
+        by_finding = {} if maps is None else dict(zip(manifest.findings, maps, strict=True))
+        return cls(probabilities, present, by_finding)
+
 
 class Predictor:
     """A session with the preprocessing and the names that belong to it.
@@ -63,9 +71,8 @@ class Predictor:
     def __init__(self, session: Session, manifest: Manifest, flow: Flow = Flow()) -> None:  # noqa: B008 - frozen
         self._session = session
         self._flow = flow
-        self._findings = manifest.findings
+        self._manifest = manifest
         self._preprocessing = manifest.preprocessing
-        self._operating_points = dict(manifest.operating_points)
         self._scope = manifest.scope or ScopePolicy()
         self._reader = ImageReader(processes=max(1, flow.workers - 1))  # started as compressed DICOM asks for them
 
@@ -102,7 +109,7 @@ class Predictor:
     @property
     def operating_points(self) -> Mapping[str, float]:
         """Probability at and above which a finding is called present; findings without one are left out."""
-        return MappingProxyType(self._operating_points)
+        return MappingProxyType(self._manifest.operating_points)
 
     def predict(self, image: ImageSource) -> Prediction:
         """Return the findings in one radiograph.
@@ -128,7 +135,7 @@ class Predictor:
             raise SessionError("got no images, needed at least one.")
         pixels = [self._preprocessing(self.read(image)) for image in images]
         logits, maps = self._session.run(pixels[0] if len(pixels) == 1 else np.concatenate(pixels))
-        return [self._name(*row) for row in zip(logits, maps, strict=True)]
+        return [Prediction.of(*row, self._manifest) for row in zip(logits, maps, strict=True)]
 
     def read(self, image: ImageSource) -> Gray:
         """Return the gray picture that `predict` would look at.
@@ -199,13 +206,7 @@ class Predictor:
         n_missing = max(0, self._session.batch_range[0] - len(pixels))
         logits, maps = self._session.run(np.concatenate(pixels + pixels[-1:] * n_missing))
         rows = list(zip(logits, maps, strict=True))[: len(pixels)]
-        return [self._name(row, row_maps if with_maps else None) for row, row_maps in rows]
-
-    def _name(self, logits: Logits, maps: NDArray[np.float32] | None) -> Prediction:
-        probabilities = dict(zip(self._findings, sigmoid(logits).tolist(), strict=True))
-        present = {name: probabilities[name] >= point for name, point in self._operating_points.items()}
-        by_finding = {} if maps is None else dict(zip(self._findings, maps, strict=True))
-        return Prediction(probabilities, present, by_finding)
+        return [Prediction.of(row, row_maps if with_maps else None, self._manifest) for row, row_maps in rows]
 
 
 def draw_cam(gray: Gray, cam: NDArray[np.float32]) -> NDArray[np.uint8]:

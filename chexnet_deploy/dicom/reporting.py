@@ -51,7 +51,7 @@ class Reporter:
     def warm_up(self) -> None:
         """Start the decoding process, and import what the first report would need, so that no image waits for them."""
         self._decoder.warm_up()
-        from chexnet_deploy.dicom import secondary_capture, structured_report  # noqa: F401
+        from chexnet_deploy.dicom import secondary_capture, structured_report  # noqa: F401 - loaded, not used
 
     def report(self, path: Path, made_at: datetime) -> Report:
         """Return the findings in a DICOM file and the objects that say so.

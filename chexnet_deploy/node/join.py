@@ -11,15 +11,16 @@ from datetime import datetime
 from pathlib import Path
 
 from chexnet_deploy import __version__
+from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.dicom.reporting import Reporter
 from chexnet_deploy.dicom.result import Device
 from chexnet_deploy.errors import ImageError
-from chexnet_deploy.node.bundles import open_bundle
 from chexnet_deploy.node.config import NodeConfig, read_config
 from chexnet_deploy.node.work import Answer
 from chexnet_deploy.node.worker import serve
 from chexnet_deploy.predictor import Predictor
 from chexnet_deploy.sessions import N_STARTUP_PROBES, check_known_answers, open_session
+from chexnet_deploy.signing.trust import read_trust
 
 
 class RadiographWork:
@@ -37,7 +38,7 @@ class RadiographWork:
 
     def __init__(self, config: NodeConfig) -> None:
         model = config.model
-        self._bundle = open_bundle(model)
+        self._bundle = Bundle.open(model.bundle, trust=read_trust(model.trust))
         self._session = open_session(self._bundle, threads=model.threads, provider=model.provider)
         self._predictor = Predictor(self._session, self._bundle.manifest)
         device, max_pictures = Device(**config.device.model_dump()), config.results.max_pictures

@@ -3,11 +3,12 @@
 import sys
 from pathlib import Path
 
+from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.errors import NodeError
-from chexnet_deploy.node.bundles import open_bundle, read_trust
 from chexnet_deploy.node.config import read_config
 from chexnet_deploy.node.service import run_node
 from chexnet_deploy.node.systemd import unit
+from chexnet_deploy.signing.trust import read_trust
 
 
 def run(path: Path) -> int:
@@ -34,8 +35,8 @@ def print_unit(path: Path, program: Path) -> str:
         BundleError, TrustError: the bundle can't be opened.
     """
     config = read_config(path)
-    manifest = open_bundle(config.model).manifest
-    trust = read_trust(config.model)
+    trust = read_trust(config.model.trust)
+    manifest = Bundle.open(config.model.bundle, trust=trust).manifest
     if trust is not None and trust.floor_file is not None and config.folder not in trust.floor_file.parents:
         raise NodeError(
             f"{trust.floor_file} must be written whenever a newer release has run, and the service can write in {config.folder} "

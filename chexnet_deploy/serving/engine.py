@@ -16,7 +16,7 @@ from chexnet_deploy.scope import ScopePolicy
 from chexnet_deploy.serving.batching import BatchPlan, Lane, measure_plan
 from chexnet_deploy.serving.config import ServeConfig
 from chexnet_deploy.sessions import Session, check_known_answers, open_session, resolve_provider, run_in_batches
-from chexnet_deploy.signing.trust import Trust
+from chexnet_deploy.signing.trust import read_trust
 
 _PLAN_PROBES = 16
 
@@ -87,7 +87,7 @@ def open_engine(config: ServeConfig, on_run: Callable[[int, float], None]) -> En
     Raises:
         BundleError, TrustError, SessionError, MissingPackageError: see Bundle.open and open_session.
     """
-    trust = None if config.trust is None else Trust.read(config.trust)
+    trust = read_trust(config.trust)
     # The link is followed once: all files are the same bundle's, whatever it names a moment later.
     bundle = Bundle.open(_follow(config.bundle), trust=trust)
     # As without trust, which was checked: a release that is refused in a swap must not lock out the one that runs.

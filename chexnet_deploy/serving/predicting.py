@@ -18,7 +18,7 @@ from starlette.responses import Response
 from chexnet_deploy.errors import ImageError, MissingPackageError
 from chexnet_deploy.images import Gray, ImageReader
 from chexnet_deploy.input_guard import check_image
-from chexnet_deploy.predictor import draw_cam, sigmoid
+from chexnet_deploy.predictor import Prediction, draw_cam
 from chexnet_deploy.preprocessing import Pixels
 from chexnet_deploy.serving.body import inflate, read_body
 from chexnet_deploy.serving.engine import Engine
@@ -122,12 +122,11 @@ def _take_file(content: bytes, boundary: bytes) -> bytes:
 
 def _describe(engine: Engine, logits: NDArray[np.float32], model: str) -> dict[str, object]:
     manifest = engine.bundle.manifest
-    probabilities = dict(zip(manifest.findings, sigmoid(logits).tolist(), strict=True))
-    points = dict(manifest.operating_points)
+    prediction = Prediction.of(logits, None, manifest)
     return {
-        "probabilities": probabilities,
-        "present": {name: probabilities[name] >= point for name, point in points.items()},
-        "operating_points": points,
+        "probabilities": prediction.probabilities,
+        "present": prediction.present,
+        "operating_points": dict(manifest.operating_points),
         "model": model,
         "bundle": engine.bundle.id,
         "precision": engine.precision,

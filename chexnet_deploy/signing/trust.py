@@ -218,3 +218,12 @@ def _open_key_room() -> Callable[[bytes, Signature, bytes], bool]:
             f"{err.name} is not installed, so no signature can be verified. Run: pip install 'chexnet-deploy[signing]'"
         ) from err
     return verify_manifest
+
+
+def read_trust(path: Path | None) -> Trust | None:
+    """Return what a trust file says, or None where none is named.
+
+    Raises:
+        TrustError: it can't be used.
+    """
+    return None if path is None else Trust.read(path)

@@ -192,8 +192,15 @@ def test_silent_association_ends_after_the_idle_time(front: Front) -> None:
         assert 0.9 < time.monotonic() - start < 1.8
 
 
-def test_object_over_the_limit_is_cut_and_leaves_nothing(folder: Path) -> None:
-    front = Front(folder, max_object_mib=1)
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [
+        ({"max_object_mib": 1}, "object-too-large"),
+        ({"max_object_mib": 64, "max_association_mib": 1}, "association-too-large"),
+    ],
+)
+def test_what_is_over_a_limit_is_cut_and_leaves_nothing(folder: Path, limits: dict[str, int], reason: str) -> None:
+    front = Front(folder, **limits)
     try:
         with associated(front.port) as connection:
             connection.sendall(store_command())
@@ -201,22 +208,8 @@ def test_object_over_the_limit_is_cut_and_leaves_nothing(folder: Path) -> None:
             fragment = struct.pack(">BxIIBB", PduType.P_DATA, len(piece) + 6, len(piece) + 2, 1, 0) + piece
             with pytest.raises(ConnectionError):
                 connection.sendall(fragment * 400)
-        front.wait_for_end("object-too-large")
+        front.wait_for_end(reason)
         assert not list((folder / INCOMING).iterdir())
-    finally:
-        front.guard.stop()
-
-
-def test_association_over_its_limit_is_cut(folder: Path) -> None:
-    front = Front(folder, max_object_mib=64, max_association_mib=1)
-    try:
-        with associated(front.port) as connection:
-            connection.sendall(store_command())
-            piece = bytes(65_536)
-            fragment = struct.pack(">BxIIBB", PduType.P_DATA, len(piece) + 6, len(piece) + 2, 1, 0) + piece
-            with pytest.raises(ConnectionError):
-                connection.sendall(fragment * 400)
-        front.wait_for_end("association-too-large")
     finally:
         front.guard.stop()
 

@@ -1,8 +1,6 @@
 """The command line: a node's unit, and its audit log."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 from chexnet_deploy.bundle import Bundle
@@ -11,11 +9,7 @@ from chexnet_deploy.dicom.header import UNCOMPRESSED
 from chexnet_deploy.node.audit import AuditLog
 from chexnet_deploy.node.scp import TRANSFER_SYNTAXES
 from tests.node.test_config import WHOLE
-
-
-def run(*words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "chexnet_deploy", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+from tests.test_cli import chexnet
 
 
 def test_the_syntaxes_offered_are_those_the_decoder_reads() -> None:
@@ -28,12 +22,12 @@ def test_audit_verify_prints_the_head_and_refuses_a_cut_log(tmp_path: Path) -> N
     for _ in range(3):
         log.append("received")
     log.close()
-    assert run("audit", "verify", path).stdout.split() == [str(path), "3", "lines", "head", log.head.hash]
-    assert json.loads(run("audit", "verify", path, "--json").stdout) == {"lines": 3, "head": log.head.hash}
-    assert run("audit", "verify", path, "--head", log.head.hash).returncode == 0
+    assert chexnet("audit", "verify", path).stdout.split() == [str(path), "3", "lines", "head", log.head.hash]
+    assert json.loads(chexnet("audit", "verify", path, "--json").stdout) == {"lines": 3, "head": log.head.hash}
+    assert chexnet("audit", "verify", path, "--head", log.head.hash).returncode == 0
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:2]))
     for words in ((), ("--head", log.head.hash)):
-        cut = run("audit", "verify", path, *words)
+        cut = chexnet("audit", "verify", path, *words)
         assert (cut.returncode, cut.stdout) == (2, "")
         assert "Lines were cut off" in cut.stderr
 
@@ -42,7 +36,7 @@ def test_wrong_configuration_is_one_line_and_exit_2(tmp_path: Path) -> None:
     path = tmp_path / "node.toml"
     path.write_text(WHOLE.replace("port = 104", "port = 0"))
     path.chmod(0o600)
-    done = run("node", path)
+    done = chexnet("node", path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"error: {path}: destinations.0.port")
     assert done.stderr.count("\n") == 1
@@ -52,6 +46,6 @@ def test_unit_of_a_configuration_in_a_temporary_folder_is_refused(tmp_path: Path
     path = tmp_path / "node.toml"
     path.write_text(WHOLE.replace("/opt/chexnet/bundle", str(bundles["fp32"].path)))
     path.chmod(0o600)
-    done = run("node", path, "--print-unit")
+    done = chexnet("node", path, "--print-unit")
     assert done.returncode == 2
     assert "temporary folder" in done.stderr

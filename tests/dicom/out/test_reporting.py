@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,11 +11,7 @@ import pytest
 from benchmarks.node_rig import write_radiograph
 from chexnet_deploy import Predictor
 from chexnet_deploy.bundle import Bundle
-
-
-def predict(*words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "chexnet_deploy", "predict", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+from tests.test_cli import chexnet
 
 
 def test_each_radiograph_gets_a_folder_of_valid_objects(
@@ -28,7 +22,7 @@ def test_each_radiograph_gets_a_folder_of_valid_objects(
         (study / series).mkdir(parents=True)
     uids = [str(write_radiograph(study / s / "IM1.dcm", seed=i).SOPInstanceUID) for i, s in enumerate("ab")]
     (study / "c.dcm").write_bytes(b"no DICOM")
-    done = predict(bundle.path, study, "--dicom-out", out, "--serial-number", "S-1", "--json")
+    done = chexnet("predict", bundle.path, study, "--dicom-out", out, "--serial-number", "S-1", "--json")
     assert done.returncode == 3, done.stderr
     answers = json.loads(done.stdout)
     assert "quarantined" in answers["c.dcm"]
@@ -49,7 +43,7 @@ def test_one_image_twice_is_refused_and_nothing_is_left(bundles: dict[str, Bundl
     write_radiograph(tmp_path / "a.dcm", seed=1)
     shutil.copy(tmp_path / "a.dcm", tmp_path / "b.dcm")
     out = tmp_path / "results"
-    done = predict(bundles["fp32"].path, tmp_path / "a.dcm", tmp_path / "b.dcm", "--dicom-out", out)
+    done = chexnet("predict", bundles["fp32"].path, tmp_path / "a.dcm", tmp_path / "b.dcm", "--dicom-out", out)
     assert done.returncode == 3
     assert "a second file with this SOP Instance UID" in done.stdout
     assert len(list(out.iterdir())) == 1
@@ -58,7 +52,7 @@ def test_one_image_twice_is_refused_and_nothing_is_left(bundles: dict[str, Bundl
 def test_a_png_has_no_study_to_file_a_result_under(bundles: dict[str, Bundle], tmp_path: Path) -> None:
     image = tmp_path / "a.png"
     image.write_bytes(b"\x89PNG\r\n\x1a\n")
-    done = predict(bundles["fp32"].path, image, "--dicom-out", tmp_path / "results")
+    done = chexnet("predict", bundles["fp32"].path, image, "--dicom-out", tmp_path / "results")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1
     assert "DICOM" in done.stderr
@@ -66,6 +60,8 @@ def test_a_png_has_no_study_to_file_a_result_under(bundles: dict[str, Bundle], t
 
 
 def test_places_for_answers_exclude_each_other(bundles: dict[str, Bundle], tmp_path: Path) -> None:
-    done = predict(bundles["fp32"].path, tmp_path / "a.dcm", "--dicom-out", tmp_path / "r", "--cam", tmp_path / "c")
+    done = chexnet(
+        "predict", bundles["fp32"].path, tmp_path / "a.dcm", "--dicom-out", tmp_path / "r", "--cam", tmp_path / "c"
+    )
     assert done.returncode == 2
     assert "Run them apart" in done.stderr
