@@ -3,9 +3,11 @@
     python -m benchmarks.serving BUNDLE [--seconds 300] [--rounds 5] [--out benchmarks/results/serving-cpu.json]
 
 The service runs in a process of its own, the client in this one, on the same cores: rates are lower than they would be with a
-client elsewhere. Capacity is what 16 clients that ask one request after another get. Load is open: requests are sent at random
-moments whether or not earlier ones were answered, and a request's time counts from when it was due. With and without
-batching take turns, round after round, and who goes first changes. NaN stands for a percentile of nothing.
+client elsewhere. Capacity is what 16 clients that ask one request after another get. Load is open: requests are sent whether or
+not earlier ones were answered, at even distances and at random moments (Poisson), and a request's time counts from when it was
+due. At random moments even an ideal server that takes one after another has a p99 of 11 service times at 0.8 of its capacity
+(the queue M/D/1). With and without batching take turns, round after round, and who goes first changes. NaN stands for a
+percentile of nothing.
 """
 
 import asyncio
@@ -142,8 +144,8 @@ def measure_batching(bundle: Path, request: bytes, rounds: int, seconds: float) 
     return {**found, "gain": median(gains), "added_idle_p50_ms": median(added)}
 
 
-def measure_load(service: Service, request: bytes, rate: float, seconds: float, seed: int) -> dict[str, Any]:
-    """Send at a rate for a while; return what came of it."""
+def measure_load(service: Service, request: bytes, rate: float, seconds: float, seed: int | None) -> dict[str, Any]:
+    """Send at a rate for a while, evenly without a seed; return what came of it."""
     before_mib = service.rss_mib()
     samples = asyncio.run(open_loop(service.port, request, rate=rate, seconds=seconds, seed=seed))
     counts = {str(status): sum(s.status == status for s in samples) for status in sorted({s.status for s in samples})}
@@ -206,8 +208,8 @@ def main(
         results["single_stream"] = {"p50_ms": percentile_ms(single, 50, 200), "p99_ms": percentile_ms(single, 99, 200)}
         results["capacity_images_per_s"] = capacity
         results["attack"] = measure_attack(service, request)
-        for share in (0.8, 3.0):
-            results[f"load_{share:g}"] = measure_load(service, request, share * capacity, seconds, seed=int(share * 10))
+        for name, share, seed in (("even_0.8", 0.8, None), ("random_0.8", 0.8, 8), ("random_3", 3.0, 30)):
+            results[f"load_{name}"] = measure_load(service, request, share * capacity, seconds, seed)
             sleep(1.0)
         results["exit_code"] = service.stop()
     results["bars"] = judge(results)
@@ -217,17 +219,21 @@ def main(
 
 def judge(found: dict[str, Any]) -> dict[str, bool]:
     """Hold the results against what was promised."""
-    easy, hard, attacked = found["load_0.8"], found["load_3"], found["attack"]
+    even, random, hard, attacked = (
+        found[name] for name in ("load_even_0.8", "load_random_0.8", "load_random_3", "attack")
+    )
+    slowest_ms = 3.0 * found["single_stream"]["p50_ms"]  # a batching window would be added, and is 0 unless asked for
     return {
         "starts within 5 s": max(start["first_verified_answer_s"] for start in found["start"]) <= 5.0,
         "batching gains 1.2 times": found["batching"]["gain"] >= 1.2,
         "batching adds at most 1 ms when idle": found["batching"]["added_idle_p50_ms"] <= 1.0,
-        "no errors at 0.8": set(easy["answers"]) == {"200"},
-        "p99 at 0.8 within 3 single-stream p50": easy["p99_ms"] <= 3.0 * found["single_stream"]["p50_ms"],
+        "no errors at 0.8": set(even["answers"]) | set(random["answers"]) == {"200"},
+        "p99 at an even 0.8 within 3 single-stream p50": even["p99_ms"] <= slowest_ms,
+        "p99 at a random 0.8 within 3 single-stream p50": random["p99_ms"] <= slowest_ms,
         "goodput at 3 at least 0.9 of capacity": hard["goodput"] >= 0.9 * found["capacity_images_per_s"],
         "nothing but 200 and 503 at 3": set(hard["answers"]) <= {"200", "503"},
         "503 within 100 ms at 3": hard["refusal_p99_ms"] <= 100.0,
-        "memory flat": hard["rss_after_mib"] <= 1.1 * easy["rss_before_mib"],
+        "memory flat": hard["rss_after_mib"] <= 1.1 * even["rss_before_mib"],
         "p99 attacked within twice idle": attacked["attacked_p99_ms"] <= 2.0 * attacked["idle_p99_ms"],
         "all answered under attack": attacked["not_answered"] == 0,
         "attackers closed within 10.5 s": attacked["longest_attacker_s"] <= 10.5,

@@ -56,8 +56,16 @@ class Client:
             status, body = 0, b""
         return Sample(status, (perf_counter() - began_s) * 1000.0), body
 
+    async def _connection(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        while self._free:
+            reader, writer = self._free.pop()
+            if not reader.at_eof():
+                return reader, writer
+            writer.close()  # the server ended it while it was idle
+        return await asyncio.open_connection("127.0.0.1", self._port)
+
     async def _ask(self, request: bytes) -> tuple[int, bytes]:
-        pair = self._free.pop() if self._free else await asyncio.open_connection("127.0.0.1", self._port)
+        pair = await self._connection()
         reader, writer = pair
         try:
             writer.write(request)
@@ -96,8 +104,16 @@ async def closed_loop(port: int, request: bytes, *, clients: int, seconds: float
     return samples, rate
 
 
-async def open_loop(port: int, request: bytes, *, rate: float, seconds: float, seed: int) -> list[Sample]:
-    """Send requests at random moments (Poisson), whatever becomes of those before; a late start counts as latency."""
+async def open_loop(port: int, request: bytes, *, rate: float, seconds: float, seed: int | None) -> list[Sample]:
+    """Send requests whatever becomes of those before; a late start counts as latency.
+
+    Args:
+        port: of the service.
+        request: sent again and again.
+        rate: requests a second.
+        seconds: for how long.
+        seed: of random moments (Poisson); None sends at even distances.
+    """
     client, rng = Client(port), random.Random(seed)
     tasks, samples = set[asyncio.Task[None]](), list[Sample]()
 
@@ -106,7 +122,7 @@ async def open_loop(port: int, request: bytes, *, rate: float, seconds: float, s
 
     began_s = due_s = perf_counter()
     while True:
-        due_s += rng.expovariate(rate)
+        due_s += 1.0 / rate if seed is None else rng.expovariate(rate)
         if due_s - began_s > seconds:
             break
         await asyncio.sleep(max(0.0, due_s - perf_counter()))

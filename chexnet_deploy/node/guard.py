@@ -92,7 +92,10 @@ class Guard:
     async def _listen(self) -> Address:
         # A small buffer in the stream and one in the kernel are the whole of what a peer can fill unasked.
         host, port = self._listen_to.host, self._listen_to.port
-        listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        # The protocol is named because asyncio sends at once (TCP_NODELAY) only on sockets that name it.
+        listener = socket.socket(
+            socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP
+        )
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _KERNEL_BYTES)
         try:

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from enum import Enum
 from time import monotonic
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -22,7 +22,9 @@ Scope: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
-_LOOK_EVERY_S = 0.2
+# Longer than proxies keep theirs (nginx: 60 s), or they would send on connections that are ending. Idle ones give way anyway.
+IDLE_S: Final = 75
+_LOOK_EVERY_S: Final = 0.2
 
 
 class Phase(str, Enum):
@@ -57,7 +59,7 @@ class Guard:
         self._max_connections = config.max_connections
         self._max_held_bytes = config.max_held_mib * MIB
         self._deadlines_s = {
-            Phase.IDLE: config.receive_s,
+            Phase.IDLE: IDLE_S,
             Phase.RECEIVING: config.receive_s,
             Phase.ANSWERING: config.answer_s,
         }
