@@ -20,7 +20,6 @@ from PIL import Image
 from chexnet_deploy.bench import BenchReport, Effort, summary_rows
 from chexnet_deploy.chestxray14 import ChestXray14
 from chexnet_deploy.cli import progress, run_program
-from training.__main__ import RECIPES
 from training.chain import RUN, train_export_bench
 from training.logbook import METRICS
 
@@ -34,7 +33,7 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def main(
     data: Annotated[Path | None, typer.Option(help="ChestX-ray14.", envvar="CHEXNET_CHESTXRAY14")] = None,
-    recipe: Annotated[Path, typer.Option(help="A TOML recipe.")] = RECIPES / "real_few.toml",
+    recipe: Annotated[str, typer.Option(help="A recipe's name, or a path to a .toml.")] = "real_few",
     work: Annotated[Path | None, typer.Option(help="Folder for the run; default: a temporary one.")] = None,
     table: Annotated[bool, typer.Option(help="Print the table of the committed results and stop.")] = False,
 ) -> None:
@@ -53,7 +52,7 @@ def main(
     typer.echo(markdown_table(read_results()))
 
 
-def _run(data: Path, recipe: Path, folder: Path) -> BenchReport:
+def _run(data: Path, recipe: str, folder: Path) -> BenchReport:
     folder.mkdir(parents=True, exist_ok=True)
     test_list = folder / "full_size_test_images.txt"
     test_list.write_text("".join(f"{name}\n" for name in full_size_test_images(data)))

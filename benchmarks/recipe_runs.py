@@ -1,7 +1,7 @@
 """One recipe from images to held-out figures: train, export, quantise, bench; of pneumonia, compare with readers too.
 
-    python -m benchmarks.recipe_runs training/recipes/modern.toml --phantoms 3000 --resize-px 96
-    python -m benchmarks.recipe_runs training/recipes/chexnet14.toml --data ROOT --epochs 3
+    python -m benchmarks.recipe_runs modern --phantoms 3000 --resize-px 96
+    python -m benchmarks.recipe_runs chexnet14 --data ROOT --epochs 3
 
 Recipes that want ImageNet weights start from scratch here, as no such file is at hand; the results say so.
 """
@@ -38,7 +38,7 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def main(
-    recipe: Annotated[Path, typer.Argument(help="A TOML recipe.")],
+    recipe: Annotated[str, typer.Argument(help="A recipe's name, or a path to a .toml.")],
     data: Annotated[Path | None, typer.Option(help="ChestX-ray14.")] = None,
     phantoms: Annotated[int | None, typer.Option(help="Draw that many phantom patients instead.")] = None,
     resize_px: Annotated[int | None, typer.Option(help="In place of the recipe's.")] = None,
@@ -111,7 +111,7 @@ def main(
             if evaluation.readers is None
             else _reader_means(evaluation.readers.model_dump(mode="json")),
         }
-        out = RESULTS / f"recipe-{name or recipe.stem}.json"
+        out = RESULTS / f"recipe-{name or Path(recipe).stem}.json"
         out.write_text(json.dumps(results, indent=1) + "\n")
     finally:
         if work is None:

@@ -28,7 +28,6 @@ from chexnet_deploy.export.model import CheXNet
 from chexnet_deploy.findings import FINDINGS
 from chexnet_deploy.preprocessing import Preprocessing
 from chexnet_deploy.tables import Radiograph
-from training.__main__ import RECIPES
 from training.batches import ReadAhead, TrainingImages
 from training.prepare import prepare
 from training.processes import Processes
@@ -44,7 +43,7 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def main(
     data: Annotated[Path, typer.Option(help="ChestX-ray14.", envvar="CHEXNET_CHESTXRAY14")],
-    recipe: Annotated[Path, typer.Option(help="A TOML recipe.")] = RECIPES / "chexnet14.toml",
+    recipe: Annotated[str, typer.Option(help="A recipe's name, or a path to a .toml.")] = "chexnet14",
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each.")] = 5,
     out: Annotated[Path, typer.Option(help="Results.")] = RESULTS / "training-speed-cpu.json",
 ) -> None:

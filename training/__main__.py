@@ -1,4 +1,4 @@
-"""`python -m training ROOT --out FOLDER --recipe FILE`: train CheXNet on ChestX-ray14.
+"""`python -m training ROOT --out FOLDER --recipe NAME`: train CheXNet on ChestX-ray14.
 
 On several GPUs: `torchrun --nproc_per_node=8 -m training ROOT --out FOLDER`.
 """
@@ -19,8 +19,6 @@ from training.recipe import read_recipe
 from training.seeds import measure_seed_noise
 from training.train import CACHE, Options, train
 
-RECIPES = Path(__file__).parent / "recipes"
-
 app = typer.Typer(add_completion=False)
 
 
@@ -28,7 +26,7 @@ app = typer.Typer(add_completion=False)
 def main(
     root: Annotated[Path, typer.Argument(help="ChestX-ray14: tables, split lists and images.")],
     out: Annotated[Path, typer.Option(help="Folder of this run; an unfinished run in it goes on.")],
-    recipe: Annotated[Path, typer.Option(help="A TOML recipe.")] = RECIPES / "chexnet14.toml",
+    recipe: Annotated[str, typer.Option(help="A recipe's name, or a path to a .toml.")] = "chexnet14",
     cache: Annotated[
         Path | None, typer.Option(help="Folder of prepared images; default: made in the run's folder.")
     ] = None,

@@ -17,7 +17,7 @@ RUN, BUNDLES, BENCH = "run", "bundles", "bench"
 
 def train_export_bench(
     data: Path,
-    recipe: Path,
+    recipe: str,
     folder: Path,
     *,
     n_calibration_images: int,
@@ -29,7 +29,7 @@ def train_export_bench(
 
     Args:
         data: in ChestX-ray14's layout.
-        recipe: a TOML recipe.
+        recipe: the name of one in training/recipes, or a path to a .toml.
         folder: gets run/, bundles/ and bench/.
         n_calibration_images: chosen from the training patients.
         test_list: the test images to measure on; None for all.

@@ -14,7 +14,6 @@ from chexnet_deploy.bench import Effort
 from chexnet_deploy.cli import print_bench, progress, run_program
 from chexnet_deploy.errors import SpecError
 from chexnet_deploy.parity import EXIT_CODES
-from training.__main__ import RECIPES
 from training.chain import BENCH, BUNDLES, RUN, train_export_bench
 from training.phantom import PhantomSpec, write_phantom
 
@@ -33,7 +32,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for everything; must be new, or one of an earlier demo.")] = Path(
         "demo"
     ),
-    recipe: Annotated[Path, typer.Option(help="A TOML recipe.")] = RECIPES / "demo.toml",
+    recipe: Annotated[str, typer.Option(help="A recipe's name, or a path to a .toml.")] = "demo",
     small: Annotated[
         bool,
         typer.Option(

@@ -84,6 +84,7 @@ def prepare(
             raise DatasetError(f"{dataset.root}: found no image of the train_val list. Next: unpack them into images/.")
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            _refuse_strangers(folder)
             with _locked(folder):
                 if not (folder / INDEX).exists():  # who held the lock before may have finished it
                     _make(radiographs, preprocessing, folder, workers, max_bad, chunk_images, on_phase)
@@ -123,6 +124,14 @@ def compare_with_images(cache: Cache, dataset: ChestXray14, preprocessing: Prepr
             )
         n_compared += 1
     return n_compared
+
+
+def _refuse_strangers(folder: Path) -> None:
+    there = {path.name for path in folder.iterdir()}
+    if there and there.isdisjoint({PIXELS, JOURNAL, LOCK}):
+        raise DatasetError(
+            f"{folder}: found {quote_some(sorted(there))}, which no cache holds. Next: give a new folder."
+        )
 
 
 def _make(

@@ -1,7 +1,7 @@
 """One training run as data: what a TOML in training/recipes may say. Two runs of one recipe on one machine give the same bytes."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -9,6 +9,7 @@ from chexnet_deploy.errors import SpecError
 from chexnet_deploy.findings import FINDINGS
 from chexnet_deploy.spec import describe, read_toml
 
+RECIPES: Final = Path(__file__).parent / "recipes"
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -81,12 +82,18 @@ class Recipe(BaseModel):
         return self
 
 
-def read_recipe(path: Path) -> Recipe:
-    """Read a recipe.
+def read_recipe(name_or_path: str) -> Recipe:
+    """Read a recipe by the name of one in training/recipes, or by path.
 
     Raises:
-        SpecError: missing, not TOML, or a field is unknown, missing or out of range.
+        SpecError: no such recipe, not TOML, or a field is unknown, missing or out of range.
     """
+    path = Path(name_or_path)
+    if path.suffix != ".toml":
+        path = RECIPES / f"{name_or_path}.toml"
+        if not path.is_file():
+            names = ", ".join(sorted(file.stem for file in RECIPES.glob("*.toml")))
+            raise SpecError(f"no recipe named {name_or_path!r}. There are {names}; or give a path to a .toml.")
     try:
         return Recipe.model_validate(read_toml(path))
     except ValidationError as err:

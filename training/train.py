@@ -94,17 +94,15 @@ def train(
 
     Raises:
         DatasetError, ImageError: the data set can't be used.
-        SpecError: the recipe doesn't fit the data, the processes or the files given.
+        SpecError: the recipe doesn't fit the data, the processes or the files given; or the folder holds something else.
         CheckpointError: resume.pt belongs to another recipe or split, or the loss is no longer finite.
     """
     dataset = ChestXray14.open(root)
     preprocessing = Preprocessing(resize_px=recipe.resize_px)
     folder = options.cache or run / CACHE
     if processes.is_first:
-        run.mkdir(parents=True, exist_ok=True)
-        prepare(dataset, preprocessing, folder, workers=options.workers, on_phase=on_phase)
-    processes.wait_for_all()
-    images = read_images(dataset, recipe, folder)
+        _make_folder(run)
+    # Before the images are prepared: what can't begin or go on is refused at once.
     trainer = Trainer(
         recipe,
         preprocessing,
@@ -115,7 +113,18 @@ def train(
         # All of them: a quarantined image's patient may have others.
         trained_on=PatientSet.of({radiograph.patient for radiograph in dataset.split("train")}),
     )
+    if processes.is_first:
+        prepare(dataset, preprocessing, folder, workers=options.workers, on_phase=on_phase)
+    processes.wait_for_all()
+    images = read_images(dataset, recipe, folder)
     return trainer.fit(images["train"], images["val"], on_phase)
+
+
+def _make_folder(run: Path) -> None:
+    run.mkdir(parents=True, exist_ok=True)
+    there = {path.name for path in run.iterdir()}
+    if there and there.isdisjoint({CACHE, RESUME, BEST}):
+        raise SpecError(f"{run} holds something that is not a run's. Give a new folder by --out.")
 
 
 def read_images(dataset: ChestXray14, recipe: Recipe, cache_folder: Path) -> dict[str, TrainingImages]:
@@ -208,6 +217,7 @@ class Trainer:
         self.statistics = [self._copy_buffers() for _ in self.mine]
         self.history: list[dict[str, Any]] = []
         self.n_steps = 0
+        self._saved = self._read_saved()
 
     def fit(self, train: TrainingImages, val: TrainingImages, on_phase: OnPhase) -> Path:
         """Run what is left of the epochs and return the path of the best checkpoint."""
@@ -433,13 +443,13 @@ class Trainer:
         torch.save(state, buffer)
         write_file(self.run / RESUME, buffer.getvalue())
 
-    def _resume(self) -> tuple[int, int, list[float]]:
-        """Return where to begin: epoch, step and the losses of its steps so far."""
+    def _read_saved(self) -> dict[str, Any] | None:
+        """Return what _save wrote, None where it has not yet."""
         path = self.run / RESUME
         if not path.exists():
-            return 0, 0, []
+            return None
         try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
+            state: dict[str, Any] = torch.load(path, map_location=self.device, weights_only=True)
             made_with = (state["recipe"], state["split_sha256"], state["shards"])
         except Exception as err:  # what torch raises on a damaged file depends on the damaged byte
             raise CheckpointError(
@@ -449,6 +459,13 @@ class Trainer:
             raise CheckpointError(
                 f"{path} was made with another recipe, split or number of shards. Give another folder, or delete this one."
             )
+        return state
+
+    def _resume(self) -> tuple[int, int, list[float]]:
+        """Return where to begin: epoch, step and the losses of its steps so far."""
+        if self._saved is None:
+            return 0, 0, []
+        state, self._saved = self._saved, None
         self.model.load_state_dict(state["model"])
         self.statistics = [state["statistics"][number] for number in self.mine]
         _assign(self.model.buffers(), self.statistics[0])

@@ -32,11 +32,7 @@ class Admission:
         finally:
             self.n_images -= n
 
-    def refuse_when_full(self) -> None:
-        """Refuse before any work is done where not even one image would be admitted.
-
-        Raises:
-            RequestError: 503.
-        """
-        with self.admit(1):
-            pass
+    @property
+    def is_full(self) -> bool:
+        """True where not even one more image would be admitted."""
+        return self.n_images >= self._limit

@@ -2,7 +2,8 @@
 
 uvicorn closes a connection that is idle between requests, and nothing else: a peer that sends a header or a body a byte a
 minute, or never reads its answer, keeps its place for ever. Here every phase has an end. Where all places are taken, or all
-memory for bodies, who has made no progress for the longest gives way, never the newest; a request being answered gives way to none.
+memory for bodies and unread answers, who has made no progress for the longest gives way, never the newest; a request being
+answered gives way to none.
 """
 
 import asyncio
@@ -33,6 +34,7 @@ class Phase(str, Enum):
     IDLE = "idle"  # between two requests
     RECEIVING = "receiving"  # from connecting, or a request's first byte, to its last
     ANSWERING = "answering"
+    UNREAD = "unread"  # the answer is out, and the peer hasn't taken all of it
 
 
 @dataclass(slots=True, eq=False)
@@ -62,6 +64,7 @@ class Guard:
             Phase.IDLE: IDLE_S,
             Phase.RECEIVING: config.receive_s,
             Phase.ANSWERING: config.answer_s,
+            Phase.UNREAD: config.answer_s,
         }
         self._on_end = on_end
         self._connections: dict[Address, Connection] = {}  # by age
@@ -74,7 +77,7 @@ class Guard:
 
     @property
     def held_bytes(self) -> int:
-        """Of request bodies, in memory."""
+        """Of request bodies and of answers that aren't read, in memory."""
         return self._held_bytes
 
     def protocol(self) -> type[H11Protocol]:
@@ -108,7 +111,7 @@ class Guard:
     def heard(self, address: Address) -> None:
         """Note that bytes came: the first after an answer begin a request."""
         connection = self._connections.get(address)
-        if connection is not None and connection.phase is Phase.IDLE:
+        if connection is not None and connection.phase in (Phase.IDLE, Phase.UNREAD):
             self._turn(connection, Phase.RECEIVING)
 
     def left(self, address: Address) -> None:
@@ -123,20 +126,20 @@ class Guard:
         if connection is None:
             return 0
         connection.n_requests += 1
-        if connection.phase is Phase.IDLE:  # it was sent behind the one before
+        if connection.phase in (Phase.IDLE, Phase.UNREAD):  # it was sent behind the one before
             self._turn(connection, Phase.RECEIVING)
         return connection.n_requests
 
     def hold(self, address: Address, n_bytes: int) -> bool:
         """Count bytes of a body that are kept; return False where there is no memory for them.
 
-        Bodies that have been on their way for longer give way; a request being answered doesn't.
+        What has been on its way for longer gives way, in either direction; a request being answered doesn't.
         """
         connection = self._connections.get(address)
         if connection is None:
             return False
         while self._held_bytes + n_bytes > self._max_held_bytes:
-            slow = [c for c in self._connections.values() if c.phase is Phase.RECEIVING and c.held_bytes]
+            slow = [c for c in self._connections.values() if c.phase is not Phase.ANSWERING and c.held_bytes]
             oldest = min(slow, key=lambda c: c.since_s, default=connection)
             if oldest is connection:
                 return False
@@ -156,13 +159,19 @@ class Guard:
         connection = self._connections.get(address)
         if connection is not None and connection.n_requests == number:
             self._release(connection)
-            self._turn(connection, Phase.IDLE)
+            n_unread = connection.transport.get_write_buffer_size()
+            self._turn(connection, Phase.UNREAD if n_unread else Phase.IDLE)
+            if n_unread and not self.hold(address, n_unread):
+                self._end(connection, "gave-way")
 
     async def watch(self) -> None:
         """End what is overdue, for ever."""
         while True:
             now_s = monotonic()
             for connection in list(self._connections.values()):
+                if connection.phase is Phase.UNREAD and not connection.transport.get_write_buffer_size():
+                    self._release(connection)
+                    self._turn(connection, Phase.IDLE)
                 if now_s - connection.since_s > self._deadlines_s[connection.phase]:
                     self._end(connection, "deadline")
             await asyncio.sleep(_LOOK_EVERY_S)

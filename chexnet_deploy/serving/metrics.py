@@ -45,7 +45,7 @@ class Metrics:
             "chexnet_batch_images", "Images in one run", buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256), registry=registry
         )
         self.connections = Gauge("chexnet_connections", "Open connections", registry=registry)
-        self.held = Gauge("chexnet_held_bytes", "Request bodies in memory", registry=registry)
+        self.held = Gauge("chexnet_held_bytes", "Request bodies and unread answers in memory", registry=registry)
         self.ended = Counter(
             "chexnet_connections_ended", "Connections ended by the guard", ["reason"], registry=registry
         )

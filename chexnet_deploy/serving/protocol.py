@@ -77,7 +77,6 @@ async def infer(service: Service, request: Request) -> Response:
         limit_bytes = _limit_bytes(service, engine)
         body = await read_body(request, service.guard, limit_bytes)
         service.metrics.stage.labels("read").observe(monotonic() - began_s)
-        service.admission.refuse_when_full()
         deadline_s = monotonic() + service.config.deadline_s
         asked = await _parse(service, engine, request, body, deadline_s)
         if asked.timeout_s is not None:

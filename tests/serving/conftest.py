@@ -35,7 +35,7 @@ def served(bundles: dict[str, Bundle]) -> Bundle:
 @pytest.fixture(scope="session")
 def service(start: Start, served: Bundle) -> Running:
     """One that most tests share."""
-    return start(served.path, "--max-body-mib", "1", "--receive-s", "2", "--max-connections", "64")
+    return start(served.path, "--max-body-mib", "1", "--receive-s", "2", "--answer-s", "5", "--max-connections", "64")
 
 
 @pytest.fixture(scope="session")

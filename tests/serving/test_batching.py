@@ -156,11 +156,12 @@ def test_the_plan_says_how_many_to_run() -> None:
 def test_admission_is_exact() -> None:
     admission = Admission(3)
     with admission.admit(2):
-        with admission.admit(1), pytest.raises(RequestError) as caught:
-            admission.refuse_when_full()
-        assert caught.value.status == 503
-        with pytest.raises(RequestError):
+        assert not admission.is_full
+        with pytest.raises(RequestError) as caught:
             admission.admit(2).__enter__()
+        assert caught.value.status == 503
+        with admission.admit(1):
+            assert admission.is_full
     assert admission.n_images == 0
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import tritonclient.http as triton
 
+from benchmarks.node_rig import write_radiograph
 from chexnet_deploy import Predictor
 from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.sessions import open_session
@@ -122,6 +123,32 @@ def test_predict_says_what_the_predictor_says(
     assert by_form["probabilities"] == expected.probabilities
     packed = service.json("POST", "/predict", gzip.compress(radiograph), {"Content-Encoding": "gzip"})
     assert packed["probabilities"] == expected.probabilities
+
+
+def test_predict_reads_dicom_as_the_predictor_does(service: Running, served: Bundle, tmp_path: Path) -> None:
+    write_radiograph(tmp_path / "chest.dcm", seed=3, name="DOE^JANE")
+    with Predictor.open(served.path) as predictor:
+        expected = predictor.predict(tmp_path / "chest.dcm")
+    answer = service.json("POST", "/predict", (tmp_path / "chest.dcm").read_bytes())
+    assert answer["probabilities"] == expected.probabilities
+    write_radiograph(tmp_path / "hip.dcm", seed=4, name="DOE^JANE", body_part="HIP")
+    refused = service.json("POST", "/predict", (tmp_path / "hip.dcm").read_bytes())
+    assert (refused["status"], refused["reason"]) == (422, "body-part")
+    for said in (json.dumps([answer, refused]), service.log(), service.ask("GET", "/metrics")[2].decode()):
+        assert "DOE" not in said
+
+
+def test_a_peer_that_never_reads_its_answers_is_ended(service: Running) -> None:
+    before = service.metric("chexnet_connections_ended_total")
+    with _connect(service.port, b"") as peer:
+        peer.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            for _ in range(100_000):
+                peer.send(b"GET /openapi.json HTTP/1.1\r\nHost: a\r\n\r\n")
+        end_s = monotonic() + 10.0
+        while service.metric("chexnet_connections_ended_total") == before:
+            assert monotonic() < end_s
+            sleep(0.1)
 
 
 @pytest.mark.parametrize(
