@@ -21,9 +21,9 @@ from pydantic import BaseModel, ConfigDict
 from sklearn.metrics import roc_auc_score
 
 from chexnet_deploy.bench import Machine, describe_machine
-from chexnet_deploy.cli import run_program
 from chexnet_deploy.metrics.delong import compare_all, compare_areas
 from chexnet_deploy.metrics.intervals import ALPHA, PairedDifference
+from chexnet_deploy.terminal import run_program
 
 RESULTS = Path(__file__).parent / "results" / "coverage-cpu.json"
 COVERAGE_BAR = (0.94, 0.96)

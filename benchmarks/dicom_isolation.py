@@ -19,11 +19,11 @@ from pydantic import BaseModel, ConfigDict
 
 from benchmarks.synthetic_dicom import LOSSLESS, make_dicom
 from chexnet_deploy.bench import describe_machine
-from chexnet_deploy.cli import run_program
 from chexnet_deploy.dicom.child import decode_words
 from chexnet_deploy.dicom.decoder import Decoder
 from chexnet_deploy.dicom.header import read_header
 from chexnet_deploy.gray import Gray
+from chexnet_deploy.terminal import run_program
 
 RESULTS = Path(__file__).parent / "results" / "dicom-isolation-cpu.json"
 MOST_MS = 10.0

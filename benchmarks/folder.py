@@ -31,7 +31,6 @@ from PIL import Image
 
 from chexnet_deploy.bench import describe_machine
 from chexnet_deploy.bundle import Bundle
-from chexnet_deploy.cli import progress, run_program
 from chexnet_deploy.cli_options import OnProvider, ProviderName
 from chexnet_deploy.image_files import find_images
 from chexnet_deploy.images import read_image
@@ -40,6 +39,7 @@ from chexnet_deploy.predictor import Predictor
 from chexnet_deploy.preprocessing import Pixels, Preprocessing
 from chexnet_deploy.sessions import Provider, Session, open_session, resolve_provider
 from chexnet_deploy.streaming import Flow, choose_flow, usable_cores
+from chexnet_deploy.terminal import progress, run_program
 from training.phantom import PhantomSpec, draw_radiograph, plan_studies
 
 CHECKOUT = Path(__file__).parents[1]

@@ -26,7 +26,6 @@ from benchmarks.gpu_page import write_page
 from chexnet_deploy.bench import describe_machine
 from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.chestxray14 import ChestXray14
-from chexnet_deploy.cli import print_table, run_program
 from chexnet_deploy.errors import ChexnetError, SessionError
 from chexnet_deploy.parity import compare
 from chexnet_deploy.predictor import sigmoid
@@ -34,6 +33,7 @@ from chexnet_deploy.preprocessing import Pixels
 from chexnet_deploy.scoring import LabelledImages, iter_pixels
 from chexnet_deploy.sessions import Logits, open_session, run_in_batches
 from chexnet_deploy.spec import read_spec
+from chexnet_deploy.terminal import print_table, run_program
 
 CHECKOUT = Path(__file__).parents[1]
 PRECISION_ORDER = ("fp16", "int8", "fp32")

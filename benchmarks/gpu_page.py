@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 from jinja2 import ChainableUndefined, Environment
 
-from chexnet_deploy.cli import run_program
 from chexnet_deploy.files import write_file
+from chexnet_deploy.terminal import run_program
 
 app = typer.Typer(add_completion=False)
 

@@ -27,11 +27,11 @@ import typer
 from benchmarks.gpu_bare import BareEngine
 from benchmarks.gpu_meter import Meter
 from chexnet_deploy.bundle import Bundle
-from chexnet_deploy.cli import run_program
 from chexnet_deploy.latency import LatencyReport, measure_latency
 from chexnet_deploy.preprocessing import Pixels
 from chexnet_deploy.sessions import Logits, Maps, Session, open_session
 from chexnet_deploy.spec import BatchProfile, read_spec
+from chexnet_deploy.terminal import run_program
 
 CHECKOUT = Path(__file__).parents[1]
 MIN_RUNS, MIN_SECONDS = 50, 0.5

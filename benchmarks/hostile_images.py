@@ -24,13 +24,13 @@ from pydantic import BaseModel, ConfigDict
 
 from benchmarks.damaged_files import Seed, damage, seed_of, synthetic_seeds
 from chexnet_deploy.bench import describe_machine
-from chexnet_deploy.cli import progress, run_program
 from chexnet_deploy.dicom.decoder import DecodeLimits, Decoder
 from chexnet_deploy.dicom.process import DecodeError
 from chexnet_deploy.errors import ImageError
 from chexnet_deploy.gray import Gray
 from chexnet_deploy.images import ImageReader
 from chexnet_deploy.phases import OnPhase
+from chexnet_deploy.terminal import progress, run_program
 
 RESULTS = Path(__file__).parent / "results" / "hostile-images-cpu.json"
 SLOWEST_ANSWER_S = 3.0

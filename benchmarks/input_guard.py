@@ -24,12 +24,12 @@ from benchmarks.input_guard_choices import compare_scores, mirror_accuracy, read
 from benchmarks.not_chests import drawings, photographs, read_dicom_files
 from chexnet_deploy.bench import describe_machine
 from chexnet_deploy.chestxray14 import ChestXray14
-from chexnet_deploy.cli import run_program
 from chexnet_deploy.errors import ImageRefusedError
 from chexnet_deploy.images import Gray
 from chexnet_deploy.input_guard import ImageGuardPolicy, Turn, check_image, score_turns
 from chexnet_deploy.metrics.proportions import clustered_proportion
 from chexnet_deploy.tables import Radiograph
+from chexnet_deploy.terminal import run_program
 from training.input_guard import describe_chests, describe_drawings, fit, is_adult, out_of_fold
 from training.phantom import PhantomSpec, draw_radiograph, plan_studies
 

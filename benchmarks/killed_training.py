@@ -19,7 +19,7 @@ import torch
 import typer
 
 from chexnet_deploy.bench import describe_machine
-from chexnet_deploy.cli import progress, run_program
+from chexnet_deploy.terminal import progress, run_program
 from training.logbook import METRICS
 from training.phantom import PhantomSpec, write_phantom
 from training.train import BEST, RESUME

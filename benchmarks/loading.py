@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 
 from chexnet_deploy.bench import describe_machine
 from chexnet_deploy.chestxray14 import ChestXray14
-from chexnet_deploy.cli import progress, run_program
 from chexnet_deploy.errors import DatasetError
 from chexnet_deploy.images import read_image
 from chexnet_deploy.preprocessing import Preprocessing
+from chexnet_deploy.terminal import progress, run_program
 from training.cache import PIXELS, Cache
 from training.prepare import prepare
 

@@ -35,15 +35,16 @@ from pydantic import BaseModel, ConfigDict
 from benchmarks.mutations import Mutation, random_flips, systematic
 from benchmarks.workbench import Workbench
 from chexnet_deploy.bench import describe_machine
-from chexnet_deploy.bundle import PLAN_MODEL, PROBE, Bundle, EngineCard, Target, hash_files
-from chexnet_deploy.cli import progress, run_program
+from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.errors import BundleError, SessionError, TrustError
+from chexnet_deploy.manifest import PLAN_MODEL, PROBE, EngineCard, Target, hash_files
 from chexnet_deploy.predictor import Predictor
 from chexnet_deploy.sessions import trt as trt_room
 from chexnet_deploy.signer import admit_first, sign_bundle
 from chexnet_deploy.signing.keys import public_der
 from chexnet_deploy.signing.release import Release
 from chexnet_deploy.signing.trust import Trust, TrustedKey
+from chexnet_deploy.terminal import progress, run_program
 
 RESULTS = Path(__file__).parent / "results" / "mutated-bundles.json"
 DEADLINE_S = 5.0

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from benchmarks.workbench import Workbench
-from chexnet_deploy.bundle import MANIFEST, MANIFEST_SHA256, Manifest, hash_files
 from chexnet_deploy.files import sha256_hex
+from chexnet_deploy.manifest import MANIFEST, MANIFEST_SHA256, Manifest, hash_files
 from chexnet_deploy.signing.keys import fingerprint, public_der, sign_manifest
 from chexnet_deploy.signing.release import Release
 from chexnet_deploy.signing.signatures import SIGNATURE, Signature, SignatureFile, message_to_sign

@@ -23,8 +23,8 @@ from pydantic import BaseModel, ConfigDict
 
 from benchmarks.node_rig import NODE, SCANNER, NodeProcess, Pacs, echo_s, find_dcmtk, store, write_radiograph
 from chexnet_deploy.bench import describe_machine
-from chexnet_deploy.cli import run_program
 from chexnet_deploy.node.pdu import HEADER_BYTES, PduType, write_pdv
+from chexnet_deploy.terminal import run_program
 
 RESULTS = Path(__file__).parent / "results" / "node-attack-cpu.json"
 COMPUTED_RADIOGRAPHY, IMPLICIT = "1.2.840.10008.5.1.4.1.1.1", "1.2.840.10008.1.2"

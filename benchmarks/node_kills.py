@@ -29,10 +29,10 @@ from pydicom.filebase import DicomBytesIO
 
 from benchmarks.node_rig import NodeProcess, Pacs, find_dcmtk, store, write_radiograph
 from chexnet_deploy.bench import describe_machine
-from chexnet_deploy.cli import progress, run_program
 from chexnet_deploy.node.audit import read_head, verify
 from chexnet_deploy.node.config import read_config
 from chexnet_deploy.node.join import RadiographWork
+from chexnet_deploy.terminal import progress, run_program
 
 RESULTS = Path(__file__).parent / "results" / "node-kills-cpu.json"
 LONGEST_LIFE_S = 0.8  # after the node is ready: some dozens of images

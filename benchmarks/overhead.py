@@ -18,10 +18,10 @@ from PIL import Image
 
 from chexnet_deploy.bench import describe_machine
 from chexnet_deploy.bundle import Bundle
-from chexnet_deploy.cli import run_program
 from chexnet_deploy.images import read_image
 from chexnet_deploy.predictor import Predictor
 from chexnet_deploy.sessions.ort import load_onnx
+from chexnet_deploy.terminal import run_program
 
 RESULTS = Path(__file__).parent / "results" / "overhead-cpu.json"
 

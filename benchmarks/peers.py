@@ -24,7 +24,7 @@ from benchmarks.int8_accuracy import cores, packages
 from benchmarks.peers_page import Results, Row, draw, markdown_table
 from chexnet_deploy.bench import describe_machine
 from chexnet_deploy.chestxray14 import ChestXray14
-from chexnet_deploy.cli import run_program
+from chexnet_deploy.terminal import run_program
 
 if TYPE_CHECKING:
     from benchmarks.peers_models import Models

@@ -13,12 +13,13 @@ from pydantic import BaseModel, ConfigDict
 
 from benchmarks.int8_accuracy import Accuracy, Judge, cores
 from benchmarks.int8_recipes import Answer, StaticOpenvino, nncf_int8, ort_default
-from chexnet_deploy.bundle import Bundle, Precision
+from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.chestxray14 import ChestXray14
 from chexnet_deploy.export.checkpoint import Checkpoint, read_checkpoint
 from chexnet_deploy.export.model import CheXNet, DeployGraph
 from chexnet_deploy.export.to_onnx import trace
 from chexnet_deploy.files import write_file
+from chexnet_deploy.manifest import Precision
 from chexnet_deploy.pipeline import export_bundles
 from chexnet_deploy.preprocessing import Pixels
 from chexnet_deploy.quantize.calibration import CalibrationSet, choose_calibration

@@ -18,11 +18,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from chexnet_deploy.chestxray14 import ChestXray14
-from chexnet_deploy.cli import run_program
 from chexnet_deploy.findings import FINDINGS
 from chexnet_deploy.images import read_image
 from chexnet_deploy.metrics.auroc import auroc, mean_auroc
 from chexnet_deploy.scoring import LabelledImages
+from chexnet_deploy.terminal import run_program
 
 THUMBNAIL_PX = 16
 INVERSE_PENALTIES = (0.001, 0.01, 0.1)

@@ -19,13 +19,14 @@ from onnx import TensorProto, helper, numpy_helper
 from pydantic import BaseModel, ConfigDict
 
 from chexnet_deploy.bench import Effort, Machine, describe_machine, run_bench
-from chexnet_deploy.bundle import ONNX_MODEL, PROBE, Bundle, Manifest, hash_files
+from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.chestxray14 import ChestXray14
-from chexnet_deploy.cli import print_table, run_program
+from chexnet_deploy.manifest import ONNX_MODEL, PROBE, Manifest, hash_files
 from chexnet_deploy.scoring import LabelledImages
 from chexnet_deploy.sessions import run_in_batches
 from chexnet_deploy.sessions.ort import OrtSession
 from chexnet_deploy.spec import read_spec
+from chexnet_deploy.terminal import print_table, run_program
 
 RESULTS = Path(__file__).parent / "results" / "planted-cpu.json"
 SCALE_FACTOR, SQUASH, SLOT_NOISE = 4.0, 0.25, 0.05

@@ -35,7 +35,6 @@ from benchmarks.int8_recipes import (
 )
 from chexnet_deploy.bench import Machine, describe_machine
 from chexnet_deploy.chestxray14 import ChestXray14
-from chexnet_deploy.cli import run_program
 from chexnet_deploy.export.checkpoint import read_checkpoint
 from chexnet_deploy.export.to_onnx import trace
 from chexnet_deploy.preprocessing import Pixels
@@ -45,6 +44,7 @@ from chexnet_deploy.quantize.head_bias import correct_head_bias
 from chexnet_deploy.scoring import LabelledImages, iter_pixels
 from chexnet_deploy.sessions import Logits, run_in_batches
 from chexnet_deploy.sessions.ort import OrtSession
+from chexnet_deploy.terminal import run_program
 
 RESULTS = Path(__file__).parent / "results"
 BATCH = 16

@@ -22,10 +22,10 @@ import typer
 from benchmarks.folder import draw_phantoms
 from chexnet_deploy.bench import describe_machine
 from chexnet_deploy.bundle import Bundle
-from chexnet_deploy.cli import progress, run_program
 from chexnet_deploy.files import sha256_of_file
 from chexnet_deploy.image_files import find_images
 from chexnet_deploy.streaming import usable_cores
+from chexnet_deploy.terminal import progress, run_program
 
 RESULTS: Final = Path(__file__).parent / "results" / "ray-cpu.json"
 CHECKOUT: Final = Path(__file__).parents[1]

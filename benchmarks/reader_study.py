@@ -24,7 +24,6 @@ from pydantic import BaseModel, ConfigDict
 
 from chexnet_deploy.bench import Machine, describe_machine
 from chexnet_deploy.chestxray14 import ChestXray14, truth
-from chexnet_deploy.cli import run_program
 from chexnet_deploy.csvfiles import quote_some
 from chexnet_deploy.errors import DatasetError
 from chexnet_deploy.evaluation.readers import (
@@ -47,6 +46,7 @@ from chexnet_deploy.metrics.readers import (
     readers_only_protocol,
 )
 from chexnet_deploy.predictions import LabelledScores, read_predictions
+from chexnet_deploy.terminal import run_program
 
 RESULTS = Path(__file__).parent / "results" / "reader-study.json"
 DIGITS = 6  # of a resampled F1 the third is already noise

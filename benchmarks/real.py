@@ -19,7 +19,7 @@ from PIL import Image
 
 from chexnet_deploy.bench import BenchReport, Effort, summary_rows
 from chexnet_deploy.chestxray14 import ChestXray14
-from chexnet_deploy.cli import progress, run_program
+from chexnet_deploy.terminal import progress, run_program
 from training.chain import RUN, train_export_bench
 from training.logbook import METRICS
 

@@ -19,9 +19,9 @@ import typer
 from benchmarks.real import full_size_test_images
 from chexnet_deploy.bench import Effort, describe_machine
 from chexnet_deploy.chestxray14 import ChestXray14
-from chexnet_deploy.cli import progress, run_program
 from chexnet_deploy.evaluation.request import EvaluationRequest
 from chexnet_deploy.evaluation.run import run_evaluation
+from chexnet_deploy.terminal import progress, run_program
 from training.chain import BUNDLES, RUN, export_and_bench
 from training.logbook import METRICS, THROUGHPUT
 from training.phantom import PhantomSpec, write_phantom

@@ -20,13 +20,13 @@ import typer
 from benchmarks.scaling_page import RESULTS, Input, Results, markdown, read_peers
 from chexnet_deploy.bench import describe_machine
 from chexnet_deploy.bundle import Bundle
-from chexnet_deploy.cli import run_program
 from chexnet_deploy.image_files import find_images
 from chexnet_deploy.images import ImageReader
 from chexnet_deploy.predictor import Predictor
 from chexnet_deploy.preprocessing import Preprocessing
 from chexnet_deploy.results import open_table
 from chexnet_deploy.table_rows import Row, TableCard, row_bytes
+from chexnet_deploy.terminal import run_program
 
 N_ROWS: Final = 20_000
 N_DICOM_READS: Final = 5

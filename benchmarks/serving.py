@@ -1,6 +1,7 @@
 """What the HTTP service costs and stands: idle, loaded, overloaded, attacked, started.
 
-    python -m benchmarks.serving BUNDLE [--seconds 300] [--rounds 5] [--out benchmarks/results/serving-cpu.json]
+    python -m benchmarks.serving BUNDLE [--seconds 300] [--rounds 5]      writes results/serving-cpu.json
+    python -m benchmarks.serving --table                                  prints it as docs/serving.md shows it
 
 The service runs in a process of its own, the client in this one, on the same cores: rates are lower than they would be with a
 client elsewhere. Capacity is what 16 clients that ask one request after another get. Load is open: requests are sent whether or
@@ -15,6 +16,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from time import perf_counter, sleep
@@ -34,13 +36,18 @@ from benchmarks.serving_client import (
 )
 from chexnet_deploy.bench import describe_machine
 from chexnet_deploy.bundle import Bundle
-from chexnet_deploy.cli import run_program
 from chexnet_deploy.sessions import open_session
+from chexnet_deploy.terminal import run_program
 
 RESULTS = Path(__file__).parent / "results" / "serving-cpu.json"
 MODEL: Final = "chexnet"
 CLIENTS: Final = 16
 ATTACKERS: Final = 200
+LOADS: Final = {
+    "even_0.8": "0.8 of capacity, evenly",
+    "random_0.8": "0.8 of capacity, at random",
+    "random_3": "3 times capacity, at random",
+}
 ATTACK_S: Final = 15.0
 LOGIT_TOLERANCE: Final = 1.0  # of the first answer against the fp32 model's; int8 differs by tenths
 
@@ -184,13 +191,19 @@ def measure_attack(service: Service, request: bytes) -> dict[str, float]:
 
 @app.command()
 def main(
-    bundle: Annotated[Path, typer.Argument(help="A bundle.")],
+    bundle: Annotated[Path | None, typer.Argument(help="A bundle.")] = None,
     seconds: Annotated[float, typer.Option(min=1.0, help="Of each open-loop load.")] = 300.0,
     rounds: Annotated[int, typer.Option(min=1, help="Turns with and without batching.")] = 5,
     turn_s: Annotated[float, typer.Option(min=0.5, help="Of each closed loop in a turn.")] = 5.0,
     out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = RESULTS,
+    table: Annotated[bool, typer.Option("--table", help="Print the committed results and stop.")] = False,
 ) -> None:
     """Measure the HTTP service and write JSON."""
+    if table:
+        typer.echo(markdown_table(json.loads(RESULTS.read_text())))
+        return
+    if bundle is None:
+        raise typer.BadParameter("give a bundle")
     opened = Bundle.open(bundle)
     request = infer_request(MODEL, opened.read_probe().pixels[:1])
     starts = [measure_start(opened) for _ in range(3)]
@@ -239,6 +252,50 @@ def judge(found: dict[str, Any]) -> dict[str, bool]:
         "attackers closed within 10.5 s": attacked["longest_attacker_s"] <= 10.5,
         "ends with 0": found["exit_code"] == 0,
     }
+
+
+def markdown_table(found: Mapping[str, Any]) -> str:
+    """Return the results as tables for people."""
+    single, capacity, batching, attacked = (
+        found[name] for name in ("single_stream", "capacity_images_per_s", "batching", "attack")
+    )
+    lines = [
+        "| load | sent/s | answered/s | refused with 503 | p50 | p99 | 503 within |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, words in LOADS.items():
+        load = found[f"load_{name}"]
+        n_refused, n = load["answers"].get("503", 0), sum(load["answers"].values())
+        refused = f"{load['refusal_p99_ms']:.0f} ms" if n_refused else ""
+        lines.append(
+            f"| {words} | {load['rate']:.0f} | {load['goodput']:.0f} | {100.0 * n_refused / n:.2f} % | {load['p50_ms']:.1f} ms "
+            f"| {load['p99_ms']:.0f} ms | {refused} |"
+        )
+    first_s = max(start["first_verified_answer_s"] for start in found["start"])
+    machine = found["machine"]
+    seconds = found["load_even_0.8"]["seconds"]
+    grown_mib = found["load_random_3"]["rss_after_mib"] - found["load_even_0.8"]["rss_before_mib"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "| what | measured |",
+            "|---|---|",
+            f"| one client, one request after another | p50 {single['p50_ms']:.1f} ms, "
+            f"of it {found['session']['p50_ms']:.1f} ms the model |",
+            f"| capacity: {CLIENTS} clients, one request after another each | {capacity:.0f} images/s |",
+            f"| batching against none, {CLIENTS} clients | {batching['gain']:.2f} times the images/s |",
+            f"| the same, one client | {batching['added_idle_p50_ms']:+.1f} ms |",
+            f"| p99 at 20 requests/s, alone and beside {attacked['attackers']} slow connections "
+            f"| {attacked['idle_p99_ms']:.0f} and {attacked['attacked_p99_ms']:.0f} ms |",
+            f"| the slow connections were closed | within {attacked['longest_attacker_s']:.1f} s |",
+            f"| start to the first verified answer, worst of {len(found['start'])} | {first_s:.1f} s |",
+            f"| memory grown over all three loads | {grown_mib:.0f} MiB of {found['load_random_3']['rss_after_mib']:.0f} |",
+            "",
+            f"{found['bundle']['precision']} bundle, {found['resize_px']} px, each load for {seconds:.0f} s; "
+            f"service and client share {machine['cores']} cores of {machine['processor']}.",
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -25,10 +25,10 @@ from pydantic import BaseModel, ConfigDict
 from benchmarks.phantom_difficulty import measure_difficulty
 from chexnet_deploy.bench import describe_machine
 from chexnet_deploy.bundle import Bundle
-from chexnet_deploy.cli import progress, run_program
 from chexnet_deploy.errors import BundleError, ChexnetError, ImageError
 from chexnet_deploy.images import read_image
 from chexnet_deploy.predictor import Predictor
+from chexnet_deploy.terminal import progress, run_program
 
 RESULTS = Path(__file__).parent / "results" / "soak-cpu.json"
 MEMORY_GROWTH_LIMIT_MIB = 16.0

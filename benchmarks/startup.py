@@ -25,9 +25,9 @@ import typer
 from benchmarks.node_rig import NodeProcess, Pacs, find_dcmtk, store, write_radiograph
 from chexnet_deploy.bench import describe_machine
 from chexnet_deploy.bundle import Bundle
-from chexnet_deploy.cli import run_program
 from chexnet_deploy.predictor import Predictor
 from chexnet_deploy.sessions import Provider
+from chexnet_deploy.terminal import run_program
 
 RESULTS: Final = Path(__file__).parent / "results" / "startup-cpu.json"
 PROVIDERS: Final[tuple[Provider, ...]] = ("openvino", "cpu")

@@ -23,11 +23,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from chexnet_deploy.bench import describe_machine
 from chexnet_deploy.chestxray14 import ChestXray14, truth
-from chexnet_deploy.cli import progress, run_program
 from chexnet_deploy.export.model import CheXNet
 from chexnet_deploy.findings import FINDINGS
 from chexnet_deploy.preprocessing import Preprocessing
 from chexnet_deploy.tables import Radiograph
+from chexnet_deploy.terminal import progress, run_program
 from training.batches import ReadAhead, TrainingImages
 from training.prepare import prepare
 from training.processes import Processes

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from chexnet_deploy.bundle import MANIFEST, MANIFEST_SHA256
 from chexnet_deploy.files import sha256_hex
+from chexnet_deploy.manifest import MANIFEST, MANIFEST_SHA256
 from chexnet_deploy.signing.keys import sign_manifest
 from chexnet_deploy.signing.signatures import SIGNATURE, SignatureFile
 

@@ -8,10 +8,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from chexnet_deploy.bundle import Bundle, Manifest, Precision
+    from chexnet_deploy.bundle import Bundle
     from chexnet_deploy.errors import ChexnetError, ImageError
     from chexnet_deploy.findings import FINDINGS
     from chexnet_deploy.images import read_image
+    from chexnet_deploy.manifest import Manifest, Precision
     from chexnet_deploy.predictor import Prediction, Predictor, draw_cam
     from chexnet_deploy.preprocessing import Preprocessing
     from chexnet_deploy.sessions import open_session
@@ -42,8 +43,8 @@ _HOMES = {
     "Bundle": "bundle",
     "ChexnetError": "errors",
     "ImageError": "errors",
-    "Manifest": "bundle",
-    "Precision": "bundle",
+    "Manifest": "manifest",
+    "Precision": "manifest",
     "Prediction": "predictor",
     "Predictor": "predictor",
     "Preprocessing": "preprocessing",

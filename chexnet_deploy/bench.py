@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, computed_field
 
-from chexnet_deploy.bundle import Bundle, EngineCard, Precision, Target
+from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.errors import BundleError, SpecError, TrustError
 from chexnet_deploy.files import sha256_hex
 from chexnet_deploy.invariance import InvarianceReport, measure_invariance
 from chexnet_deploy.latency import LatencyReport, measure_latency
+from chexnet_deploy.manifest import EngineCard, Precision, Target
 from chexnet_deploy.metrics.agreement import map_correlation
 from chexnet_deploy.parity import ParityReport, Verdict, compare
 from chexnet_deploy.phases import OnPhase

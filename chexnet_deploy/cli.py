@@ -1,20 +1,12 @@
 """The command line: parse, call one function, print.
 
-Exit codes: 0 done, 1 a gate failed, 2 a user's mistake (one line with the next step), 3 inconclusive, or done but for
-quarantined images, 70 a bug (with its traceback), 130 interrupted. Rooms with heavy libraries are opened inside the one
-command that needs them.
+Rooms with heavy libraries are opened inside the one command that needs them; terminal.py has the exit codes.
 """
 
-import errno
 import json
 import os
 import secrets
-import signal
 import sys
-import threading
-import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from socket import gethostname
@@ -24,16 +16,23 @@ import typer
 
 from chexnet_deploy import cli_serving, cli_signing
 from chexnet_deploy.cli_options import JsonFlag, OnProvider, ProviderName, Threads, TrustOption, read_trust
-from chexnet_deploy.errors import ChexnetError, GateError, ImageError, MissingPackageError, SpecError, TableError
-from chexnet_deploy.phases import OnPhase
+from chexnet_deploy.errors import MissingPackageError, SpecError, TableError
+from chexnet_deploy.terminal import (
+    cancellation,
+    going_on,
+    print_answers,
+    print_bench,
+    print_evaluation,
+    print_json,
+    print_json_answers,
+    print_repository,
+    progress,
+    run_program,
+)
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from chexnet_deploy.bench import BenchReport
-    from chexnet_deploy.evaluation.records import Evaluation
-    from chexnet_deploy.predictor import Prediction
-    from chexnet_deploy.serving.triton import TritonModel
     from chexnet_deploy.signing.release import Release
 
 app = typer.Typer(
@@ -43,15 +42,7 @@ app = typer.Typer(
     help="Take CheXNet from PyTorch weights to a scanner and prove at every step that nothing was lost.",
 )
 
-# What a full, read-only or foreign disk or a wrong path answers: the user's to mend, wherever it happens.
-_DISK_ERRORS = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS),
-    *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP),
-}
-
 EXIT_QUARANTINED = 3  # done, but not for all: as a verdict that is neither PASS nor FAIL
-
-_INTERRUPTED = "interrupted; nothing half-written was left behind"
 
 DataOption = Annotated[Path | None, typer.Option("--data", help="ChestX-ray14: tables, split lists and images.")]
 ImagesOption = Annotated[Path | None, typer.Option("--images", help="Only the images this list names, one a line.")]
@@ -161,7 +152,7 @@ def export(
 
         models = write_repository(triton, bundles, device=None if triton_device is None else triton_device.value)
     if as_json:
-        _print_json({b.path.name: {"path": str(b.path), "id": b.id} for b in bundles})
+        print_json({b.path.name: {"path": str(b.path), "id": b.id} for b in bundles})
         return
     for bundle in bundles:
         typer.echo(f"{bundle.path}  {bundle.manifest.precision.value}  id {bundle.id[:12]}")
@@ -223,7 +214,7 @@ def import_legacy_file(
     for note in made.notes:
         typer.echo(f"warning: {note}", err=True)
     if as_json:
-        _print_json({"path": str(out), "sha256": made.checkpoint.sha256, "notes": made.notes})
+        print_json({"path": str(out), "sha256": made.checkpoint.sha256, "notes": made.notes})
         return
     typer.echo(f"{out}  {len(made.checkpoint.manifest.findings)} findings  sha256 {made.checkpoint.sha256[:12]}")
 
@@ -395,7 +386,7 @@ def predict(
             )
         counts = {"table": str(out), "bundle": opened.id, "n_images": n_images, "n_quarantined": n_quarantined}
         if as_json:
-            _print_json(counts)
+            print_json(counts)
         else:
             typer.echo(f"{out}  {n_images:,} images, {n_quarantined:,} quarantined  bundle {opened.id[:12]}")
     else:
@@ -498,12 +489,10 @@ def inspect(
 
     if is_repository(path):
         models = check_repository(path, trust=read_trust(trust))
-        _print_json(
-            {m.name: {"device": m.device, "versions": {v: b.id for v, b in m.versions.items()}} for m in models}
-        )
+        print_json({m.name: {"device": m.device, "versions": {v: b.id for v, b in m.versions.items()}} for m in models})
         return
     bundle = Bundle.open(path, trust=read_trust(trust))
-    _print_json({"id": bundle.id, **json.loads(bundle.manifest.model_dump_json())})
+    print_json({"id": bundle.id, **json.loads(bundle.manifest.model_dump_json())})
 
 
 @app.command()
@@ -515,7 +504,7 @@ def doctor(as_json: JsonFlag = False) -> None:
 
     abilities = examine()
     if as_json:
-        _print_json([asdict(ability) for ability in abilities])
+        print_json([asdict(ability) for ability in abilities])
         return
     for ability in abilities:
         typer.echo(f"{'yes' if ability.is_ready else 'no ':3}  {ability.name}: {ability.found}")
@@ -563,7 +552,7 @@ def verify_audit(
 
     found = verify_file(file, head)
     if as_json:
-        _print_json({"lines": found.seq, "head": found.hash})
+        print_json({"lines": found.seq, "head": found.hash})
         return
     typer.echo(f"{file}  {found.seq} lines  head {found.hash}")
 
@@ -571,192 +560,6 @@ def verify_audit(
 def main() -> None:
     """Run the command line."""
     run_program(app)
-
-
-def run_program(program: typer.Typer) -> None:
-    """Run a typer program with this project's exit codes."""
-    interrupts: list[int] = []
-
-    def on_interrupt(number: int, frame: object) -> None:
-        interrupts.append(number)
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, on_interrupt)
-    try:
-        # Typer ends the process itself on usage errors (2) and on typer.Exit, and turns Ctrl-C into exit 130 here.
-        program()
-    except GateError as err:
-        _fail(f"gate failed: {err}", 1)
-    except ChexnetError as err:
-        _fail(f"error: {err}", 2)
-    except KeyboardInterrupt:
-        _fail(_INTERRUPTED, 130)
-    except OSError as err:
-        if err.errno not in _DISK_ERRORS:
-            traceback.print_exc()
-            sys.exit(70)
-        where = f" {err.filename}" if err.filename else ""
-        _fail(
-            f"error: could not read or write{where}: {err.strerror}. Check the path, its permissions and the space.", 2
-        )
-    except Exception:  # noqa: BLE001 - the last door: everything else is a bug, and its traceback is wanted
-        if interrupts:  # compiled code may answer Ctrl-C with an error of its own, e.g. while it is imported
-            _fail(_INTERRUPTED, 130)
-        traceback.print_exc()
-        sys.exit(70)
-
-
-@contextmanager
-def cancellation() -> Iterator[threading.Event]:
-    """Turn Ctrl-C into an event while TensorRT builds: its bindings swallow the exception that Ctrl-C raises."""
-    event = threading.Event()
-    before = signal.signal(signal.SIGINT, lambda number, frame: event.set())
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if event.is_set():
-            raise KeyboardInterrupt
-
-
-@contextmanager
-def going_on(out: Path) -> Iterator[None]:
-    """Say on Ctrl-C that a table is gone on with, not begun again."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        _fail(f"interrupted; the same command goes on with {out}", 130)
-
-
-@contextmanager
-def progress() -> Iterator[OnPhase]:
-    """Show progress bars on standard error, so that standard output stays clean for results.
-
-    Yields a function of the phase's name, what is done and of how much; each phase gets a bar when it is first named.
-    """
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TaskID,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-
-        def on_phase(phase: str, done: int, total: int) -> None:
-            if phase not in tasks:
-                tasks[phase] = bars.add_task(phase, total=total)
-            bars.update(tasks[phase], completed=done, total=total)
-
-        yield on_phase
-
-
-def print_repository(path: Path, models: "Sequence[TritonModel]") -> None:
-    """Print each model's versions, and what the server must bring along to answer rightly."""
-    for model in models:
-        for version, bundle in model.versions.items():
-            typer.echo(f"{path}  {model.name} {version}  on {model.device}  id {bundle.id[:12]}")
-            if bundle.manifest.dialect == "typed" and bundle.manifest.engine is None:
-                typer.echo(
-                    f"warning: {model.name} answers wrongly in a Triton with an ONNX Runtime before 1.30", err=True
-                )
-
-
-def print_bench(report: "BenchReport", page: Path) -> None:
-    """Print the table, every reason why not PASS, and where the whole report lies."""
-    from chexnet_deploy.bench import summary_rows
-
-    print_table(summary_rows(report))
-    for result in report.engines:
-        for reason in result.reasons:
-            typer.echo(f"{result.name}: {reason}")
-    typer.echo(f"{report.verdict}  {page}")
-
-
-def print_evaluation(evaluation: "Evaluation") -> None:
-    """Print the table, what is undefined, whose images these are, and one line for each further study."""
-    from chexnet_deploy.evaluation import words
-
-    shown = (
-        "finding",
-        "positives",
-        "positive patients",
-        "AUROC",
-        "95 % interval",
-        "AUPRC",
-        "sensitivity",
-        "specificity",
-    )
-    print_table([{k: row[k] for k in shown if k in row} for row in words.summary_rows(evaluation)])
-    typer.echo(f"{words.mean_line(evaluation)}; {evaluation.data}")
-    for line in (*words.undefined_lines(evaluation), *evaluation.whom, *evaluation.notes):
-        typer.echo(line)
-    if evaluation.readers is not None:
-        typer.echo(words.readers_line(evaluation.readers))
-        for study in evaluation.readers.studies:
-            typer.echo(words.study_line(study))
-    if evaluation.localization is not None:
-        typer.echo(words.localization_line(evaluation.localization))
-        print_table(words.localization_rows(evaluation.localization.summary))
-
-
-def print_answers(answers: "Iterable[tuple[str, Prediction | ImageError]]", points: Mapping[str, float]) -> int:
-    """Print each image's findings, the likeliest first, beside their operating points; return how many have none."""
-    from chexnet_deploy.image_files import one_line
-
-    n_quarantined = 0
-    for name, answer in answers:
-        typer.echo(one_line(name))
-        if isinstance(answer, ImageError):
-            n_quarantined += 1
-            typer.echo(f"  quarantined: {one_line(str(answer))}")
-            continue
-        for finding, probability in sorted(answer.probabilities.items(), key=lambda item: -item[1]):
-            verdict = "no operating point"
-            if finding in points:
-                is_there = answer.present[finding]
-                verdict = f"{'>=' if is_there else '< '} {points[finding]:.4f}{'  present' if is_there else ''}"
-            typer.echo(f"  {finding:20} {probability:.4f} {verdict}")
-    return n_quarantined
-
-
-def print_json_answers(answers: "Iterable[tuple[str, Prediction | ImageError]]", points: Mapping[str, float]) -> int:
-    """Print one JSON object, an entry for each image as it comes; return how many have no findings."""
-    n_quarantined, opening = 0, "{\n"
-    for name, answer in answers:
-        entry: dict[str, object]
-        if isinstance(answer, ImageError):
-            n_quarantined += 1
-            entry = {"quarantined": str(answer)}
-        else:
-            entry = {"probabilities": answer.probabilities, "present": answer.present}
-        typer.echo(opening + json.dumps({name: entry}, indent=2)[2:-2], nl=False)
-        opening = ",\n"
-    typer.echo("\n}")
-    return n_quarantined
-
-
-def print_table(rows: list[dict[str, str]]) -> None:
-    """Print rows as an aligned table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*row.values())
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def _release(line: str | None, number: int | None) -> "Release | None":
@@ -782,12 +585,3 @@ def _open_ray_room() -> "ModuleType":
     except ModuleNotFoundError as err:
         raise MissingPackageError(f"{err.name} is not installed. Run: pip install 'chexnet-deploy[ray]'") from err
     return ray_cluster
-
-
-def _print_json(value: object) -> None:
-    typer.echo(json.dumps(value, indent=2))
-
-
-def _fail(message: str, code: int) -> None:
-    print(message, file=sys.stderr)  # noqa: T201 - the command line's one way to complain
-    sys.exit(code)

@@ -33,6 +33,9 @@ def serve(
     receive_s: Annotated[float, typer.Option(help="From a request's first byte to its last.")] = 10.0,
     answer_s: Annotated[float, typer.Option(help="From a request's last byte to its answer's last.")] = 30.0,
     drain_s: Annotated[float, typer.Option(help="After SIGTERM, for what was admitted.")] = 20.0,
+    saturation_s: Annotated[
+        float, typer.Option(help="Between two images whose int8 activations are looked at; 0 for never.")
+    ] = 10.0,
     shadow_images: Annotated[int, typer.Option(help="Newest images kept in memory for a swap's comparison.")] = 16,
     swap_tolerance: Annotated[
         float, typer.Option(help="Largest |probability difference| to the running bundle that a swap allows.")
@@ -64,6 +67,7 @@ def serve(
         receive_s=receive_s,
         answer_s=answer_s,
         drain_s=drain_s,
+        saturation_s=saturation_s,
         shadow_images=shadow_images,
         swap_tolerance=swap_tolerance,
     )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from PIL import Image
 
 from chexnet_deploy.bench import BenchReport, Effort, find_reference, run_bench, write_predictions
-from chexnet_deploy.bundle import Bundle, Precision
+from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.chestxray14 import ChestXray14, Split
 from chexnet_deploy.errors import (
     BundleError,
@@ -31,6 +31,7 @@ from chexnet_deploy.evaluation.run import run_evaluation
 from chexnet_deploy.evaluation.sources import choose_images, say_who_is_known
 from chexnet_deploy.files import new_directory, write_file
 from chexnet_deploy.image_files import ImageFiles
+from chexnet_deploy.manifest import Precision
 from chexnet_deploy.phases import OnPhase
 from chexnet_deploy.predictor import Prediction, Predictor, draw_cam
 from chexnet_deploy.results import open_table

@@ -15,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from chexnet_deploy.bundle import Bundle, Manifest
+from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.errors import ImageError, ImageRefusedError, SessionError
 from chexnet_deploy.images import Gray, ImageReader
 from chexnet_deploy.input_guard import check_image
+from chexnet_deploy.manifest import Manifest
 from chexnet_deploy.preprocessing import Pixels
 from chexnet_deploy.scope import ScopePolicy
 from chexnet_deploy.sessions import Logits, Provider, Session, open_session

@@ -11,9 +11,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from chexnet_deploy.bundle import Precision
 from chexnet_deploy.errors import SpecError
 from chexnet_deploy.findings import FINDINGS
+from chexnet_deploy.manifest import Precision
 from chexnet_deploy.scope import ScopePolicy
 
 if sys.version_info >= (3, 11):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Final, TypeVar
 
-from chexnet_deploy.bundle import Manifest
+from chexnet_deploy.manifest import Manifest
 from chexnet_deploy.sessions import Provider
 
 Item = TypeVar("Item")

@@ -102,7 +102,7 @@ def checkpoint_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def bundles(checkpoint_path: Path, phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
     """Fp32, fp16, int8 and int8-cpu of the checkpoint, made as `chexnet-deploy export` makes them. Copy before you change one."""
-    from chexnet_deploy.bundle import Precision
+    from chexnet_deploy.manifest import Precision
     from chexnet_deploy.pipeline import export_bundles
 
     made = export_bundles(

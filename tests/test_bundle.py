@@ -10,14 +10,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import chexnet_deploy.sessions.ort as ort_room
-from chexnet_deploy.bundle import (
+from chexnet_deploy.bundle import MAX_MANIFEST_BYTES, Bundle
+from chexnet_deploy.errors import BundleError, ChexnetError
+from chexnet_deploy.files import sha256_hex
+from chexnet_deploy.manifest import (
     MANIFEST,
     MANIFEST_SHA256,
-    MAX_MANIFEST_BYTES,
     ONNX_MODEL,
     PLAN_MODEL,
     PROBE,
-    Bundle,
     Calibration,
     Check,
     EngineCard,
@@ -26,8 +27,6 @@ from chexnet_deploy.bundle import (
     Target,
     hash_files,
 )
-from chexnet_deploy.errors import BundleError, ChexnetError
-from chexnet_deploy.files import sha256_hex
 from chexnet_deploy.predictor import Predictor
 from chexnet_deploy.preprocessing import Preprocessing
 from chexnet_deploy.probe import Probe

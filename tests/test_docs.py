@@ -119,6 +119,14 @@ def test_the_startup_table_is_made_from_the_committed_results() -> None:
     assert table.strip() == markdown_table(json.loads(RESULTS.read_text()))
 
 
+def test_the_serving_table_is_made_from_the_committed_results() -> None:
+    from benchmarks.serving import RESULTS, markdown_table
+
+    page = (CHECKOUT / "docs" / "serving.md").read_text()
+    table = page.split("<!-- python -m benchmarks.serving --table -->\n")[1].split("<!-- end -->")[0]
+    assert table.strip() == markdown_table(json.loads(RESULTS.read_text()))
+
+
 def test_the_embedding_guides_program_runs(bundles: dict[str, Bundle], phantom_root: Path, tmp_path: Path) -> None:
     (program,) = re.findall(r"```python\n(.*?)```", EMBEDDING, flags=re.DOTALL)
     shutil.copytree(bundles["int8"].path, tmp_path / "bundles" / "first" / "int8")

@@ -10,11 +10,12 @@ import numpy as np
 import onnx
 import pytest
 
-from chexnet_deploy.bundle import Bundle, Precision
+from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.errors import BundleError, ExportError
 from chexnet_deploy.export import to_onnx
 from chexnet_deploy.files import sha256_hex
 from chexnet_deploy.findings import FINDINGS
+from chexnet_deploy.manifest import Precision
 from chexnet_deploy.sessions import open_session
 
 CHECKOUT = Path(__file__).parents[1]

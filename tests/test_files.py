@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from chexnet_deploy.bundle import PROBE, Bundle, Manifest, Precision, hash_files
+from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.errors import BundleError
 from chexnet_deploy.files import new_directory, sha256_hex, write_directory, write_file
+from chexnet_deploy.manifest import PROBE, Manifest, Precision, hash_files
 from chexnet_deploy.preprocessing import Preprocessing
 
 CHECKOUT = Path(__file__).parents[1]
@@ -30,7 +31,8 @@ with new_directory(Path(sys.argv[1])) as partial:
 WRITE_BUNDLE_WITH_A_FILE_LIMIT = """
 import resource, signal, sys
 from pathlib import Path
-from chexnet_deploy.bundle import Bundle, Manifest
+from chexnet_deploy.bundle import Bundle
+from chexnet_deploy.manifest import Manifest
 from chexnet_deploy.errors import BundleError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from benchmarks import mutated_bundles
 from benchmarks.mutations import systematic
 from benchmarks.workbench import Workbench
-from chexnet_deploy.bundle import MANIFEST, MANIFEST_SHA256, ONNX_MODEL, PROBE, Bundle, Manifest, Precision, hash_files
+from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.errors import BundleError, TrustError
 from chexnet_deploy.files import sha256_hex
+from chexnet_deploy.manifest import MANIFEST, MANIFEST_SHA256, ONNX_MODEL, PROBE, Manifest, Precision, hash_files
 from chexnet_deploy.preprocessing import Preprocessing
 from chexnet_deploy.signer import admit_first, sign_bundle
 from chexnet_deploy.signing.signatures import SIGNATURE

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
 import chexnet_deploy.quantize.precision as room
-from chexnet_deploy.bundle import Bundle, Precision
+from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.chestxray14 import ChestXray14
 from chexnet_deploy.errors import BundleError, CalibrationError, ExportError, GateError
+from chexnet_deploy.manifest import Precision
 from chexnet_deploy.predictor import sigmoid
 from chexnet_deploy.quantize.calibration import CalibrationSet, choose_calibration
 from chexnet_deploy.quantize.equalise import ConcatParts, equalise_inputs, normalise_parts

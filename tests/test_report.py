@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from chexnet_deploy.bench import BenchRun, Effort, run_bench
-from chexnet_deploy.bundle import Bundle, EngineCard, Target
+from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.chestxray14 import ChestXray14
+from chexnet_deploy.manifest import EngineCard, Target
 from chexnet_deploy.predictor import Predictor
 from chexnet_deploy.report import N_CAM_PICTURES, write_html
 from chexnet_deploy.scoring import LabelledImages

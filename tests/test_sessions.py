@@ -9,8 +9,9 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from chexnet_deploy.bundle import ONNX_MODEL, PROBE, Bundle, hash_files
+from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.errors import SessionError
+from chexnet_deploy.manifest import ONNX_MODEL, PROBE, hash_files
 from chexnet_deploy.preprocessing import Pixels
 from chexnet_deploy.probe import Probe
 from chexnet_deploy.scoring import score_files

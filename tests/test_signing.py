@@ -19,9 +19,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import chexnet_deploy.sessions.ort as ort_room
-from chexnet_deploy.bundle import MANIFEST, MANIFEST_SHA256, ONNX_MODEL, PROBE, Bundle, Manifest, Precision, hash_files
+from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.errors import BundleError, ChexnetError, MissingPackageError, SessionError, TrustError
 from chexnet_deploy.files import sha256_hex
+from chexnet_deploy.manifest import MANIFEST, MANIFEST_SHA256, ONNX_MODEL, PROBE, Manifest, Precision, hash_files
 from chexnet_deploy.predictor import Predictor
 from chexnet_deploy.preprocessing import Preprocessing
 from chexnet_deploy.sessions import open_session
@@ -263,7 +264,7 @@ def test_nothing_is_parsed_before_its_signature_holds(
 ) -> None:
     path = write_tiny(tmp_path / "bundle").path
     sign_bundle(path, keys["stranger"])
-    monkeypatch.setattr("chexnet_deploy.bundle._parse_manifest", lambda *_: pytest.fail("parsed"))
+    monkeypatch.setattr("chexnet_deploy.bundle.parse_manifest", lambda *_: pytest.fail("parsed"))
     assert_refused(path, trust, "unknown")
 
 

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from chexnet_deploy.bundle import Precision
 from chexnet_deploy.errors import SpecError
+from chexnet_deploy.manifest import Precision
 from chexnet_deploy.spec import BatchProfile, EngineSpec, LatencyGate, read_spec, read_toml, spec_names
 
 GOOD = """\

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chexnet_deploy.bundle import Bundle, EngineCard
+from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.chestxray14 import ChestXray14
 from chexnet_deploy.errors import ImageError, SessionError
+from chexnet_deploy.manifest import EngineCard
 from chexnet_deploy.predictor import Prediction, Predictor
 from chexnet_deploy.preprocessing import Pixels
 from chexnet_deploy.sessions import Session, open_session

@@ -11,8 +11,8 @@ from typing import Annotated
 
 import typer
 
-from chexnet_deploy.cli import progress, run_program
 from chexnet_deploy.export.legacy import IMAGENET_FILE
+from chexnet_deploy.terminal import progress, run_program
 from training.logbook import METRICS
 from training.processes import join_processes, leave_processes
 from training.recipe import read_recipe

@@ -6,7 +6,7 @@ train -> export fp32, fp16, int8 -> bench all three beside fp32; everything lies
 from pathlib import Path
 
 from chexnet_deploy.bench import BenchReport, Effort
-from chexnet_deploy.bundle import Precision
+from chexnet_deploy.manifest import Precision
 from chexnet_deploy.phases import OnPhase
 from chexnet_deploy.pipeline import bench_bundles, export_bundles
 from training.recipe import read_recipe

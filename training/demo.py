@@ -11,9 +11,9 @@ from typing import Annotated
 import typer
 
 from chexnet_deploy.bench import Effort
-from chexnet_deploy.cli import print_bench, progress, run_program
 from chexnet_deploy.errors import SpecError
 from chexnet_deploy.parity import EXIT_CODES
+from chexnet_deploy.terminal import print_bench, progress, run_program
 from training.chain import BENCH, BUNDLES, RUN, train_export_bench
 from training.phantom import PhantomSpec, write_phantom
 

@@ -19,11 +19,11 @@ from PIL import Image, ImageDraw
 
 from chexnet_deploy import input_guard
 from chexnet_deploy.chestxray14 import ChestXray14
-from chexnet_deploy.cli import run_program
 from chexnet_deploy.files import write_file
 from chexnet_deploy.images import Gray, read_image
 from chexnet_deploy.input_guard import Edges, GuardWeights, edge_directions, mirrored, righted, thumbnail
 from chexnet_deploy.tables import Radiograph
+from chexnet_deploy.terminal import run_program
 
 WEIGHTS: Final = Path(input_guard.__file__).with_name(input_guard.WEIGHTS_FILE)
 SEED: Final = 14

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from chexnet_deploy.builder.layers import Layer, conv_types, parse_inspector, parse_log
-from chexnet_deploy.bundle import Precision
 from chexnet_deploy.errors import ExportError
+from chexnet_deploy.manifest import Precision
 from chexnet_deploy.phases import OnPhase
 from chexnet_deploy.sessions.tensorrt_versions import Family
 from chexnet_deploy.spec import EngineSpec

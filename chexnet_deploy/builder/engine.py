@@ -13,18 +13,9 @@ import numpy as np
 from chexnet_deploy.builder.compile import Compiled, CompileOptions, compile_onnx
 from chexnet_deploy.builder.layers import count_reformats
 from chexnet_deploy.builder.timing_cache import cache_key, read_cache, write_cache
-from chexnet_deploy.bundle import (
-    ONNX_MODEL,
-    PLAN_MODEL,
-    PROBE,
-    Bundle,
-    Check,
-    EngineCard,
-    Manifest,
-    Target,
-    hash_files,
-)
+from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.errors import BundleError, ExportError, GateError, SpecError
+from chexnet_deploy.manifest import ONNX_MODEL, PLAN_MODEL, PROBE, Check, EngineCard, Manifest, Target, hash_files
 from chexnet_deploy.phases import OnPhase
 from chexnet_deploy.predictor import sigmoid
 from chexnet_deploy.sessions import Logits, run_in_batches

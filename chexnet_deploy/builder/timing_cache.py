@@ -7,8 +7,8 @@ with a message, never used and never an error.
 import json
 from pathlib import Path
 
-from chexnet_deploy.bundle import Target
 from chexnet_deploy.files import sha256_hex, write_file
+from chexnet_deploy.manifest import Target
 from chexnet_deploy.spec import EngineSpec
 
 

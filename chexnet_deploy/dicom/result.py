@@ -17,10 +17,10 @@ from pydicom.dataset import Dataset
 from pydicom.filewriter import dcmwrite
 
 from chexnet_deploy import __version__
-from chexnet_deploy.bundle import Manifest
 from chexnet_deploy.dicom.patient_study import SourceImage
 from chexnet_deploy.dicom.representations import check_value
 from chexnet_deploy.errors import DicomError
+from chexnet_deploy.manifest import Manifest
 from chexnet_deploy.predictor import Prediction
 
 DISCLAIMER: Final = "AI result, not for diagnosis"

@@ -10,10 +10,11 @@ import numpy as np
 import onnx
 import torch
 
-from chexnet_deploy.bundle import ONNX_MODEL, PROBE, Bundle, Check, Manifest, Precision, hash_files
+from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.errors import ExportError
 from chexnet_deploy.export.checkpoint import Checkpoint, read_checkpoint
 from chexnet_deploy.export.model import DeployGraph
+from chexnet_deploy.manifest import ONNX_MODEL, PROBE, Check, Manifest, Precision, hash_files
 from chexnet_deploy.probe import Probe, draw_probe_pixels
 from chexnet_deploy.scope import ScopePolicy
 from chexnet_deploy.sessions.base import Session

@@ -13,14 +13,16 @@ from typing import Literal
 import numpy as np
 import onnx
 
-from chexnet_deploy.bundle import ONNX_MODEL, PROBE, Bundle, Calibration, Check, Manifest, Precision, hash_files
+from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.errors import BundleError, GateError
+from chexnet_deploy.manifest import ONNX_MODEL, PROBE, Calibration, Check, Manifest, Precision, hash_files
 from chexnet_deploy.parity import compare
 from chexnet_deploy.predictor import sigmoid
 from chexnet_deploy.quantize.calibration import CalibrationSet
 from chexnet_deploy.quantize.forms import ESTIMATOR, Dialect, prepare
 from chexnet_deploy.quantize.graphs import to_float16
 from chexnet_deploy.quantize.head_bias import correct_head_bias, read_head_bias
+from chexnet_deploy.quantize.nodes import quantised_activations
 from chexnet_deploy.quantize.sensitivity import Sensitivity, fewest_float_convolutions, measure_sensitivity
 from chexnet_deploy.scoring import LabelledImages, score_files
 from chexnet_deploy.sessions.base import Logits, run_in_batches
@@ -123,6 +125,7 @@ def to_int8(
         estimator=ESTIMATOR,
         logit_mean=tuple(reference.mean(axis=0, dtype=np.float64).tolist()),
         logit_sd=tuple(reference.std(axis=0, dtype=np.float64).tolist()),
+        activations=quantised_activations(model),
     )
     weakest = {each.convolution: each.logit_noise for each in ranking[:N_WEAKEST]}
     return _write(bundle, model, out, Precision.INT8, verdict, dialect, record, (*never, *left), weakest)

@@ -34,6 +34,7 @@ class ServeConfig:
         receive_s: from a request's first byte, or connecting, to its last.
         answer_s: from a request's last byte to its answer's last.
         drain_s: after SIGTERM, for what was admitted.
+        saturation_s: between two images whose int8 activations are looked at; 0 for never.
         shadow_images: the newest images kept in memory for the comparison before a swap; 0 keeps none.
         swap_tolerance: largest |probability difference| to the running engine that a swap allows.
     """
@@ -56,6 +57,7 @@ class ServeConfig:
     receive_s: float = 10.0
     answer_s: float = 30.0
     drain_s: float = 20.0
+    saturation_s: float = 10.0
     shadow_images: int = 16
     swap_tolerance: float = 0.02
 
@@ -75,6 +77,7 @@ class ServeConfig:
             ("receive_s", 0.1, 3600.0),
             ("answer_s", 0.1, 3600.0),
             ("drain_s", 0.0, 3600.0),
+            ("saturation_s", 0.0, 86_400.0),
             ("shadow_images", 0, 1000),
             ("swap_tolerance", 0.0, 1.0),
         ):

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from chexnet_deploy.preprocessing import Pixels
 from chexnet_deploy.scope import ScopePolicy
 from chexnet_deploy.serving.batching import BatchPlan, Lane, measure_plan
 from chexnet_deploy.serving.config import ServeConfig
+from chexnet_deploy.serving.saturation import SaturationWatch, can_watch
 from chexnet_deploy.sessions import Session, check_known_answers, open_session, resolve_provider, run_in_batches
 from chexnet_deploy.signing.trust import read_trust
 
@@ -31,6 +32,7 @@ class Engine:
         session: open.
         plan: which batch sizes gain here, measured when it was opened.
         lane: the line in front of it.
+        saturation: of its int8 activations; None where they can't be looked at, or aren't to be.
         n_users: requests that hold it; for one event loop.
     """
 
@@ -39,6 +41,7 @@ class Engine:
     session: Session
     plan: BatchPlan
     lane: Lane
+    saturation: SaturationWatch | None = None
     n_users: int = 0
     is_idle: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -77,9 +80,13 @@ class Engine:
         """Run what waits, and free the model."""
         self.lane.close()
         self.session.close()
+        if self.saturation is not None:
+            self.saturation.close()
 
 
-def open_engine(config: ServeConfig, on_run: Callable[[int, float], None]) -> Engine:
+def open_engine(
+    config: ServeConfig, on_run: Callable[[int, float], None], on_saturation: Callable[[Mapping[str, float]], None]
+) -> Engine:
     """Verify the bundle, load it, check its known answers and measure which batches gain.
 
     Its release is not kept yet as the oldest that may run: call `bundle.keep_release()` once it takes over.
@@ -106,7 +113,9 @@ def open_engine(config: ServeConfig, on_run: Callable[[int, float], None]) -> En
         on_run=on_run,
         check=lambda: check_known_answers(session, unkept, n_probes=1),
     )
-    return Engine(bundle, backend, session, plan, lane)
+    is_watched = config.saturation_s > 0.0 and can_watch(bundle)
+    saturation = SaturationWatch(bundle, config.saturation_s, on_saturation) if is_watched else None
+    return Engine(bundle, backend, session, plan, lane, saturation)
 
 
 def refuse_unlike(running: Engine, new: Engine, recent: Sequence[Pixels], tolerance: float) -> float:

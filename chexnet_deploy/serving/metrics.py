@@ -2,19 +2,21 @@
 
 Scores and pixels are published in blocks of 100 images: a scrape between two of them can't tell one patient's. An int8 manifest
 holds the mean and spread of the logits on its calibration images, and drift is how far a block's mean lies from them. What
-saturates inside the network isn't seen: no backend shows its activations.
+saturates inside the network, saturation.py finds out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-from chexnet_deploy.bundle import Bundle, Calibration
+from chexnet_deploy.bundle import Bundle
+from chexnet_deploy.manifest import Calibration
 from chexnet_deploy.predictor import sigmoid
 from chexnet_deploy.preprocessing import Pixels
+from chexnet_deploy.serving.saturation import BLOCK as SATURATION_BLOCK
 from chexnet_deploy.sessions import Logits
 
 CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
@@ -85,6 +87,12 @@ class Metrics:
             ["finding"],
             registry=registry,
         )
+        self._saturation = Gauge(
+            "chexnet_int8_saturated_share",
+            f"Mean share of a tensor's int8 values at an end of their range, over {SATURATION_BLOCK} sampled images",
+            ["tensor"],
+            registry=registry,
+        )
         self._block: list[tuple[float, float, Logits]] = []
         self._findings: tuple[str, ...] = ()
         self._points: dict[str, float] = {}
@@ -101,6 +109,7 @@ class Metrics:
         self._calibration = manifest.calibration
         self._block.clear()
         self._drift.clear()
+        self._saturation.clear()
 
     def count_images(self, pixels: Pixels, logits: Logits, findings: Sequence[str]) -> None:
         """Add images that were answered to the block.
@@ -117,6 +126,11 @@ class Metrics:
             self._block.append((float(image.mean()), clipped, row))
         if len(self._block) >= BLOCK:
             self._publish()
+
+    def set_saturation(self, shares: Mapping[str, float]) -> None:
+        """Publish tensor -> share of its values at an end of its range."""
+        for tensor, share in shares.items():
+            self._saturation.labels(tensor).set(share)
 
     def _publish(self) -> None:
         for mean, clipped, logits in self._block:

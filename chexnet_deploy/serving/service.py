@@ -66,7 +66,7 @@ class Service:
         Raises:
             BundleError, TrustError, SessionError, MissingPackageError: see open_engine.
         """
-        engine = await asyncio.to_thread(open_engine, self.config, self._count_run)
+        engine = await asyncio.to_thread(open_engine, self.config, self._count_run, self.metrics.set_saturation)
         try:
             await asyncio.to_thread(engine.bundle.keep_release)
         except BaseException:
@@ -88,7 +88,7 @@ class Service:
                 return False
             new: Engine | None = None
             try:
-                new = await asyncio.to_thread(open_engine, self.config, self._count_run)
+                new = await asyncio.to_thread(open_engine, self.config, self._count_run, self.metrics.set_saturation)
                 if new.bundle.id == running.bundle.id:
                     log.info("swap: %s runs already", running.version)
                     self.metrics.swaps.labels("same").inc()
@@ -151,6 +151,8 @@ class Service:
         self.metrics.stage.labels("infer").observe(answer.infer_s)
         self.metrics.count_images(pixels, answer.logits, engine.bundle.manifest.findings)
         self._recent.add(pixels)
+        if engine.saturation is not None:
+            engine.saturation.offer(pixels)
         return answer
 
     async def work(self, function: Callable[[], T], deadline_s: float) -> T:

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
-from chexnet_deploy.bundle import MANIFEST, MANIFEST_SHA256, PROBE, Bundle, Manifest
+from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.errors import BundleError
 from chexnet_deploy.files import new_directory
+from chexnet_deploy.manifest import MANIFEST, MANIFEST_SHA256, PROBE, Manifest
 from chexnet_deploy.plainfiles import PlainFile
 from chexnet_deploy.sessions.base import MAX_BATCH
 from chexnet_deploy.signing.signatures import SIGNATURE

@@ -50,7 +50,7 @@ class OrtSession:
         self._model = model
         self._resize_px = resize_px
         self._provider: Provider = provider
-        self._session: Any = load_onnx(model, _options(threads), provider)
+        self._session: Any = load_onnx(model, session_options(threads), provider)
 
     @classmethod
     def open(cls, bundle: Bundle, *, threads: int | None = None, provider: Provider = "cpu") -> "OrtSession":
@@ -79,7 +79,7 @@ class OrtSession:
     def conv_types(self) -> Mapping[str, int]:
         """Return how many convolutions ONNX Runtime runs in each type, read from its own profile of one run."""
         with tempfile.TemporaryDirectory() as folder:
-            options = _options(1)
+            options = session_options(1)
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(folder) / "profile")
             session = load_onnx(self._model, options, self._provider)
@@ -103,7 +103,15 @@ class OrtSession:
         self._model = b""
 
 
-def _options(threads: int | None) -> Any:
+def session_options(threads: int | None) -> Any:
+    """Return onnxruntime.SessionOptions as all sessions here have them.
+
+    Args:
+        threads: for one call; None lets ONNX Runtime take all cores.
+
+    Raises:
+        SessionError: there are fewer cores.
+    """
     options = ort.SessionOptions()
     options.log_severity_level = _LOG_ERRORS_ONLY
     if threads is not None:
@@ -144,7 +152,7 @@ def load_onnx(model: bytes, options: Any = None, provider: Provider = "cpu") -> 
             f"this ONNX Runtime {ort.__version__} has no {name}. Install onnxruntime-gpu in place of onnxruntime, or use cpu."
         )
     try:
-        session = ort.InferenceSession(model, options or _options(None), providers=[(name, settings)])
+        session = ort.InferenceSession(model, options or session_options(None), providers=[(name, settings)])
     except Exception as err:
         raise SessionError(f"ONNX Runtime {ort.__version__} refuses this model: {err}") from err
     # Where a provider does not start, a missing cuDNN say, ONNX Runtime goes on with the CPU and a line in its log.

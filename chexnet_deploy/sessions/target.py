@@ -4,8 +4,8 @@ import logging
 import platform
 from types import ModuleType
 
-from chexnet_deploy.bundle import Target
 from chexnet_deploy.errors import MissingPackageError, SessionError
+from chexnet_deploy.manifest import Target
 from chexnet_deploy.sessions.tensorrt_versions import Backend
 
 _LOG = logging.getLogger(__name__)

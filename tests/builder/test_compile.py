@@ -13,10 +13,10 @@ from onnx import TensorProto, helper
 from chexnet_deploy.builder.compile import CompileOptions, compile_onnx
 from chexnet_deploy.builder.layers import Layer, conv_types, count_reformats, parse_inspector, parse_log
 from chexnet_deploy.bundle import Bundle
-from chexnet_deploy.cli import cancellation
 from chexnet_deploy.errors import ExportError
 from chexnet_deploy.sessions.tensorrt_versions import Family, open_tensorrt
 from chexnet_deploy.spec import BatchProfile, BuildOptions, read_spec
+from chexnet_deploy.terminal import cancellation
 
 BATCH = BatchProfile(min=1, opt=4, max=8)
 AMPERE = CompileOptions(read_spec("fp16").model_copy(update={"batch": BATCH}), compute_capability="8.0")

@@ -17,8 +17,9 @@ from chexnet_deploy.builder.engine import (
     refuse_other_gpu,
 )
 from chexnet_deploy.builder.timing_cache import cache_key, read_cache, write_cache
-from chexnet_deploy.bundle import Bundle, Target
+from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.errors import BundleError, ExportError, MissingPackageError, SessionError, SpecError
+from chexnet_deploy.manifest import Target
 from chexnet_deploy.sessions.target import refuse_other_target
 from chexnet_deploy.sessions.tensorrt_versions import family_of
 from chexnet_deploy.spec import read_spec, spec_names

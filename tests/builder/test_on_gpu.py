@@ -11,8 +11,9 @@ import pytest
 
 from benchmarks.gpu_checks import memory_growth
 from chexnet_deploy.builder.engine import build_engine
-from chexnet_deploy.bundle import PLAN_MODEL, Bundle
+from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.errors import BundleError, SessionError
+from chexnet_deploy.manifest import PLAN_MODEL
 from chexnet_deploy.predictor import sigmoid
 from chexnet_deploy.sessions.trt import TrtSession
 from chexnet_deploy.spec import read_spec

@@ -7,11 +7,12 @@ import pytest
 from pydantic import ValidationError
 
 from benchmarks.synthetic_dicom import make_dicom
-from chexnet_deploy.bundle import Bundle, Manifest
+from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.dicom.decoder import Decoder
 from chexnet_deploy.dicom.header import read_header
 from chexnet_deploy.dicom.scope_check import check_scope, find_scope_faults
 from chexnet_deploy.errors import ImageRefusedError, RefusalReason, SpecError
+from chexnet_deploy.manifest import Manifest
 from chexnet_deploy.predictor import Predictor
 from chexnet_deploy.scope import ScopePolicy
 from chexnet_deploy.sessions import open_session
@@ -92,7 +93,7 @@ def test_the_manifest_carries_the_scope(bundles: dict[str, Bundle]) -> None:
 
 
 def test_export_writes_the_scope_into_every_bundle(checkpoint_path: Path, tmp_path: Path) -> None:
-    from chexnet_deploy.bundle import Precision
+    from chexnet_deploy.manifest import Precision
     from chexnet_deploy.pipeline import export_bundles
 
     (tmp_path / "scope.toml").write_text('views = ["PA"]\nage_years = [21, 90]\n')

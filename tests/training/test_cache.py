@@ -371,7 +371,7 @@ def test_a_killed_worker_is_a_clear_stop(phantom_root: Path, made: Path, tmp_pat
 FILE_SIZE_LIMITED = """
 import resource, sys
 from training.prepare import app
-from chexnet_deploy.cli import run_program
+from chexnet_deploy.terminal import run_program
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop()), resource.RLIM_INFINITY))
 run_program(app)
 """

@@ -19,11 +19,11 @@ from pydicom.datadict import tag_for_keyword
 from pydicom.dataset import Dataset
 from pydicom.filereader import read_dataset
 
-from chexnet_deploy.bundle import ONNX_MODEL, PROBE, Manifest, Precision
 from chexnet_deploy.dicom.attributes import PATIENT_STUDY, PICTURE
 from chexnet_deploy.dicom.patient_study import read_source_image
 from chexnet_deploy.dicom.result import Device, Result
 from chexnet_deploy.findings import FINDINGS
+from chexnet_deploy.manifest import ONNX_MODEL, PROBE, Manifest, Precision
 from chexnet_deploy.predictor import Prediction
 from chexnet_deploy.preprocessing import Preprocessing
 

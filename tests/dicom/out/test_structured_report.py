@@ -15,12 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydicom.dataset import Dataset
 
-from chexnet_deploy.bundle import Manifest
 from chexnet_deploy.dicom.finding_codes import PRIVATE_SCHEME, finding_code
 from chexnet_deploy.dicom.result import Device, Result, encode
 from chexnet_deploy.dicom.structured_report import build_structured_report, read_probabilities
 from chexnet_deploy.errors import DicomError
 from chexnet_deploy.findings import FINDINGS
+from chexnet_deploy.manifest import Manifest
 from chexnet_deploy.predictor import Prediction
 
 HeaderOf = Callable[..., Dataset]
