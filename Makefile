@@ -6,6 +6,8 @@ STAMP := $(VENV)/.installed
 # torch pinned in pyproject.toml; on a machine without a GPU, PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 # saves several GB of CUDA.
 PIP_FLAGS ?=
+# A file's tests run in one process: some share a service or a node.
+TEST_PROCESSES ?= 2
 
 .PHONY: demo test lint soak real clean
 
@@ -19,7 +21,7 @@ demo: $(STAMP)  ## phantom data -> trained model -> fp32, fp16, int8 bundles -> 
 	$(BIN)/python -m training.demo
 
 test: $(STAMP) lint  ## everything that must pass
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

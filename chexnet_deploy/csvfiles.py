@@ -49,7 +49,8 @@ def read_text(path: Path) -> str:
     """
     try:
         if not path.is_file():
-            raise DatasetError(f"{path}: found no such file; needed a text file. Next: check the path.")
+            found = "a folder" if path.is_dir() else "no such file"
+            raise DatasetError(f"{path}: found {found}; needed a text file. Next: check the path.")
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as err:
         raise DatasetError(f"{path}: found {err}; needed readable UTF-8 text. Next: copy the file again.") from err

@@ -226,9 +226,8 @@ def _explain(path: Path, content: bytes, err: Exception, pickled_model: str) -> 
         return CheckpointError(
             f"{path} is an HDF5 file, as Keras writes; its layers differ. Only PyTorch's are imported."
         )
-    first_line = (str(err).strip().splitlines() or [type(err).__name__])[0][:120]
     return CheckpointError(
-        f"{path} can't be loaded as weights alone ({first_line}). Needed: a file of torch.save that holds a state_dict; "
+        f"{path} can't be loaded as weights alone: it is damaged, or no file of PyTorch. Needed: a file of torch.save that holds a state_dict; "
         f"copy it again, or save the model's state_dict() anew."
     )
 

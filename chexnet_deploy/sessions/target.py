@@ -24,7 +24,8 @@ def open_driver() -> ModuleType:
         raise MissingPackageError("pycuda is not installed. Run: pip install 'chexnet-deploy[gpu]'") from err
     except ImportError as err:  # pycuda is linked against the driver's libcuda
         raise SessionError(
-            f"no NVIDIA driver was found ({err}). Plans are built and run on the GPU they are for."
+            f"no NVIDIA driver was found ({err}). Plans are built and run on the GPU they are for. "
+            "Run: chexnet-deploy doctor"
         ) from err
     try:
         cuda.init()
