@@ -227,7 +227,7 @@ def _explain(path: Path, content: bytes, err: Exception, pickled_model: str) -> 
             f"{path} is an HDF5 file, as Keras writes; its layers differ. Only PyTorch's are imported."
         )
     return CheckpointError(
-        f"{path} can't be loaded as weights alone: it is damaged, or no file of PyTorch. Needed: a file of torch.save that holds a state_dict; "
+        f"{path} can't be loaded as weights alone: damaged, or not PyTorch's. Needed: a file of torch.save with a state_dict; "
         f"copy it again, or save the model's state_dict() anew."
     )
 

@@ -7,6 +7,7 @@ joins quantised tensors of different scales; the known answers would refuse such
 import os
 from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from threading import Lock
 from typing import Any
@@ -19,8 +20,9 @@ from chexnet_deploy.errors import SessionError
 from chexnet_deploy.preprocessing import Pixels
 from chexnet_deploy.sessions.base import MAX_BATCH, Logits, Maps, check_finite, check_pixels
 
-# A batch is cut into pieces that run side by side on one core each: 1.1 to 1.2 times the images a second of one piece on
-# all cores, whose activations leave the core's own cache. Single images take all cores.
+# Batches are cut into pieces that run side by side on one core each: what is left in a core's own cache isn't fetched from
+# another's, and no core waits for another between layers. A piece of four images takes 0.9 of the time of four pieces of one,
+# which take 0.8 of that of four images on all cores. A single image takes all cores, to be answered soonest.
 PIECE = 4
 _TYPE_NAMES = (("_i8", "int8"), ("_u8", "int8"), ("_f16", "float16"), ("_bf16", "bfloat16"), ("_f32", "float32"))
 
@@ -50,17 +52,26 @@ class OpenvinoSession:
         n_single = max(1, cores // self._threads)
         try:
             core = openvino.Core()
-            single = core.read_model(model)
-            pieces = single.clone()
-            self._single = _compile(core, single, 1, resize_px, self._threads * n_single, streams=n_single)
-            self._pieces = _compile(core, pieces, PIECE, resize_px, self._threads, streams=self._threads)
+            read = core.read_model(model)
+            with ThreadPoolExecutor() as pool:  # a second for each of them, on one core
+                single, ones, pieces = pool.map(
+                    lambda how: _compile(core, read.clone(), how[0], resize_px, how[1], streams=how[2]),
+                    (
+                        (1, self._threads * n_single, n_single),
+                        (1, self._threads, self._threads),
+                        (PIECE, self._threads, self._threads),
+                    ),
+                )
         except Exception as err:
             raise SessionError(f"OpenVINO {openvino.get_version()} refuses this model: {err}") from err
         self._is_open = True
+        self._single = single
         self._singles: SimpleQueue[Any] = SimpleQueue()
         for _ in range(n_single):
             self._singles.put(self._single.create_infer_request())
-        self._requests: list[Any] = [self._pieces.create_infer_request() for _ in range(self._threads)]
+        self._ones, self._fours = (
+            [each.create_infer_request() for _ in range(self._threads)] for each in (ones, pieces)
+        )
 
     @classmethod
     def open(cls, bundle: Bundle, *, threads: int | None = None) -> "OpenvinoSession":
@@ -100,29 +111,25 @@ class OpenvinoSession:
     def close(self) -> None:
         """Free the model; no run may be under way."""
         self._is_open = False
-        self._single = self._pieces = None
-        self._singles, self._requests = SimpleQueue(), []
+        self._single = None
+        self._singles, self._ones, self._fours = SimpleQueue(), [], []
 
     def _answer(self, pixels: Pixels) -> tuple[Logits, Maps]:
-        n_whole = len(pixels) // PIECE * PIECE
-        parts = self._answer_pieces(pixels[:n_whole]) if n_whole else []
-        parts += [self._answer_one(pixels[i : i + 1]) for i in range(n_whole, len(pixels))]
+        n = len(pixels)
+        n_in_fours = n - n % (PIECE * self._threads)  # no core is without a piece
+        n_last = int(
+            n == 1 or (self._threads > 1 and (n - n_in_fours) % self._threads == 1)
+        )  # it would be on one core alone
+        parts: list[tuple[Logits, Maps]] = []
+        if n > n_last:
+            with self._lock:
+                parts += _run_beside(self._fours, pixels[:n_in_fours], PIECE)
+                parts += _run_beside(self._ones, pixels[n_in_fours : n - n_last], 1)
+        if n_last:
+            parts.append(self._answer_one(pixels[n - 1 :]))
         if len(parts) == 1:
             return parts[0]
         return np.concatenate([logits for logits, _ in parts]), np.concatenate([maps for _, maps in parts])
-
-    def _answer_pieces(self, pixels: Pixels) -> list[tuple[Logits, Maps]]:
-        parts = []
-        with self._lock:
-            for start in range(0, len(pixels), PIECE * len(self._requests)):
-                running = []
-                for request, first in zip(self._requests, range(start, len(pixels), PIECE), strict=False):
-                    request.start_async({0: pixels[first : first + PIECE]}, share_inputs=True)
-                    running.append(request)
-                for request in running:
-                    request.wait()
-                    parts.append(_outputs(request))
-        return parts
 
     def _answer_one(self, pixels: Pixels) -> tuple[Logits, Maps]:
         request = self._singles.get()
@@ -142,6 +149,20 @@ def _compile(core: Any, model: Any, batch: int, resize_px: int, threads: int, *,
         "INFERENCE_PRECISION_HINT": "f32",
     }
     return core.compile_model(model, "CPU", settings)
+
+
+def _run_beside(requests: list[Any], pixels: Pixels, size: int) -> list[tuple[Logits, Maps]]:
+    """Run pieces of so many images, as many at once as there are requests."""
+    parts = []
+    for start in range(0, len(pixels), size * len(requests)):
+        running = []
+        for request, first in zip(requests, range(start, len(pixels), size), strict=False):
+            request.start_async({0: pixels[first : first + size]}, share_inputs=True)
+            running.append(request)
+        for request in running:
+            request.wait()
+            parts.append(_outputs(request))
+    return parts
 
 
 def _outputs(request: Any) -> tuple[Logits, Maps]:
