@@ -1,5 +1,6 @@
 """Shared fixtures: real radiographs where there are any, and the smallest real chain everywhere."""
 
+import fcntl
 import os
 from pathlib import Path
 
@@ -107,17 +108,25 @@ def bundles(checkpoint_path: Path, phantom_root: Path, tmp_path_factory: pytest.
     from chexnet_deploy.manifest import Precision
     from chexnet_deploy.pipeline import export_bundles
 
-    made = export_bundles(
-        checkpoint_path,
-        tmp_path_factory.mktemp("bundles"),
-        tuple(Precision),
-        data_root=phantom_root,
-        calibration_list=None,
-        n_calibration_images=100,
-        dialects=("typed", "cpu"),
-        on_phase=lambda phase, done, total: None,
-    )
-    return {bundle.path.name: bundle for bundle in made}
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # the first process makes them for all
+    with (folder / "bundles.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "bundles.done").exists():
+            export_bundles(
+                checkpoint_path,
+                folder / "bundles",
+                tuple(Precision),
+                data_root=phantom_root,
+                calibration_list=None,
+                n_calibration_images=100,
+                dialects=("typed", "cpu"),
+                on_phase=lambda phase, done, total: None,
+            )
+            (folder / "bundles.done").touch()
+    names = ("fp32", "fp16", "int8", "int8-cpu")
+    return {name: Bundle.open(folder / "bundles" / name) for name in names}
 
 
 @pytest.fixture(scope="session")
