@@ -37,12 +37,12 @@ def test_a_bomb_is_cut_before_it_is_unpacked() -> None:
 @pytest.mark.parametrize(
     ("body", "encoding", "status"),
     [
-        (gzip.compress(b"abc")[:-1], "gzip", 400),
-        (gzip.compress(b"abc")[:-9], "gzip", 400),
+        (gzip.compress(b"abc", mtime=0)[:-1], "gzip", 400),
+        (gzip.compress(b"abc", mtime=0)[:-9], "gzip", 400),
         (b"", "gzip", 400),
         (b"abc", "gzip", 400),
-        (gzip.compress(b"abc") + b"x", "gzip", 400),
-        (gzip.compress(b"abc") * 2, "gzip", 400),
+        (gzip.compress(b"abc", mtime=0) + b"x", "gzip", 400),
+        (gzip.compress(b"abc", mtime=0) * 2, "gzip", 400),
         (b"abc", "br", 415),
         (b"abc", "gzip, gzip", 415),
     ],
