@@ -62,7 +62,7 @@ def test_a_wrong_form_is_refused(path: Path, content: str, found: str) -> None:
 
 
 def test_what_is_no_text_is_refused(path: Path, tmp_path: Path) -> None:
-    for other, found in ((path, "no such file"), (tmp_path, "no such file")):
+    for other, found in ((path, "no such file"), (tmp_path, "a folder")):
         with pytest.raises(DatasetError, match=found):
             read_text(other)
     path.write_bytes(b"\xff\xfe")
