@@ -43,10 +43,11 @@ RESULTS = Path(__file__).parent / "results" / "serving-cpu.json"
 MODEL: Final = "chexnet"
 CLIENTS: Final = 16
 ATTACKERS: Final = 200
-LOADS: Final = {
-    "even_0.8": "0.8 of capacity, evenly",
-    "random_0.8": "0.8 of capacity, at random",
-    "random_3": "3 times capacity, at random",
+# By name: in words, the share of capacity, and the seed of the moments, None for even distances.
+LOADS: Final[Mapping[str, tuple[str, float, int | None]]] = {
+    "even_0.8": ("0.8 of capacity, evenly", 0.8, None),
+    "random_0.8": ("0.8 of capacity, at random", 0.8, 8),
+    "random_3": ("3 times capacity, at random", 3.0, 30),
 }
 ATTACK_S: Final = 15.0
 LOGIT_TOLERANCE: Final = 1.0  # of the first answer against the fp32 model's; int8 differs by tenths
@@ -221,7 +222,7 @@ def main(
         results["single_stream"] = {"p50_ms": percentile_ms(single, 50, 200), "p99_ms": percentile_ms(single, 99, 200)}
         results["capacity_images_per_s"] = capacity
         results["attack"] = measure_attack(service, request)
-        for name, share, seed in (("even_0.8", 0.8, None), ("random_0.8", 0.8, 8), ("random_3", 3.0, 30)):
+        for name, (_, share, seed) in LOADS.items():
             results[f"load_{name}"] = measure_load(service, request, share * capacity, seconds, seed)
             sleep(1.0)
         results["exit_code"] = service.stop()
@@ -263,7 +264,7 @@ def markdown_table(found: Mapping[str, Any]) -> str:
         "| load | sent/s | answered/s | refused with 503 | p50 | p99 | 503 within |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, words in LOADS.items():
+    for name, (words, _, _) in LOADS.items():
         load = found[f"load_{name}"]
         n_refused, n = load["answers"].get("503", 0), sum(load["answers"].values())
         refused = f"{load['refusal_p99_ms']:.0f} ms" if n_refused else ""

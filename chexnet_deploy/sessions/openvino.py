@@ -117,9 +117,8 @@ class OpenvinoSession:
     def _answer(self, pixels: Pixels) -> tuple[Logits, Maps]:
         n = len(pixels)
         n_in_fours = n - n % (PIECE * self._threads)  # no core is without a piece
-        n_last = int(
-            n == 1 or (self._threads > 1 and (n - n_in_fours) % self._threads == 1)
-        )  # it would be on one core alone
+        # The last one takes all cores where it would be on one, beside nothing.
+        n_last = int(n == 1 or (self._threads > 1 and (n - n_in_fours) % self._threads == 1))
         parts: list[tuple[Logits, Maps]] = []
         if n > n_last:
             with self._lock:

@@ -1,8 +1,6 @@
 """What lies at the ends of int8 ranges is counted as it is, told in blocks, and never in the way."""
 
-import threading
 from collections.abc import Mapping
-from pathlib import Path
 from time import monotonic, sleep
 
 import numpy as np
@@ -62,10 +60,10 @@ def test_images_like_the_calibrations_hardly_saturate_and_others_do(
 
 
 def test_a_block_is_told_as_its_mean(bundles: dict[str, Bundle]) -> None:
-    told, done = list[Mapping[str, float]](), threading.Event()
-    watch = SaturationWatch(bundles["int8-cpu"], 1e-6, lambda shares: (told.append(shares), done.set()))  # type: ignore[func-returns-value]
+    told = list[Mapping[str, float]]()
+    watch = SaturationWatch(bundles["int8-cpu"], 1e-6, told.append)
     end_s = monotonic() + 60.0
-    while not done.is_set() and monotonic() < end_s:
+    while not told and monotonic() < end_s:
         watch.offer(noise())
         sleep(0.001)
     watch.close()
@@ -122,7 +120,7 @@ def test_only_int8_in_onnx_is_watched(bundles: dict[str, Bundle], monkeypatch: p
     assert not can_watch(bundles["int8"])
 
 
-def test_a_service_tells_it(start: Start, served: Bundle, radiograph: bytes, tmp_path: Path) -> None:
+def test_a_service_tells_it(start: Start, served: Bundle, radiograph: bytes) -> None:
     service = start(served.path, "--saturation-s", "0.0001")
     end_s = monotonic() + 60.0
     while b"chexnet_int8_saturated_share{" not in service.ask("GET", "/metrics")[2]:
