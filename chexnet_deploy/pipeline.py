@@ -38,7 +38,7 @@ from chexnet_deploy.results import open_table
 from chexnet_deploy.scope import ScopePolicy
 from chexnet_deploy.scoring import LabelledImages
 from chexnet_deploy.sessions import Provider, resolve_provider
-from chexnet_deploy.sessions.target import open_driver
+from chexnet_deploy.sessions.driver import open_driver
 from chexnet_deploy.sessions.tensorrt_versions import Backend, open_tensorrt
 from chexnet_deploy.signing.release import Release
 from chexnet_deploy.signing.trust import Trust
@@ -202,7 +202,7 @@ def require_tensorrt(backend: Backend) -> None:
     """Refuse before any work where plans can't be built.
 
     Raises:
-        MissingPackageError, SessionError: no GPU, driver, pycuda or TensorRT.
+        MissingPackageError, SessionError: no GPU, driver, binding to it, or TensorRT.
     """
     open_driver()
     open_tensorrt(backend)

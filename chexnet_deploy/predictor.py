@@ -22,7 +22,7 @@ from chexnet_deploy.input_guard import check_image
 from chexnet_deploy.manifest import Manifest
 from chexnet_deploy.preprocessing import Pixels
 from chexnet_deploy.scope import ScopePolicy
-from chexnet_deploy.sessions import Logits, Provider, Session, open_session
+from chexnet_deploy.sessions import Logits, Provider, Session, open_session, run_padded
 from chexnet_deploy.signing.trust import Trust
 from chexnet_deploy.streaming import Flow, choose_flow, in_order, iter_lists, usable_cores
 
@@ -170,7 +170,7 @@ class Predictor:
             loaded = [self._load(Path(path)) for path in batch]
             pixels = [each for each in loaded if not isinstance(each, ImageError)]
             with turns:
-                named = iter(self._run_filled(pixels, with_maps=with_maps)) if pixels else iter(())
+                named = iter(self._run_batch(pixels, with_maps=with_maps)) if pixels else iter(())
             return [
                 (Path(path), each if isinstance(each, ImageError) else next(named))
                 for path, each in zip(batch, loaded, strict=True)
@@ -202,11 +202,9 @@ class Predictor:
         except ImageError as err:
             return ImageError(str(err))
 
-    def _run_filled(self, pixels: list[Pixels], *, with_maps: bool) -> list[Prediction]:
-        """Run one batch; where it is smaller than the session takes, copies fill it up, and their answers are dropped."""
-        n_missing = max(0, self._session.batch_range[0] - len(pixels))
-        logits, maps = self._session.run(np.concatenate(pixels + pixels[-1:] * n_missing))
-        rows = list(zip(logits, maps, strict=True))[: len(pixels)]
+    def _run_batch(self, pixels: list[Pixels], *, with_maps: bool) -> list[Prediction]:
+        logits, maps = run_padded(self._session, np.concatenate(pixels))
+        rows = zip(logits, maps, strict=True)
         return [Prediction.of(row, row_maps if with_maps else None, self._manifest) for row, row_maps in rows]
 
 

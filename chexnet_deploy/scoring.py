@@ -16,7 +16,7 @@ from chexnet_deploy.errors import DatasetError
 from chexnet_deploy.findings import FINDINGS
 from chexnet_deploy.images import ImageReader
 from chexnet_deploy.preprocessing import Pixels, Preprocessing
-from chexnet_deploy.sessions import Logits, Maps, Session
+from chexnet_deploy.sessions import Logits, Maps, Session, run_padded
 from chexnet_deploy.streaming import in_order, iter_lists
 from chexnet_deploy.subgroups import subgroups
 from chexnet_deploy.tables import Radiograph
@@ -110,7 +110,7 @@ def score_files(
     for batch in iter_batches(iter_pixels(paths, preprocessing), batch_size):
         maps: dict[str, Maps] = {}
         for name, session in sessions.items():
-            logits, maps[name] = session.run(batch)
+            logits, maps[name] = run_padded(session, batch)
             collected[name].append(logits)
         if on_maps is not None:
             on_maps(maps)

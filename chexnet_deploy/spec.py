@@ -92,13 +92,13 @@ class BuildOptions(_Record):
     """How TensorRT builds; ONNX Runtime has no use for it.
 
     Attributes:
-        workspace_mib: scratch memory that one kernel may take.
+        workspace_mib: scratch memory that one kernel may take; None is TensorRT's own limit, the whole GPU.
         optimization_level: TensorRT's own scale of effort.
         hardware_compatibility: "ampere_plus" gives a slower plan that runs on every GPU from Ampere on. Version
             compatibility is not offered: such plans hold host code.
     """
 
-    workspace_mib: Annotated[int, Field(ge=16, le=65536)] = 1024
+    workspace_mib: Annotated[int, Field(ge=16, le=65536)] | None = None
     optimization_level: Annotated[int, Field(ge=0, le=5)] = 3
     hardware_compatibility: Literal["none", "ampere_plus"] = "none"
 
@@ -114,7 +114,7 @@ class EngineSpec(_Record):
     """One engine as promised: precision, batch sizes, how it is built and the gate it must pass.
 
     Attributes:
-        gpu: words that the GPU's name must hold, e.g. "L4"; None for any. A spec for ONNX Runtime names none.
+        gpu: substring that the GPU's name must contain, e.g. "L4"; None for any. A spec for ONNX Runtime names none.
     """
 
     description: str

@@ -30,7 +30,7 @@ def real_root() -> Path:
 def gpu_backends() -> list[str]:
     """Every TensorRT installed on this GPU machine; without one the test is reported as not run, or fails if required."""
     from chexnet_deploy.errors import ChexnetError
-    from chexnet_deploy.sessions.target import open_driver
+    from chexnet_deploy.sessions.driver import open_driver
     from chexnet_deploy.sessions.tensorrt_versions import open_tensorrt
 
     missing, backends = [], []

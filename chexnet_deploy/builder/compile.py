@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from chexnet_deploy.builder.layers import Layer, conv_types, parse_inspector, parse_log
+from chexnet_deploy.builder.layers import Layer, conv_types, layer_lines, parse_inspector, parse_log
 from chexnet_deploy.errors import ExportError
 from chexnet_deploy.manifest import Precision
 from chexnet_deploy.phases import OnPhase
+from chexnet_deploy.sessions.tensorrt_log import TensorrtLog, create
 from chexnet_deploy.sessions.tensorrt_versions import Family
 from chexnet_deploy.spec import EngineSpec
 
@@ -43,12 +44,14 @@ class Compiled:
     Attributes:
         layers: TensorRT's own table of what it made.
         timing_cache: what the next build of the same thing can start from; empty where the family has none.
+        table: that table as TensorRT gave it; empty where it gave none.
         conv_types: the type that each of the model's convolutions runs in, by its ONNX node's name; read from the table.
         warnings: what TensorRT warned of, each message once, in order.
     """
 
     plan: bytes
     layers: tuple[Layer, ...]
+    table: str
     conv_types: dict[str, str]
     timing_cache: bytes
     build_s: float
@@ -61,6 +64,7 @@ def compile_onnx(
     model: bytes,
     options: CompileOptions,
     *,
+    cuda_version: int | None = None,
     cancelled: threading.Event | None = None,
     on_phase: OnPhase | None = None,
 ) -> Compiled:
@@ -71,35 +75,46 @@ def compile_onnx(
         family: what it is.
         model: the ONNX file's bytes.
         options: batch profile and limits.
+        cuda_version: of the driver, e.g. 12040; None where none is needed.
         cancelled: set it from another thread to stop; needs IProgressMonitor, so not on 8.6.
         on_phase: called with TensorRT's phase, what is done and of how much.
 
     Raises:
         ExportError: TensorRT can't parse the model (naming the node), refuses to build it, or was cancelled.
+        SessionError: TensorRT does not start on this driver.
     """
-    log = _make_log(trt)
+    log = TensorrtLog.of(trt)
+    log.begin(keeps_lines=family.is_rtx)
     start = perf_counter()
-    builder = trt.Builder(log)
-    network = builder.create_network(_flags(trt.NetworkDefinitionCreationFlag, family.creation_flags))
-    _parse(trt, network, log, model, family)
-    config = builder.create_builder_config()
-    _configure(trt, builder, network, config, family, options)
-    if family.has_progress_monitor:
-        # Kept in a variable: the config does not keep it alive.
-        monitor = _make_monitor(trt, cancelled, on_phase)
-        config.progress_monitor = monitor
-    network_layers = (network.get_layer(i) for i in range(network.num_layers))
-    conv_names = [layer.name for layer in network_layers if layer.type == trt.LayerType.CONVOLUTION]
-    plan = builder.build_serialized_network(network, config)
-    if cancelled is not None and cancelled.is_set():
-        raise ExportError("the build was cancelled; nothing was kept.")
-    if plan is None:
-        raise ExportError(f"{family.name} built nothing: {_last_error(log)}. Nothing was kept.")
-    layers = parse_log(log.lines) if family.compiles_without_gpu else _inspect(trt, log, plan)
-    warnings = tuple(dict.fromkeys(log.warnings))
+    try:
+        builder = create(trt.Builder, trt, family, cuda_version)
+        network = builder.create_network(_flags(trt.NetworkDefinitionCreationFlag, family.creation_flags))
+        _parse(trt, network, log, model, family)
+        config = builder.create_builder_config()
+        _configure(trt, builder, network, config, family, options)
+        if family.has_progress_monitor:
+            # Kept in a variable: the config does not keep it alive.
+            monitor = _make_monitor(trt, cancelled, on_phase)
+            config.progress_monitor = monitor
+        network_layers = (network.get_layer(i) for i in range(network.num_layers))
+        conv_names = [layer.name for layer in network_layers if layer.type == trt.LayerType.CONVOLUTION]
+        plan = builder.build_serialized_network(network, config)
+        if cancelled is not None and cancelled.is_set():
+            raise ExportError("the build was cancelled; nothing was kept.")
+        if plan is None:
+            raise ExportError(
+                f"{family.name} built nothing{log.last_error() or ' and gave no reason'}. Nothing was kept. Where memory was "
+                f"too small, free some, or give the spec a smaller batch or build.workspace_mib."
+            )
+        table = "\n".join(layer_lines(log.lines)) if family.is_rtx else _inspect(trt, family, plan, cuda_version)
+        warnings = tuple(dict.fromkeys(log.warnings))
+    finally:
+        log.end()
+    layers = parse_log(table.splitlines()) if family.is_rtx else parse_inspector(table)
     return Compiled(
         plan=bytes(plan),
         layers=layers,
+        table=table,
         conv_types=conv_types(layers, conv_names),
         timing_cache=bytes(config.get_timing_cache().serialize()) if family.has_timing_cache else b"",
         build_s=perf_counter() - start,
@@ -132,9 +147,14 @@ def _configure(
         _pin_float16(trt, network)
     if family.tactic_sources:
         config.set_tactic_sources(_flags(trt.TacticSource, family.tactic_sources))
+    for name in family.builder_flags:
+        config.set_flag(getattr(trt.BuilderFlag, name))
+    for name in family.preview_features:
+        config.set_preview_feature(getattr(trt.PreviewFeature, name), True)  # noqa: FBT003  # its own signature
     # TF32 would round the fp32 reference to ten bits of mantissa, silently.
     config.clear_flag(trt.BuilderFlag.TF32)
-    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, spec.build.workspace_mib * _MIB)
+    if spec.build.workspace_mib is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, spec.build.workspace_mib * _MIB)
     config.builder_optimization_level = spec.build.optimization_level
     if spec.build.hardware_compatibility == "ampere_plus":
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
@@ -143,7 +163,7 @@ def _configure(
         config.set_timing_cache(cache, ignore_mismatch=False)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if options.compute_capability is not None:
-        if not family.compiles_without_gpu:
+        if not family.is_rtx:
             raise ExportError(f"{family.name} builds on the GPU it will run on; don't name another one.")
         name = "SM" + options.compute_capability.replace(".", "")
         if not hasattr(trt.ComputeCapability, name):
@@ -169,39 +189,17 @@ def _pin_float16(trt: ModuleType, network: Any) -> None:
                 layer.precision = trt.DataType.HALF
 
 
-def _inspect(trt: ModuleType, log: Any, plan: Any) -> tuple[Layer, ...]:
-    runtime = trt.Runtime(log)
+def _inspect(trt: ModuleType, family: Family, plan: Any, cuda_version: int | None) -> str:
+    """Return the inspector's JSON, or nothing where TensorRT shows none: a plan isn't lost for that."""
+    runtime = create(trt.Runtime, trt, family, cuda_version)
     engine = runtime.deserialize_cuda_engine(plan)
-    inspector = engine.create_engine_inspector()
-    return parse_inspector(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+    inspector = None if engine is None else engine.create_engine_inspector()
+    return "" if inspector is None else str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
 
 def _flags(enum: Any, names: tuple[str, ...]) -> int:
     """By name: the integers differ between versions."""
     return sum(1 << int(getattr(enum, name)) for name in names)
-
-
-def _last_error(log: Any) -> str:
-    return str(log.errors[-1]) if log.errors else "and gave no reason"
-
-
-def _make_log(trt: ModuleType) -> Any:
-    class Log(trt.ILogger):  # type: ignore[name-defined,misc]  # which module it is, is known at run time only
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.lines: list[str] = []
-            self.warnings: list[str] = []
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            # An exception in here would cross C++ and end the process.
-            self.lines.extend(message.splitlines())
-            if severity == trt.ILogger.WARNING:
-                self.warnings.append(message.strip())
-            elif severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                self.errors.append(message.strip())
-
-    return Log()
 
 
 def _make_monitor(trt: ModuleType, cancelled: threading.Event | None, on_phase: OnPhase | None) -> Any:
@@ -213,6 +211,7 @@ def _make_monitor(trt: ModuleType, cancelled: threading.Event | None, on_phase: 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             self.totals[phase_name] = num_steps
 
+        # An exception in here would cancel the build without a word.
         def step_complete(self, phase_name: str, step: int) -> bool:
             if on_phase is not None:
                 on_phase(phase_name, step + 1, max(self.totals.get(phase_name, 1), step + 1))

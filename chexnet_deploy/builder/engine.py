@@ -14,12 +14,14 @@ from chexnet_deploy.builder.compile import Compiled, CompileOptions, compile_onn
 from chexnet_deploy.builder.layers import count_reformats
 from chexnet_deploy.builder.timing_cache import cache_key, read_cache, write_cache
 from chexnet_deploy.bundle import Bundle
-from chexnet_deploy.errors import BundleError, ExportError, GateError, SpecError
+from chexnet_deploy.errors import BundleError, ExportError, GateError, SessionError, SpecError
+from chexnet_deploy.files import write_file
 from chexnet_deploy.manifest import ONNX_MODEL, PLAN_MODEL, PROBE, Check, EngineCard, Manifest, Target, hash_files
 from chexnet_deploy.phases import OnPhase
 from chexnet_deploy.predictor import sigmoid
 from chexnet_deploy.sessions import Logits, run_in_batches
-from chexnet_deploy.sessions.target import open_driver, this_target
+from chexnet_deploy.sessions.driver import CudaError, Driver, open_driver, primary_context
+from chexnet_deploy.sessions.target import this_target
 from chexnet_deploy.sessions.tensorrt_versions import Backend, Family, open_tensorrt
 from chexnet_deploy.sessions.trt import TrtSession
 from chexnet_deploy.spec import EngineSpec
@@ -63,19 +65,22 @@ def build_engine(
         raise SpecError(f"the spec is for {spec.precision.value}, {bundle.path} is {found}. Give its own spec.")
     if out.exists():
         raise BundleError(f"{out} is there already. Choose another place, or delete it first.")
-    cuda = open_driver()
+    driver = open_driver()
     trt, family = open_tensorrt(backend)
     refuse_other_dialect(bundle, family)
-    target = this_target(cuda, backend, str(trt.__version__), device)
+    target = this_target(driver, backend, str(trt.__version__), device)
     refuse_other_gpu(spec, target)
+    if spec.build.hardware_compatibility != "none" and driver.describe(device).is_integrated:
+        raise SpecError(f"{target.gpu} shares its memory with the CPU; such plans run there alone. Omit ampere_plus.")
     with one_builder(out):
         if out.exists():
             raise BundleError(f"another process built {out} meanwhile. Use that one.")
         key = cache_key(bundle.manifest.files[ONNX_MODEL], target, spec)
         cached, left_aside = (b"", None) if timing_cache is None else read_cache(timing_cache, key)
         options = CompileOptions(spec, timing_cache=cached)
-        with _primary_context(cuda, device):
-            compiled = compile_onnx(trt, family, bundle.read_model(), options, cancelled=cancelled, on_phase=on_phase)
+        compiled = _compile(driver, device, trt, family, bundle, options, cancelled, on_phase)
+        # Before anything is refused: it shows why.
+        write_file(out.parent / f"{out.name}.layers.{'txt' if family.is_rtx else 'json'}", compiled.table.encode())
         refuse_dropped_precision(bundle.manifest, compiled)
         if timing_cache is not None and compiled.timing_cache:
             write_cache(timing_cache, key, compiled.timing_cache)
@@ -105,15 +110,31 @@ def one_builder(out: Path) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _primary_context(cuda: ModuleType, device: int) -> Iterator[None]:
-    context = cuda.Device(device).retain_primary_context()
-    context.push()
+def _compile(
+    driver: Driver,
+    device: int,
+    trt: ModuleType,
+    family: Family,
+    bundle: Bundle,
+    options: CompileOptions,
+    cancelled: threading.Event | None,
+    on_phase: OnPhase | None,
+) -> Compiled:
     try:
-        yield
-    finally:
-        cuda.Context.pop()
-        context.detach()
+        with primary_context(driver, device):
+            return compile_onnx(
+                trt,
+                family,
+                bundle.read_model(),
+                options,
+                cuda_version=driver.cuda_version(),
+                cancelled=cancelled,
+                on_phase=on_phase,
+            )
+    except CudaError as err:
+        raise SessionError(
+            f"the GPU failed while the plan was built: {err}. Free its memory, or start the process again."
+        ) from err
 
 
 def _known_answers(
@@ -122,7 +143,8 @@ def _known_answers(
     """Return the plan's logits of the probe, and the bytes of activations it needs."""
     pixels = bundle.read_probe().pixels
     side = bundle.manifest.preprocessing.resize_px
-    session = TrtSession(plan, backend=backend, resize_px=side, conv_types=types, device=device)
+    # Without graphs, which would compile for three contexts more.
+    session = TrtSession(plan, backend=backend, resize_px=side, conv_types=types, device=device, with_graphs=False)
     try:
         return run_in_batches(session, pixels)[0], session.device_memory_bytes
     finally:

@@ -40,6 +40,11 @@ class Layer:
     origins: tuple[str, ...]
 
 
+def layer_lines(lines: Iterable[str]) -> tuple[str, ...]:
+    """Return those lines of a builder's log that are rows of its layer table."""
+    return tuple(line for line in lines if _LINE.match(line))
+
+
 def parse_log(lines: Iterable[str]) -> tuple[Layer, ...]:
     """Return the layer table that a builder logged.
 

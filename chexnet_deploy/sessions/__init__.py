@@ -6,7 +6,7 @@ import numpy as np
 
 from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.errors import MissingPackageError, SessionError
-from chexnet_deploy.sessions.base import Logits, Maps, Provider, Session, run_in_batches
+from chexnet_deploy.sessions.base import Logits, Maps, Provider, Session, run_in_batches, run_padded
 
 __all__ = [
     "Logits",
@@ -17,6 +17,7 @@ __all__ = [
     "open_session",
     "resolve_provider",
     "run_in_batches",
+    "run_padded",
 ]
 
 N_STARTUP_PROBES = 4  # enough to catch a wrong file or backend, few enough for a scanner's start-up
@@ -26,13 +27,17 @@ LOGIT_SLACK = 2e-3
 CAM_IDENTITY_TOLERANCE = 1e-4
 
 
-def open_session(bundle: Bundle, *, threads: int | None = None, provider: Provider = "auto") -> Session:
+def open_session(
+    bundle: Bundle, *, threads: int | None = None, provider: Provider = "auto", lanes: int = 1, device: int = 0
+) -> Session:
     """Load a bundle on the backend it was made for and check its known answers.
 
     Args:
         bundle: verified; if it was opened with trust, its release is the oldest that runs here from now on.
         threads: CPU threads for one call, for ONNX bundles; None takes all cores.
         provider: what runs an ONNX bundle.
+        lanes: calls that a plan answers at a time; each takes a stream and memory of its own.
+        device: the GPU's number, for plans.
 
     Raises:
         MissingPackageError: the backend is not installed.
@@ -44,7 +49,7 @@ def open_session(bundle: Bundle, *, threads: int | None = None, provider: Provid
     if bundle.manifest.target is not None:
         from chexnet_deploy.sessions.trt import TrtSession
 
-        session = TrtSession.open(bundle)
+        session = TrtSession.open(bundle, lanes=lanes, device=device)
     else:
         session = _open_onnx(bundle, threads, provider)
     try:

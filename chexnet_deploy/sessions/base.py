@@ -55,9 +55,22 @@ def run_in_batches(session: Session, pixels: Pixels) -> tuple[Logits, Maps]:
     Raises:
         SessionError: as Session.run.
     """
-    step = min(_BATCH_SIZE, session.batch_range[1])
-    parts = [session.run(pixels[i : i + step]) for i in range(0, len(pixels), step)]
+    step = max(session.batch_range[0], min(_BATCH_SIZE, session.batch_range[1]))
+    parts = [run_padded(session, pixels[i : i + step]) for i in range(0, len(pixels), step)]
     return np.concatenate([logits for logits, _ in parts]), np.concatenate([maps for _, maps in parts])
+
+
+def run_padded(session: Session, pixels: Pixels) -> tuple[Logits, Maps]:
+    """Run one batch; where the session takes no so small one, copies of its last image fill it up and their answers are dropped.
+
+    Raises:
+        SessionError: as Session.run.
+    """
+    n_missing = session.batch_range[0] - len(pixels)
+    if n_missing <= 0:
+        return session.run(pixels)
+    logits, maps = session.run(np.concatenate([pixels, np.repeat(pixels[-1:], n_missing, axis=0)]))
+    return logits[: len(pixels)], maps[: len(pixels)]
 
 
 def check_pixels(pixels: Pixels, resize_px: int, batch_range: tuple[int, int]) -> None:

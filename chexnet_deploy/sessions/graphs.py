@@ -1,4 +1,4 @@
-"""CUDA graphs on pycuda's streams: pycuda has none, cuda-bindings has, and both mean the same driver handles.
+"""CUDA graphs, by cuda-bindings: pycuda has none, and a stream is the same handle in both.
 
 A graph is launched in one call where TensorRT makes a few hundred, which is what a single image waits for.
 """
@@ -7,9 +7,11 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from chexnet_deploy.sessions.driver import CudaError
 
-class GraphError(Exception):
-    """The driver refused; never leaves sessions/."""
+
+class GraphError(CudaError):
+    """Work can't be captured, or what was captured can't be launched."""
 
 
 class CudaGraph:
@@ -32,16 +34,23 @@ class CudaGraph:
         self._call("cuStreamBeginCapture", self._stream, mode)
         try:
             work()
-        finally:
-            # Always, or the stream would stay in capture mode and never run anything.
-            ended = driver.cuStreamEndCapture(self._stream)
-        (graph,) = self._values("cuStreamEndCapture", ended)
+        except BaseException:
+            # Always ended, or the stream would stay in capture mode and never run anything.
+            error, unfinished = driver.cuStreamEndCapture(self._stream)
+            if error == driver.CUresult.CUDA_SUCCESS:
+                driver.cuGraphDestroy(unfinished)
+            raise
+        (graph,) = self._call("cuStreamEndCapture", self._stream)
         try:
             (self._graph,) = self._call("cuGraphInstantiate", graph, 0)
         finally:
             driver.cuGraphDestroy(graph)
-        # Its memory is taken now and not at the first image.
-        self._call("cuGraphUpload", self._graph, self._stream)
+        try:
+            # Its memory is taken now and not at the first image.
+            self._call("cuGraphUpload", self._graph, self._stream)
+        except GraphError:
+            driver.cuGraphExecDestroy(self._graph)
+            raise
 
     def launch(self) -> None:
         """Put the work on the stream.
@@ -52,17 +61,18 @@ class CudaGraph:
         self._call("cuGraphLaunch", self._graph, self._stream)
 
     def free(self) -> None:
-        """Give its memory back; nothing of it may be running."""
-        self._driver.cuGraphExecDestroy(self._graph)
+        """Give its memory back; nothing of it may be running.
+
+        Raises:
+            GraphError: the driver refuses.
+        """
+        self._call("cuGraphExecDestroy", self._graph)
 
     def _call(self, name: str, *arguments: Any) -> tuple[Any, ...]:
         try:
             answer = getattr(self._driver, name)(*arguments)
         except RuntimeError as err:  # this driver is too old to have it
             raise GraphError(f"{name}: {err}") from err
-        return self._values(name, answer)
-
-    def _values(self, name: str, answer: tuple[Any, ...]) -> tuple[Any, ...]:
         error, *values = answer
         if error != self._driver.CUresult.CUDA_SUCCESS:
             raise GraphError(f"{name}: {error.name}")

@@ -4,19 +4,21 @@ Nothing is allocated after it is made and its graphs are captured. One thread at
 """
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import partial
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from chexnet_deploy.errors import SessionError
 from chexnet_deploy.preprocessing import Pixels
 from chexnet_deploy.sessions.base import Logits, Maps
+from chexnet_deploy.sessions.driver import Driver
 from chexnet_deploy.sessions.graphs import CudaGraph, GraphError
-from chexnet_deploy.sessions.tensorrt_versions import Family
+from chexnet_deploy.sessions.plan import INPUT, OUTPUTS, Plan
 
-INPUT, OUTPUTS = "pixels", ("logits", "cam")
 STAGES = ("upload", "compute", "download")
 
 
@@ -24,48 +26,35 @@ class Lane:
     """Needs the CUDA context current for every call, the first too.
 
     Args:
-        cuda: pycuda.driver.
-        trt: the TensorRT module.
-        family: what it is.
-        engine: deserialised.
-        resize_px: side S of the pixels.
-        max_batch: of the plan's profile.
-        memory_bytes: activation memory that a context of this engine needs.
+        driver: with a current context.
+        plan: deserialised.
+        is_integrated: the GPU reads and writes the CPU's memory, so nothing is copied.
 
     Raises:
         SessionError: TensorRT gives no execution context.
-        cuda.Error: as pycuda does.
+        CudaError: the driver refuses; nothing is left taken.
     """
 
-    def __init__(
-        self,
-        cuda: ModuleType,
-        trt: ModuleType,
-        family: Family,
-        engine: Any,
-        resize_px: int,
-        max_batch: int,
-        memory_bytes: int,
-    ) -> None:
-        self._cuda, self._trt, self._family, self._engine = cuda, trt, family, engine
-        self._stream: Any = cuda.Stream()
-        self._events = [cuda.Event() for _ in range(len(STAGES) + 1)]
-        shapes = {INPUT: (max_batch, 1, resize_px, resize_px)}
-        for name in OUTPUTS:
-            shapes[name] = (max_batch, *tuple(engine.get_tensor_shape(name))[1:])
-        self._host: dict[str, Any] = {}
+    def __init__(self, driver: Driver, plan: Plan, *, is_integrated: bool) -> None:
+        self._driver, self._plan, self._is_integrated = driver, plan, is_integrated
+        self._host: dict[str, NDArray[Any]] = {}
         self._device: dict[str, Any] = {}
-        for name, shape in shapes.items():
-            dtype = np.dtype(np.uint8 if name == INPUT else np.float32)
-            # Page-locked, so that a copy is a true asynchronous one.
-            self._host[name] = cuda.pagelocked_empty(shape, dtype)
-            self._device[name] = cuda.mem_alloc(self._host[name].nbytes)
-        # One piece for all contexts of this lane, which never run at once.
-        self._memory_bytes = max(1, memory_bytes)
-        self._memory: Any = cuda.mem_alloc(self._memory_bytes)
-        self._execution: Any = self._make_context()
         # By batch size, each with the context it was captured from, which must outlive it.
         self._graphs: dict[int, tuple[CudaGraph, Any]] = {}
+        # Undone in the reverse order, each step also where an earlier one failed.
+        with ExitStack() as owned:
+            self._stream = driver.open_stream()
+            owned.callback(driver.close_stream, self._stream)
+            self._events = [self._take_event(owned) for _ in range(len(STAGES) + 1)]
+            for name, shape in plan.shapes.items():
+                self._take_buffers(owned, name, shape)
+            # One piece for all contexts of this lane, which never run at once.
+            self._memory: Any = driver.take_device(plan.activation_bytes)
+            owned.callback(driver.free_device, self._memory)
+            owned.callback(self._drop_execution)
+            self._execution: Any = self._open_execution()
+            owned.callback(self.free_graphs)
+            self._owned = owned.pop_all()
 
     def run(self, pixels: Pixels) -> tuple[Logits, Maps]:
         """Return logits and maps of checked pixels."""
@@ -74,7 +63,7 @@ class Lane:
         self._upload(n)
         self._compute(n)
         self._download(n)
-        self._stream.synchronize()
+        self._driver.wait(self._stream)
         # Copies: the buffers belong to the next run.
         return self._host["logits"][:n].copy(), self._host["cam"][:n].copy()
 
@@ -82,51 +71,87 @@ class Lane:
         """Return the GPU's own times of one run by stage."""
         n = len(pixels)
         np.copyto(self._host[INPUT][:n], pixels)
-        self._events[0].record(self._stream)
+        self._driver.record(self._events[0], self._stream)
         for event, stage in zip(self._events[1:], (self._upload, self._compute, self._download), strict=True):
             stage(n)
-            event.record(self._stream)
-        self._stream.synchronize()
+            self._driver.record(event, self._stream)
+        self._driver.wait(self._stream)
         pairs = zip(self._events, self._events[1:], strict=False)
-        return {name: float(end.time_since(start)) for name, (start, end) in zip(STAGES, pairs, strict=True)}
+        return {name: self._driver.elapsed_ms(*pair) for name, pair in zip(STAGES, pairs, strict=True)}
 
-    def capture(self, driver: ModuleType, batches: tuple[int, ...]) -> None:
-        """Capture each batch size's compute as a graph.
+    def capture(self, api: ModuleType, batches: tuple[int, ...]) -> None:
+        """Capture batch sizes as CUDA graphs, launched in place of TensorRT's own calls from then on.
 
         Each has an execution context of its own: a graph holds its context's state, and another shape would change it.
 
+        Args:
+            api: from open_graphs.
+            batches: sizes.
+
         Raises:
-            GraphError: a batch size can't be captured.
+            GraphError: a batch size can't be captured; all run without graphs as before.
         """
-        for n in batches:
-            context = self._make_context()
-            self._set_batch(context, n)
-            # Once without capture: TensorRT finishes what it put off, which a capture could not hold.
-            self._execute(context)
-            self._stream.synchronize()
-            graph = CudaGraph(driver, self._stream.handle, partial(self._enqueue_captured, context))
-            self._graphs[n] = graph, context
-        self._stream.synchronize()
+        try:
+            for n in batches:
+                self._capture(api, n)
+            self._driver.wait(self._stream)
+        except (
+            SessionError,
+            GraphError,
+        ) as err:  # of contexts made for graphs alone: runs without them are not touched
+            self.free_graphs()
+            raise GraphError(str(err)) from err
 
     def free_graphs(self) -> None:
         """Drop what was captured; runs go on without."""
-        for graph, _ in self._graphs.values():
-            graph.free()
-        self._graphs.clear()
+        graphs, self._graphs = self._graphs, {}
+        with ExitStack() as owned:
+            for graph, _ in graphs.values():
+                owned.callback(graph.free)
 
     def free(self) -> None:
-        """Give everything back while the context is current; what is freed later would find none."""
-        self.free_graphs()
+        """Give everything back while the context is current; what is freed later would find none.
+
+        Raises:
+            CudaError: something could not be freed; everything else was.
+        """
+        try:
+            self._owned.close()
+        finally:  # pycuda closes streams and events with their last reference
+            self._stream = self._memory = None
+            self._events.clear()
+            self._host.clear()
+            self._device.clear()
+
+    def _take_event(self, owned: ExitStack) -> Any:
+        event = self._driver.open_event()
+        owned.callback(self._driver.close_event, event)
+        return event
+
+    def _take_buffers(self, owned: ExitStack, name: str, shape: tuple[int, ...]) -> None:
+        dtype = np.dtype(np.uint8 if name == INPUT else np.float32)
+        # Page-locked, so that a copy is a true asynchronous one.
+        host = self._driver.take_host(int(np.prod(shape)) * dtype.itemsize)
+        owned.callback(self._driver.free_host, host)
+        self._host[name] = host.view(dtype).reshape(shape)
+        if self._is_integrated:
+            self._device[name] = self._driver.mapped_address(host)
+            return
+        self._device[name] = self._driver.take_device(host.nbytes)
+        owned.callback(self._driver.free_device, self._device[name])
+
+    def _drop_execution(self) -> None:
         self._execution = None
-        for memory in (*self._device.values(), self._memory):
-            memory.free()
-        self._device.clear()
-        self._host.clear()
-        self._events.clear()
-        self._memory = self._stream = self._engine = None
+
+    def _open_execution(self) -> Any:
+        execution = self._plan.open_execution(int(self._memory))
+        for name, memory in self._device.items():
+            execution.set_tensor_address(name, int(memory))
+        return execution
 
     def _upload(self, n: int) -> None:
-        self._cuda.memcpy_htod_async(self._device[INPUT], self._host[INPUT][:n], self._stream)
+        if not self._is_integrated:
+            self._driver.upload(self._device[INPUT], self._host[INPUT][:n], self._stream)
 
     def _compute(self, n: int) -> None:
         if n in self._graphs:
@@ -137,30 +162,19 @@ class Lane:
         self._execute(self._execution)
 
     def _download(self, n: int) -> None:
-        for name in OUTPUTS:
-            self._cuda.memcpy_dtoh_async(self._host[name][:n], self._device[name], self._stream)
+        if not self._is_integrated:
+            for name in OUTPUTS:
+                self._driver.download(self._host[name][:n], self._device[name], self._stream)
 
-    def _make_context(self) -> Any:
-        engine, trt = self._engine, self._trt
-        if self._family.compiles_without_gpu:
-            jit = engine.create_runtime_config()
-            # Its lazy default answers the first images with other kernels than the rest.
-            jit.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
-            jit.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-            execution = engine.create_execution_context(jit)
-        elif self._family.has_memory_v2:
-            execution = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        else:
-            execution = engine.create_execution_context_without_device_memory()
-        if execution is None:
-            raise SessionError("TensorRT gives no execution context. Free GPU memory or build with a smaller batch.")
-        if self._family.has_memory_v2:
-            execution.set_device_memory(int(self._memory), self._memory_bytes)
-        else:
-            execution.device_memory = int(self._memory)
-        for name, memory in self._device.items():
-            execution.set_tensor_address(name, int(memory))
-        return execution
+    def _capture(self, api: ModuleType, n: int) -> None:
+        execution, handle = self._open_execution(), self._driver.stream_handle(self._stream)
+        self._set_batch(execution, n)
+        # Once without capture: TensorRT finishes what it put off, which a capture could not hold.
+        self._execute(execution)
+        self._driver.wait(self._stream)
+        if not self._plan.can_capture(execution, handle):
+            raise GraphError("TensorRT says that this plan can't be captured; build it again")
+        self._graphs[n] = CudaGraph(api, handle, partial(self._enqueue_captured, execution)), execution
 
     def _set_batch(self, execution: Any, n: int) -> None:
         shape = (n, *self._host[INPUT].shape[1:])
@@ -168,11 +182,11 @@ class Lane:
             raise SessionError(f"TensorRT refuses the shape {list(shape)}. Build with a profile that holds it.")
 
     def _enqueue_captured(self, execution: Any) -> None:
-        if not execution.execute_async_v3(self._stream.handle):
+        if not execution.execute_async_v3(self._driver.stream_handle(self._stream)):
             raise GraphError("TensorRT does something that can't be captured")
 
     def _execute(self, execution: Any) -> None:
-        if not execution.execute_async_v3(self._stream.handle):
+        if not execution.execute_async_v3(self._driver.stream_handle(self._stream)):
             # A context that an earlier failure spoilt says so here, as a CUDA error; else it is TensorRT's own refusal.
-            self._stream.synchronize()
-            raise SessionError("TensorRT could not start the engine; its log says why.")
+            self._driver.wait(self._stream)
+            raise SessionError(f"TensorRT could not start the engine{self._plan.why()}.")

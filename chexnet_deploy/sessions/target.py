@@ -1,60 +1,38 @@
-"""Which GPU and driver this is. Looks before TensorRT does: on a machine without a driver its Runtime ends the process."""
+"""Which GPU and driver this is, and whether a plan was built for it. Loads no plan."""
 
 import logging
 import platform
-from types import ModuleType
 
-from chexnet_deploy.errors import MissingPackageError, SessionError
+from chexnet_deploy.errors import SessionError
 from chexnet_deploy.manifest import Target
+from chexnet_deploy.sessions.driver import Driver
 from chexnet_deploy.sessions.tensorrt_versions import Backend
 
 _LOG = logging.getLogger(__name__)
 
 
-def open_driver() -> ModuleType:
-    """Import and start pycuda's driver API.
-
-    Raises:
-        MissingPackageError: pycuda is not installed.
-        SessionError: there is no NVIDIA driver or no GPU.
-    """
-    try:
-        import pycuda.driver as cuda
-    except ModuleNotFoundError as err:
-        raise MissingPackageError("pycuda is not installed. Run: pip install 'chexnet-deploy[gpu]'") from err
-    except ImportError as err:  # pycuda is linked against the driver's libcuda
-        raise SessionError(
-            f"no NVIDIA driver was found ({err}). Plans are built and run on the GPU they are for. "
-            "Run: chexnet-deploy doctor"
-        ) from err
-    try:
-        cuda.init()
-        n_gpus = cuda.Device.count()
-    except cuda.Error as err:
-        raise SessionError(f"the NVIDIA driver does not start: {err}. Run: nvidia-smi") from err
-    if n_gpus == 0:
-        raise SessionError("no NVIDIA GPU was found. Plans are built and run on the GPU they are for.")
-    return cuda  # type: ignore[no-any-return]  # pycuda has no types
-
-
-def this_target(cuda: ModuleType, backend: Backend, tensorrt: str, device: int = 0) -> Target:
+def this_target(driver: Driver, backend: Backend, tensorrt: str, device: int = 0) -> Target:
     """Return what a plan built here will be valid for.
 
     Args:
-        cuda: from open_driver.
+        driver: from open_driver.
         backend: which TensorRT builds it.
         tensorrt: its version.
         device: the GPU's number.
+
+    Raises:
+        SessionError: there is no GPU of that number.
     """
-    gpu = cuda.Device(device)
-    major, minor = gpu.compute_capability()
-    driver = cuda.get_driver_version()  # of CUDA, as 12040 for 12.4
+    n_gpus = driver.count_gpus()
+    if not 0 <= device < n_gpus:
+        raise SessionError(f"there is no GPU {device}; this machine has {n_gpus}, numbered from 0. Give one of them.")
+    gpu, cuda = driver.describe(device), driver.cuda_version()
     return Target(
-        gpu=gpu.name(),
-        compute_capability=f"{major}.{minor}",
+        gpu=gpu.name,
+        compute_capability=gpu.compute_capability,
         backend=backend,
         tensorrt=tensorrt,
-        driver=f"{driver // 1000}.{driver % 1000 // 10}",
+        driver=f"{cuda // 1000}.{cuda % 1000 // 10}",
         platform=f"{platform.system()} {platform.machine()}",
     )
 

@@ -32,9 +32,11 @@ class Family:
         names_nodes: its parser's errors name the ONNX node, from 10.0 on; before, they number it.
         tactic_sources: names in TacticSource to choose kernels from; empty for TensorRT's own choice.
         has_timing_cache: it times kernels while it builds; RTX chooses them at load.
-        has_memory_v2: execution contexts are given their memory by the calls that replaced the first ones in 11.
-        compiles_without_gpu: the GPU is named, not looked for; the layer table is logged, not inspected; and kernels are
-            finished on the GPU at hand when a plan is loaded.
+        has_memory_v2: execution contexts are given their memory by the calls that replaced the first ones, which 10 deprecates.
+        preview_features: names in PreviewFeature to build with.
+        builder_flags: names in BuilderFlag to build with, whatever the precision.
+        is_rtx: the GPU is named, not looked for; the layer table is logged, not inspected; and kernels are compiled on the GPU
+            at hand when a plan is loaded.
     """
 
     name: str
@@ -48,7 +50,9 @@ class Family:
     tactic_sources: tuple[str, ...]
     has_timing_cache: bool
     has_memory_v2: bool
-    compiles_without_gpu: bool
+    preview_features: tuple[str, ...]
+    builder_flags: tuple[str, ...]
+    is_rtx: bool
 
 
 _TYPED = Family(
@@ -62,8 +66,10 @@ _TYPED = Family(
     names_nodes=True,
     tactic_sources=(),
     has_timing_cache=True,
-    has_memory_v2=False,
-    compiles_without_gpu=False,
+    has_memory_v2=True,
+    preview_features=(),
+    builder_flags=(),
+    is_rtx=False,
 )
 FAMILIES = (
     # 8.6 is weakly typed: float16 and int8 must be allowed, and the layer table says whether they were used.
@@ -78,18 +84,22 @@ FAMILIES = (
         names_nodes=False,
         # Its own kernels alone: a small edge system need not carry cuDNN and cuBLAS for a DenseNet.
         tactic_sources=("EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS"),
+        has_memory_v2=False,
+        # Else a profile belongs to the first execution context, and there could be one lane and no graph.
+        preview_features=("PROFILE_SHARING_0806",),
     ),
     _TYPED,
     # 11 knows no other networks and ignores the flag; BuilderFlag.FP16 and INT8 are gone.
-    replace(_TYPED, name="TensorRT 11", majors=(11,), has_memory_v2=True),
+    replace(_TYPED, name="TensorRT 11", majors=(11,)),
     replace(
         _TYPED,
         name="TensorRT for RTX 1",
         backend="tensorrt_rtx",
         majors=(1,),
         has_timing_cache=False,
-        has_memory_v2=True,
-        compiles_without_gpu=True,
+        # A plan whose kernels take memory themselves can't be captured.
+        builder_flags=("REQUIRE_USER_ALLOCATION",),
+        is_rtx=True,
     ),
 )
 
@@ -104,9 +114,10 @@ def open_tensorrt(backend: Backend) -> tuple[ModuleType, Family]:
     try:
         module = importlib.import_module(backend)
     except ModuleNotFoundError as err:
-        extra = "gpu" if backend == "tensorrt" else "rtx"
+        extra = "gpu-cu13" if backend == "tensorrt" else "rtx"
         raise MissingPackageError(
-            f"{err.name} is not installed. Run: pip install 'chexnet-deploy[{extra}]'. NVIDIA's licence applies: see README."
+            f"{err.name} is not installed. Run: pip install 'chexnet-deploy[{extra}]' (chexnet-deploy doctor says which fits "
+            "the driver). NVIDIA's licence applies: see README."
         ) from err
     return module, family_of(backend, str(module.__version__))
 
@@ -120,7 +131,12 @@ def family_of(backend: Backend, version: str) -> Family:
     major, minor = (int(part) for part in version.split(".")[:2])
     if backend == "tensorrt" and (major, minor) < (8, 6):
         raise SessionError(
-            f"TensorRT {version} is not supported: JetPack 5 and older end at 8.5. Needed: 8.6 (JetPack 6.0), 10.x or 11.x."
+            f"TensorRT {version} is not supported: JetPack 5 and older end at 8.5. Needed: 8.6 (JetPack 6.0), 10.3 or later."
+        )
+    if backend == "tensorrt" and (10, 0) <= (major, minor) < (10, 3):
+        raise SessionError(
+            f"TensorRT {version} is not supported: it lacks calls that replaced those which 10 deprecates. "
+            f"Needed: 8.6 (JetPack 6.0), 10.3 or later. Run: chexnet-deploy doctor"
         )
     for family in FAMILIES:
         if family.backend == backend and major in family.majors:

@@ -1,4 +1,4 @@
-"""A Session on a TensorRT plan: pycuda on the primary context, memory taken once, a bounded pool of lanes.
+"""A Session on a TensorRT plan: memory taken once on the GPU's primary context, a bounded pool of lanes.
 
 Raw pixels go up, float32 logits and maps come down. Never builds (see builder/), and never hands TensorRT the bytes of a
 plan that was built for another machine. Not safe to use in a child after fork: CUDA itself is not.
@@ -9,17 +9,25 @@ import logging
 import os
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from functools import partial
 from queue import LifoQueue
-from typing import Any
 
 from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.errors import SessionError
 from chexnet_deploy.preprocessing import Pixels
 from chexnet_deploy.sessions.base import Logits, Maps, check_finite, check_pixels
+from chexnet_deploy.sessions.driver import (
+    CudaError,
+    CudaMemoryError,
+    open_driver,
+    primary_context,
+    retain_primary_context,
+)
 from chexnet_deploy.sessions.graphs import GraphError, open_graphs
-from chexnet_deploy.sessions.lane import INPUT, Lane
-from chexnet_deploy.sessions.target import open_driver, refuse_other_target, this_target
+from chexnet_deploy.sessions.lane import Lane
+from chexnet_deploy.sessions.plan import Plan
+from chexnet_deploy.sessions.target import refuse_other_target, this_target
 from chexnet_deploy.sessions.tensorrt_versions import Backend, open_tensorrt
 
 _LOG = logging.getLogger(__name__)
@@ -47,6 +55,8 @@ class TrtSession:
         SessionError: no GPU, TensorRT refuses the plan, or the GPU's memory is too small.
     """
 
+    _is_closed = True  # until there is something to free
+
     def __init__(
         self,
         plan: bytes,
@@ -58,32 +68,34 @@ class TrtSession:
         device: int = 0,
         with_graphs: bool = True,
     ) -> None:
-        self._cuda = open_driver()
+        # Looked for before TensorRT does: without a driver its 8.6 ends the process.
+        self._driver = open_driver()
         self._trt, self._family = open_tensorrt(backend)
         self._resize_px, self._conv_types, self._pid = resize_px, dict(conv_types), os.getpid()
+        self._device, self._is_integrated = device, self._driver.describe(device).is_integrated
         self._is_poisoned = False
         self.batch_range = (0, 0)  # until the plan has been read
         self.graph_batches: tuple[int, ...] = ()
         self.why_no_graphs: str | None = None
-        # The primary context is the one that torch and cupy use: a context of its own would not see their memory.
-        self._context: Any = self._cuda.Device(device).retain_primary_context()
-        self._engine: Any = None
-        self._runtime: Any = None
-        # A session that nobody closed is closed before Python takes the driver's modules apart.
-        atexit.register(_close_if_alive, weakref.ref(self))
+        self._plan: Plan | None = None
         self._lanes: LifoQueue[Lane | None] = LifoQueue()
         self._n_lanes = 0
+        self._at_exit = partial(_close_if_alive, weakref.ref(self))
         try:
+            retain_primary_context(self._driver, device)
+            # Registered after the context's release, so that a session that nobody closed is closed before it.
+            atexit.register(self._at_exit)
+            self._is_closed = False
             with self._current():
                 self._load(plan, lanes)
                 if with_graphs:
                     self._capture_graphs()
-        except self._cuda.MemoryError as err:
+        except CudaMemoryError as err:
             needed = self._describe_memory(len(plan), lanes)
             self.close()
             raise SessionError(f"{needed}: {err}. Free its memory, take fewer lanes or a smaller batch.") from err
-        except self._cuda.Error as err:
-            self._is_poisoned = True  # nothing can be freed in a context that fails
+        except CudaError as err:
+            self._is_poisoned = True
             self.close()
             raise SessionError(f"the GPU failed while the plan was loaded: {err}. Start the process again.") from err
         except BaseException:
@@ -132,58 +144,54 @@ class TrtSession:
     @property
     def device_memory_bytes(self) -> int:
         """Activation memory of one lane; the plan's weights come beside it."""
-        engine = self._engine
-        return int(engine.device_memory_size_v2 if self._family.has_memory_v2 else engine.device_memory_size)
+        return 0 if self._plan is None else self._plan.activation_bytes
 
     def close(self) -> None:
         """Free the plan and its memory; closing twice does nothing."""
-        if self._context is None or os.getpid() != self._pid:
+        if self._is_closed or os.getpid() != self._pid:
             return
-        context, self._context = self._context, None
+        self._is_closed = True
+        atexit.unregister(self._at_exit)
         # All lanes, so that none is in use: a run in another thread is waited for.
         lanes = [self._lanes.get() for _ in range(self._n_lanes)]
         self._lanes.put(None)
-        context.push()
+        plan, self._plan = self._plan, None
         try:
-            for lane in lanes:
-                if lane is not None:
-                    lane.free()
-            # In this order: TensorRT wants the contexts gone before the engine, and the engine before the runtime.
-            self._engine = self._runtime = None
-        except self._cuda.Error:
-            # After a failure of the GPU nothing can be freed any more; the process has to go.
+            with self._current(), ExitStack() as owned:
+                # The last first, and each whatever became of those before it.
+                if plan is not None:
+                    owned.callback(plan.close)
+                for lane in lanes:
+                    if lane is not None:
+                        owned.callback(lane.free)
+        except CudaError as err:
+            # After a failure of the GPU what could not be freed is lost with the process.
             if not self._is_poisoned:
-                raise
-        finally:
-            self._cuda.Context.pop()
-            context.detach()
+                raise SessionError(f"the GPU failed while the plan was freed: {err}. Start the process again.") from err
 
-    def _load(self, plan: bytes, lanes: int) -> None:
-        log = self._trt.Logger(self._trt.Logger.ERROR)
-        self._runtime = self._trt.Runtime(log)
-        engine = self._runtime.deserialize_cuda_engine(plan)
-        if engine is None:
-            raise SessionError("TensorRT refuses this plan. Build it again here: chexnet-deploy build")
-        self._engine = engine
-        low, _, high = self._batch_profile()
+    def __del__(self) -> None:
+        """Free a session that was dropped without being closed."""
+        with suppress(SessionError):
+            self.close()
+
+    def _load(self, content: bytes, lanes: int) -> None:
+        self._plan = plan = Plan(self._trt, self._family, content, self._driver.cuda_version())
+        low, _, high = plan.batch_profile
         self.batch_range = (low, high)
         for _ in range(lanes):
-            self._lanes.put(self._make_lane())
+            self._lanes.put(Lane(self._driver, plan, is_integrated=self._is_integrated))
             self._n_lanes += 1
-
-    def _make_lane(self) -> Lane:
-        size = self.device_memory_bytes
-        return Lane(self._cuda, self._trt, self._family, self._engine, self._resize_px, self.batch_range[1], size)
 
     def _capture_graphs(self) -> None:
         """Capture in every lane, or in none: two lanes must not answer at two speeds."""
-        wanted = tuple(sorted(set(self._batch_profile())))
+        assert self._plan is not None
+        wanted = tuple(sorted(set(self._plan.batch_profile)))
         lanes = [self._lanes.get() for _ in range(self._n_lanes)]
         try:
-            driver = open_graphs()
+            api = open_graphs()
             for lane in lanes:
                 assert lane is not None  # None comes with close()
-                lane.capture(driver, wanted)
+                lane.capture(api, wanted)
             self.graph_batches = wanted
         except GraphError as err:
             self.why_no_graphs = str(err)
@@ -197,7 +205,7 @@ class TrtSession:
 
     @contextmanager
     def _lane_for(self, pixels: Pixels) -> Iterator[Lane]:
-        if self._context is None:
+        if self._is_closed:
             raise SessionError("this session is closed. Open the bundle again.")
         if os.getpid() != self._pid:
             raise SessionError(
@@ -215,31 +223,23 @@ class TrtSession:
         try:
             with self._current():
                 yield lane
-        except (self._cuda.Error, GraphError) as err:
+        except CudaError as err:
             # CUDA's errors are sticky: every later call in this context would fail or, worse, seem to work.
             self._is_poisoned = True
             raise SessionError(f"the GPU failed on a batch of {len(pixels)}: {err}. Start the process again.") from err
         finally:
             self._lanes.put(lane)
 
-    @contextmanager
-    def _current(self) -> Iterator[None]:
-        self._context.push()
-        try:
-            yield
-        finally:
-            self._cuda.Context.pop()
-
-    def _batch_profile(self) -> tuple[int, int, int]:
-        low, best, high = self._engine.get_tensor_profile_shape(INPUT, 0)
-        return int(low[0]), int(best[0]), int(high[0])
+    def _current(self) -> AbstractContextManager[None]:
+        return primary_context(self._driver, self._device)
 
     def _describe_memory(self, plan_bytes: int, lanes: int) -> str:
-        with self._current():
-            free, total = self._cuda.mem_get_info()
+        free, total = 0, 0
+        with suppress(CudaError), self._current():
+            free, total = self._driver.memory_info()
         needed = f"a plan of {plan_bytes // _MIB} MiB"
-        if self._engine is not None:
-            needed += f" and {lanes} lanes of {self.device_memory_bytes // _MIB} MiB for batch {self.batch_range[1]}"
+        if self._plan is not None:
+            needed += f" and {lanes} lanes of {self._plan.activation_bytes // _MIB} MiB for batch {self.batch_range[1]}"
         return f"needed {needed}; {free // _MIB} of the GPU's {total // _MIB} MiB are free"
 
 

@@ -49,12 +49,12 @@ GUARDED = {
     ("ICudaEngine", "create_execution_context_without_device_memory"): "has_memory_v1",
     ("IExecutionContext", "device_memory"): "has_memory_v1",
     ("ExecutionContextAllocationStrategy", None): "has_memory_v2",
-    ("DynamicShapesKernelSpecializationStrategy", None): "compiles_without_gpu",
-    ("IRuntimeConfig", None): "compiles_without_gpu",
-    ("ICudaEngine", "create_runtime_config"): "compiles_without_gpu",
-    ("ComputeCapability", None): "compiles_without_gpu",
-    ("IBuilderConfig", "num_compute_capabilities"): "compiles_without_gpu",
-    ("IBuilderConfig", "set_compute_capability"): "compiles_without_gpu",
+    ("DynamicShapesKernelSpecializationStrategy", None): "is_rtx",
+    ("IRuntimeConfig", None): "is_rtx",
+    ("ICudaEngine", "create_runtime_config"): "is_rtx",
+    ("ComputeCapability", None): "is_rtx",
+    ("IBuilderConfig", "num_compute_capabilities"): "is_rtx",
+    ("IBuilderConfig", "set_compute_capability"): "is_rtx",
 }
 
 
@@ -126,7 +126,7 @@ def test_flags_taken_from_the_table_exist(version: str) -> None:
     # A guard that says no must say so because the name is not there, or it hides a feature.
     assert family.has_progress_monitor == ("IProgressMonitor" in names)
     assert family.names_nodes == ("node_name" in names["ParserError"])
-    assert family.compiles_without_gpu == ("ComputeCapability" in names)
+    assert family.is_rtx == ("ComputeCapability" in names)
 
 
 @pytest.mark.parametrize(
