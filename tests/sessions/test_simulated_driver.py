@@ -1,7 +1,7 @@
-"""The real session code over a simulated driver and a stand-in for TensorRT: who owns what, and what becomes of it when a call fails.
+"""The real session code over a simulated driver and a stand-in for TensorRT: ownership, failures, versions.
 
-Each scenario of simulated/scenarios.py runs in a process of its own, for each binding that is installed. No speed, accuracy or layer
-table comes from here.
+Each scenario of simulated/scenarios.py runs in a process of its own, for each binding that is installed. No speed, accuracy
+or layer table comes from here.
 """
 
 import ast
