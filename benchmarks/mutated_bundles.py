@@ -57,8 +57,9 @@ CARD = EngineCard(
     batch=(1, 1, 1),
     conv_types={},
     fallbacks=(),
-    n_layers=0,
+    n_kernels=0,
     n_reformats=0,
+    bytes_per_image=None,
     activation_bytes=0,
     warnings=(),
 )

@@ -396,6 +396,10 @@ def _judge(
             doubts.append(f"p99 of {len(speed[0].samples_ms)} runs; needed {MIN_RUNS_FOR_P99}. Give --min-runs")
         failures += [f"{which} {value:.2f} ms, limit {most} ms" for which, value, most in limits if not value <= most]
     conv_types = dict(session.conv_types())
+    if conv_types.get("unknown"):
+        doubts.append(
+            f"precision: the layer table does not show which type {conv_types['unknown']} convolutions run in"
+        )
     native = conv_types.get(manifest.precision.type_name, 0)
     return EngineResult(
         name=name,

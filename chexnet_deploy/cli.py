@@ -261,6 +261,10 @@ def build(
     assert card is not None  # a plan's manifest has one
     typer.echo(f"{made.path}  {made.manifest.precision.value}  id {made.id[:12]}  built in {card.build_s:.1f} s")
     typer.echo(f"  convolutions: {', '.join(f'{n} in {kind}' for kind, n in card.conv_types.items())}")
+    traffic = "unknown" if card.bytes_per_image is None else f"{card.bytes_per_image / 1e6:.2f} MB an image"
+    typer.echo(f"  {card.n_kernels} kernels; activations they read and write: {traffic}")
+    for warning in card.warnings:
+        typer.echo(f"warning: {warning}", err=True)
 
 
 @app.command()

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
@@ -21,6 +21,10 @@ MANIFEST_SHA256 = "manifest.sha256"
 PROBE = "probe.npz"
 ONNX_MODEL = "model.onnx"
 PLAN_MODEL = "model.plan"
+Dialect: TypeAlias = Literal["typed", "mixed", "trt8", "cpu"]
+"""The forms of int8; quantize/forms.py says what each is."""
+FLOAT16_DIALECTS: tuple[Dialect, ...] = ("typed", "mixed")
+"""Those with float16 around int8: for strongly typed networks, and for an ONNX Runtime that rounds float16."""
 
 
 class Precision(str, Enum):
@@ -96,10 +100,11 @@ class EngineCard(_Record):
 
     Attributes:
         batch: smallest, tuned-for and largest batch of the plan's profile.
-        conv_types: how many of the model's convolutions run in each type.
+        conv_types: how many of the model's convolutions run in each type; "unknown" where the table does not say.
         fallbacks: ONNX names of the convolutions that run in another type than the precision's, as the bundle declares.
-        n_layers: in TensorRT's own table.
+        n_kernels: layers that run something on the GPU.
         n_reformats: of them, those that only change a tensor's type or layout.
+        bytes_per_image: what all kernels read and write of activations for one image; None where the table does not say.
         activation_bytes: device memory of one execution context.
         warnings: what TensorRT warned of while it built.
     """
@@ -109,8 +114,9 @@ class EngineCard(_Record):
     batch: tuple[int, int, int]
     conv_types: dict[str, int]
     fallbacks: tuple[str, ...]
-    n_layers: int
+    n_kernels: int
     n_reformats: int
+    bytes_per_image: int | None
     activation_bytes: int
     warnings: tuple[str, ...]
 
@@ -140,7 +146,7 @@ class Manifest(_Record):
 
     schema_version: Literal[1] = 1
     precision: Precision
-    dialect: Literal["float", "typed", "trt8", "cpu"] = "float"
+    dialect: Literal["float"] | Dialect = "float"
     findings: Annotated[tuple[str, ...], Field(min_length=1, max_length=256)]
     preprocessing: Preprocessing
     head_bias: tuple[float, ...]
@@ -181,7 +187,7 @@ class Manifest(_Record):
             if n_values != {len(self.findings)}:
                 raise ValueError("the calibration needs a logit_mean and a logit_sd for each finding")
         if (self.precision is Precision.INT8) != (self.dialect != "float"):
-            raise ValueError("an int8 model has dialect typed, trt8 or cpu; other models have dialect float")
+            raise ValueError("an int8 model has dialect typed, mixed, trt8 or cpu; other models have dialect float")
         if (self.float_convolutions or self.weakest_convolutions) and self.precision is not Precision.INT8:
             raise ValueError("only an int8 model names the convolutions that stay in floating point")
         if not all(math.isfinite(bias) for bias in self.head_bias):

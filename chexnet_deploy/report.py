@@ -160,8 +160,9 @@ A convolution count above 121 holds BatchNorms that the backend runs as convolut
 <p class="small">Plan for {{ engine.target.gpu }} (compute capability {{ engine.target.compute_capability }}),
 {{ engine.target.backend }} {{ engine.target.tensorrt }}, driver's CUDA {{ engine.target.driver }},
 {{ engine.target.platform }}; built in {{ "%.1f"|format(engine.card.build_s) }} s,
-{{ "%.1f"|format(engine.card.plan_bytes / 1048576) }} MiB, {{ engine.card.n_layers }} layers,
-batch {{ engine.card.batch|join(" / ") }}, {{ engine.card.n_reformats }} reformats,
+{{ "%.1f"|format(engine.card.plan_bytes / 1048576) }} MiB, {{ engine.card.n_kernels }} kernels,
+{% if engine.card.bytes_per_image %}{{ "%.2f"|format(engine.card.bytes_per_image / 1e6) }} MB moved an image,
+{% endif %}batch {{ engine.card.batch|join(" / ") }}, {{ engine.card.n_reformats }} reformats,
 {{ "%.1f"|format(engine.card.activation_bytes / 1048576) }} MiB of activations a lane.
 Not in {{ engine.precision.type_name }}: {{ engine.card.fallbacks|join(", ") or "none" }}.
 {%- if engine.stage_times_ms %} One image on the GPU's clock:

@@ -3,6 +3,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from chexnet_deploy.manifest import (
     PROBE,
     Calibration,
     Check,
+    Dialect,
     EngineCard,
     Manifest,
     Precision,
@@ -361,14 +363,15 @@ def manifests(draw: st.DrawFn) -> Manifest:
         batch=st.tuples(*[st.integers(1, 512)] * 3),
         conv_types=st.dictionaries(_text, st.integers(0, 200), max_size=3),
         fallbacks=st.lists(_text, max_size=2).map(tuple),
-        n_layers=st.integers(0, 500),
+        n_kernels=st.integers(0, 500),
         n_reformats=st.integers(0, 500),
+        bytes_per_image=st.none() | st.integers(0, 2**40),
         activation_bytes=st.integers(0, 2**40),
         warnings=st.lists(_text, max_size=2).map(tuple),
     )
     return Manifest(
         precision=precision,
-        dialect=draw(st.sampled_from(("typed", "trt8"))) if is_int8 else "float",
+        dialect=draw(st.sampled_from(get_args(Dialect))) if is_int8 else "float",
         findings=findings,
         preprocessing=Preprocessing(
             resize_px=32 * draw(st.integers(1, 32)),

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
+import chexnet_deploy.quantize.graphs as graphs_room
 import chexnet_deploy.quantize.precision as room
 from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.chestxray14 import ChestXray14
@@ -17,6 +18,7 @@ from chexnet_deploy.errors import BundleError, CalibrationError, ExportError, Ga
 from chexnet_deploy.manifest import Precision
 from chexnet_deploy.predictor import sigmoid
 from chexnet_deploy.quantize.calibration import CalibrationSet, choose_calibration
+from chexnet_deploy.quantize.concats import flatten_concats
 from chexnet_deploy.quantize.equalise import ConcatParts, equalise_inputs, normalise_parts
 from chexnet_deploy.quantize.forms import Prepared, prepare
 from chexnet_deploy.quantize.graphs import Quantised, convolutions, fold_batch_norms, round_up_to_half, to_float16
@@ -343,6 +345,38 @@ def test_a_tensor_that_is_always_zero_is_refused(bundles: dict[str, Bundle], cal
 
 def answers(model: onnx.ModelProto, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
     return OrtSession(model.SerializeToString(), pixels.shape[-1]).run(pixels)[0]
+
+
+def nested_concats(model: onnx.ModelProto) -> list[str]:
+    concats = {node.output[0]: node for node in model.graph.node if node.op_type == "Concat"}
+    return [name for name, node in concats.items() if set(node.input) & set(concats)]
+
+
+def test_flat_concats_change_no_bit(bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
+    single, pixels = graph_of(bundles["fp32"]), bundles["fp32"].read_probe().pixels
+    flat = flatten_concats(single)
+    assert not nested_concats(flat)
+    assert sum(node.op_type == "Concat" for node in flat.graph.node) == 6 + 12 + 24 + 16  # one a layer, as before
+    np.testing.assert_array_equal(answers(flat, pixels), answers(single, pixels))
+    half = to_float16(single)
+    monkeypatch.setattr(graphs_room, "flatten_concats", lambda model: model)
+    np.testing.assert_array_equal(answers(half, pixels), answers(to_float16(single), pixels))
+
+
+def test_a_concat_that_is_read_by_concats_alone_is_dropped() -> None:
+    nodes = [
+        helper.make_node("Concat", ["a", "b"], ["ab"], axis=1),
+        helper.make_node("Concat", ["ab", "c"], ["abc"], axis=1),
+        helper.make_node("Concat", ["d", "abc"], ["dabc"], axis=1),
+    ]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 1]) for name in ("a", "b", "c", "d", "dabc")]
+    flat = flatten_concats(helper.make_model(helper.make_graph(nodes, "g", values[:4], values[4:])))
+    assert [list(node.input) for node in flat.graph.node] == [["d", "a", "b", "c"]]
+
+
+@pytest.mark.parametrize(("name", "is_flat"), [("fp32", False), ("int8-cpu", False), ("fp16", True), ("int8", True)])
+def test_concats_are_flat_in_the_forms_for_gpus_alone(bundles: dict[str, Bundle], name: str, is_flat: bool) -> None:
+    assert bool(nested_concats(graph_of(bundles[name]))) is not is_flat
 
 
 def test_equalising_changes_no_answer_and_evens_the_ranges(

@@ -61,7 +61,8 @@ def test_a_plan_shows_its_card(run: BenchRun, bundles: dict[str, Bundle], tmp_pa
         fallbacks=("/features/conv0/Conv", "/Conv"),
         n_reformats=3,
         activation_bytes=40 << 20,
-        n_layers=187,
+        n_kernels=187,
+        bytes_per_image=9_820_000,
         warnings=("careful",),
     )
     engines = (run.report.engines[0], run.report.engines[1].model_copy(update={"target": target, "card": card}))
@@ -70,7 +71,6 @@ def test_a_plan_shows_its_card(run: BenchRun, bundles: dict[str, Bundle], tmp_pa
     )
     words = " ".join(page.split())
     assert "Plan for NVIDIA L4 (compute capability 8.9), tensorrt 10.3.0, driver's CUDA 12.4" in words
-    assert (
-        "built in 61.2 s, 9.0 MiB, 187 layers, batch 1 / 8 / 32, 3 reformats, 40.0 MiB of activations a lane." in words
-    )
+    assert "built in 61.2 s, 9.0 MiB, 187 kernels, 9.82 MB moved an image, batch 1 / 8 / 32, 3 reformats," in words
+    assert "3 reformats, 40.0 MiB of activations a lane." in words
     assert "Not in int8: /features/conv0/Conv, /Conv. TensorRT warned: careful." in words

@@ -137,7 +137,7 @@ def test_the_flow_fits_the_session(bundles: dict[str, Bundle]) -> None:
     assert choose_flow(manifest, threads=None, provider="cpu", cores=4) == Flow(1, calls=1, workers=5)
     assert choose_flow(manifest, threads=None, provider="cuda", cores=4) == Flow(16, calls=1, workers=5)
     card = EngineCard(
-        build_s=1.0, plan_bytes=1, batch=(1, 4, 8), conv_types={}, fallbacks=(), n_layers=1, n_reformats=0,
+        build_s=1.0, plan_bytes=1, batch=(1, 4, 8), conv_types={}, fallbacks=(), n_kernels=1, n_reformats=0, bytes_per_image=None,
         activation_bytes=1, warnings=(),
     )  # fmt: skip
     plan = manifest.model_copy(update={"engine": card})

@@ -92,7 +92,7 @@ medians by CUDA events. p99 from 100 runs on. PyTorch draws no maps.</p>
 {% endfor %}</table>
 <h2>Parity and engines</h2>
 <table><tr><th>row</th><th>parity</th><th>max |Δp|</th><th>flips</th><th>unlabelled: max |Δp|</th><th>convolutions</th>
-<th>layers</th><th>reformats</th><th>fell back</th><th>plan MiB</th><th>built in s</th><th></th></tr>
+<th>kernels</th><th>reformats</th><th>MB an image</th><th>fell back</th><th>plan MiB</th><th>built in s</th><th></th></tr>
 {% for name, row in results.rows.items() %}
 <tr><td>{{ name }}</td><td>{{ row.parity.summary or row.parity.error }}</td>
 {% set gap = row.parity.max_abs_probability_difference %}
@@ -100,9 +100,11 @@ medians by CUDA events. p99 from 100 runs on. PyTorch draws no maps.</p>
 {% set gap = row.parity.more_images.max_abs_probability_difference %}
 <td>{% if gap is number %}{{ "%.4f"|format(gap) }}{% endif %}</td>
 {% if row.engine %}<td>{% for kind, n in row.engine.conv_types.items() %}{{ n }} {{ kind }} {% endfor %}</td>
-<td>{{ row.engine.n_layers }}</td><td>{{ row.engine.n_reformats }}</td><td>{{ row.engine.fallbacks|join(", ") }}</td>
+<td>{{ row.engine.n_kernels }}</td><td>{{ row.engine.n_reformats }}</td>
+<td>{% if row.engine.bytes_per_image %}{{ "%.1f"|format(row.engine.bytes_per_image / 1e6) }}{% endif %}</td>
+<td>{{ row.engine.fallbacks|join(", ") }}</td>
 <td>{{ "%.1f"|format(row.engine.plan_bytes / 1048576) }}</td><td>{{ "%.1f"|format(row.engine.build_s) }}</td>
-{% else %}<td></td><td></td><td></td><td></td><td></td><td></td>{% endif %}
+{% else %}<td></td><td></td><td></td><td></td><td></td><td></td><td></td>{% endif %}
 <td class="bad">{{ row.error or row.skipped }}</td></tr>
 {% endfor %}</table>
 <h2>Invariance and memory</h2>

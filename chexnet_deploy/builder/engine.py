@@ -3,7 +3,7 @@
 import fcntl
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -11,12 +11,25 @@ from types import ModuleType
 import numpy as np
 
 from chexnet_deploy.builder.compile import Compiled, CompileOptions, compile_onnx
-from chexnet_deploy.builder.layers import count_reformats
+from chexnet_deploy.builder.layers import UNKNOWN, bytes_per_image, count_kernels, count_reformats
 from chexnet_deploy.builder.timing_cache import cache_key, read_cache, write_cache
 from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.errors import BundleError, ExportError, GateError, SessionError, SpecError
 from chexnet_deploy.files import write_file
-from chexnet_deploy.manifest import ONNX_MODEL, PLAN_MODEL, PROBE, Check, EngineCard, Manifest, Target, hash_files
+from chexnet_deploy.manifest import (
+    FLOAT16_DIALECTS,
+    MANIFEST,
+    ONNX_MODEL,
+    PLAN_MODEL,
+    PROBE,
+    Check,
+    EngineCard,
+    Manifest,
+    Precision,
+    Target,
+    hash_files,
+    parse_manifest,
+)
 from chexnet_deploy.phases import OnPhase
 from chexnet_deploy.predictor import sigmoid
 from chexnet_deploy.sessions import Logits, run_in_batches
@@ -87,16 +100,20 @@ def build_engine(
         types = dict(Counter(compiled.conv_types.values()))
         wanted = bundle.manifest.precision.type_name
         logits, activation_bytes = _known_answers(bundle, compiled.plan, types, backend, device)
+        traffic = bytes_per_image(compiled.layers)
+        said_of_table = unknown_types(types), more_traffic_than_fp16(out, bundle.manifest, target, traffic)
+        warnings = [left_aside, *said_of_table, *compiled.warnings]
         card = EngineCard(
             build_s=compiled.build_s,
             plan_bytes=len(compiled.plan),
             batch=(spec.batch.min, spec.batch.opt, spec.batch.max),
             conv_types=types,
-            fallbacks=tuple(name for name, kind in compiled.conv_types.items() if kind != wanted),
-            n_layers=len(compiled.layers),
+            fallbacks=tuple(name for name, kind in compiled.conv_types.items() if kind not in (wanted, UNKNOWN)),
+            n_kernels=count_kernels(compiled.layers),
             n_reformats=count_reformats(compiled.layers),
+            bytes_per_image=traffic,
             activation_bytes=activation_bytes,
-            warnings=compiled.warnings if left_aside is None else (left_aside, *compiled.warnings),
+            warnings=tuple(warning for warning in warnings if warning is not None),
         )
         return _keep(bundle, spec, out, compiled.plan, logits, target, card)
 
@@ -188,22 +205,31 @@ def refuse_other_gpu(spec: EngineSpec, target: Target) -> None:
         )
 
 
+def is_buildable(manifest: Manifest, family: Family) -> bool:
+    """Say whether this TensorRT builds a model of this form; the forms for CPUs no TensorRT does."""
+    return manifest.target is None and manifest.dialect in ("float", *_dialects_of(family))
+
+
+def _dialects_of(family: Family) -> tuple[str, ...]:
+    return ("trt8",) if family.precision_flags else FLOAT16_DIALECTS
+
+
 def refuse_other_dialect(bundle: Bundle, family: Family) -> None:
     """Refuse an int8 form that this TensorRT would run as something else.
 
     Raises:
         BundleError: names the dialect to export.
     """
-    needed = "trt8" if family.precision_flags else "typed"
-    if bundle.manifest.dialect not in ("float", needed):
+    taken = _dialects_of(family)
+    if not is_buildable(bundle.manifest, family):
         raise BundleError(
-            f"{bundle.path} is int8 of the {bundle.manifest.dialect} dialect, but {family.name} needs {needed}. "
-            f"Export it: chexnet-deploy export --dialect {needed}"
+            f"{bundle.path} is int8 of the {bundle.manifest.dialect} dialect, but {family.name} needs {' or '.join(taken)}. "
+            f"Export it: chexnet-deploy export --dialect {taken[0]}"
         )
 
 
 def refuse_dropped_precision(manifest: Manifest, compiled: Compiled) -> None:
-    """Refuse an engine whose convolutions do not run in the types the bundle promises.
+    """Refuse an engine of which the layer table proves that its convolutions do not run in the types the bundle promises.
 
     Raises:
         ExportError: names one that does not.
@@ -211,10 +237,51 @@ def refuse_dropped_precision(manifest: Manifest, compiled: Compiled) -> None:
     wanted = manifest.precision.type_name
     # The head is float32 in every bundle; int8 bundles name theirs and the first.
     exempt = set(manifest.float_convolutions) or {list(compiled.conv_types)[-1]}
-    wrong = {name: kind for name, kind in compiled.conv_types.items() if name not in exempt and kind != wanted}
+    # What the table does not say is not refused: it is counted in the card.
+    allowed = (wanted, UNKNOWN)
+    wrong = {name: kind for name, kind in compiled.conv_types.items() if name not in exempt and kind not in allowed}
     if wrong:
         name, kind = next(iter(wrong.items()))
         raise ExportError(
             f"{len(wrong)} convolutions do not run in {wanted}, e.g. {name} in {kind}: TensorRT dropped the precision. "
             f"Nothing was kept."
         )
+
+
+def unknown_types(types: Mapping[str, int]) -> str | None:
+    """Return a warning where the layer table does not show what some convolutions run in."""
+    if not types.get(UNKNOWN):
+        return None
+    return (
+        f"TensorRT's layer table does not show which type {types[UNKNOWN]} of {sum(types.values())} convolutions run in"
+    )
+
+
+def more_traffic_than_fp16(out: Path, manifest: Manifest, target: Target, traffic: int | None) -> str | None:
+    """Return a warning where an int8 plan moves more bytes than the fp16 plan of the same checkpoint and GPU beside it.
+
+    Args:
+        out: where the int8 plan goes; other plans are looked for in the same folder.
+        manifest: of the model it is built from.
+        target: what it is built for.
+        traffic: bytes an image, by its layer table.
+    """
+    if manifest.precision is not Precision.INT8 or traffic is None:
+        return None
+    for path in sorted(out.parent.glob(f"*/{MANIFEST}")):
+        try:
+            other = parse_manifest(path, path.read_bytes())
+        except (BundleError, OSError):
+            continue  # not a bundle of this version: nothing to compare with
+        is_sibling = (other.precision, other.checkpoint_sha256, other.target) == (
+            Precision.FP16,
+            manifest.checkpoint_sha256,
+            target,
+        )
+        fewest = other.engine.bytes_per_image if is_sibling and other.engine is not None else None
+        if fewest is not None and fewest < traffic:
+            return (
+                f"this int8 plan moves {traffic / 1e6:.2f} MB an image, the fp16 one in {path.parent} {fewest / 1e6:.2f}: "
+                f"expect it to be slower where memory is the limit"
+            )
+    return None

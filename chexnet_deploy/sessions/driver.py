@@ -316,6 +316,7 @@ def _open_binding() -> Driver:
 
 
 _primary: dict[tuple[str, int], Any] = {}
+_releases: list[tuple[int, Driver, Any]] = []
 _lock = threading.Lock()
 
 
@@ -331,14 +332,16 @@ def retain_primary_context(driver: Driver, device: int) -> Any:
         key = driver.binding, device
         if key not in _primary:
             _primary[key] = driver.retain(device)
-            atexit.register(_release, driver, _primary[key], os.getpid())
+            _releases.append((os.getpid(), driver, _primary[key]))
         return _primary[key]
 
 
-def _release(driver: Driver, context: Any, pid: int) -> None:
-    if os.getpid() == pid:  # a forked child holds no reference of its own
-        with suppress(CudaError):
-            driver.release(context)
+@atexit.register  # before any session's, so that it runs after them
+def _release_all() -> None:
+    for pid, driver, context in _releases:
+        if os.getpid() == pid:  # a forked child holds no reference of its own
+            with suppress(CudaError):
+                driver.release(context)
 
 
 @contextmanager

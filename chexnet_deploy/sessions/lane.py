@@ -104,10 +104,10 @@ class Lane:
 
     def free_graphs(self) -> None:
         """Drop what was captured; runs go on without."""
-        graphs, self._graphs = self._graphs, {}
         with ExitStack() as owned:
-            for graph, _ in graphs.values():
-                owned.callback(graph.free)
+            owned.callback(self._graphs.clear)  # their contexts, once the graphs are gone
+            for n in self._graphs:
+                owned.callback(self._graphs[n][0].free)
 
     def free(self) -> None:
         """Give everything back while the context is current; what is freed later would find none.

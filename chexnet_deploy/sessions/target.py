@@ -5,7 +5,7 @@ import platform
 
 from chexnet_deploy.errors import SessionError
 from chexnet_deploy.manifest import Target
-from chexnet_deploy.sessions.driver import Driver
+from chexnet_deploy.sessions.driver import CudaError, Driver
 from chexnet_deploy.sessions.tensorrt_versions import Backend
 
 _LOG = logging.getLogger(__name__)
@@ -21,12 +21,17 @@ def this_target(driver: Driver, backend: Backend, tensorrt: str, device: int = 0
         device: the GPU's number.
 
     Raises:
-        SessionError: there is no GPU of that number.
+        SessionError: there is no GPU of that number, or the driver does not answer.
     """
-    n_gpus = driver.count_gpus()
-    if not 0 <= device < n_gpus:
-        raise SessionError(f"there is no GPU {device}; this machine has {n_gpus}, numbered from 0. Give one of them.")
-    gpu, cuda = driver.describe(device), driver.cuda_version()
+    try:
+        n_gpus = driver.count_gpus()
+        if not 0 <= device < n_gpus:
+            raise SessionError(
+                f"there is no GPU {device}; this machine has {n_gpus}, numbered from 0. Give one of them."
+            )
+        gpu, cuda = driver.describe(device), driver.cuda_version()
+    except CudaError as err:
+        raise SessionError(f"the NVIDIA driver does not answer: {err}. Run: nvidia-smi") from err
     return Target(
         gpu=gpu.name,
         compute_capability=gpu.compute_capability,

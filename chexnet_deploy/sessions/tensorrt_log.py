@@ -86,8 +86,10 @@ def create(kind: Any, trt: ModuleType, family: Family, cuda_version: int | None)
 
 
 def _does_not_start(trt: ModuleType, family: Family, cuda_version: int | None, why: str) -> str:
-    driver = "here" if cuda_version is None else f"on this driver, which supports CUDA {cuda_version / 1000:.1f}"
-    extra = "rtx" if family.is_rtx else "gpu-cu12" if (cuda_version or 0) < 13000 else "gpu-cu13"
+    driver, extra = "here", "rtx" if family.is_rtx else "gpu-cu13"
+    if cuda_version is not None:
+        driver = f"on this driver, which supports CUDA {cuda_version // 1000}.{cuda_version % 1000 // 10}"
+        extra = "gpu-cu12" if cuda_version < 13000 and not family.is_rtx else extra
     return (
         f"{family.backend} {trt.__version__} does not start {driver}{why}. "
         f"Install what is for it: pip install 'chexnet-deploy[{extra}]'"

@@ -10,8 +10,8 @@ import os
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from functools import partial
 from queue import LifoQueue
+from traceback import clear_frames
 
 from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.errors import SessionError
@@ -32,6 +32,7 @@ from chexnet_deploy.sessions.tensorrt_versions import Backend, open_tensorrt
 
 _LOG = logging.getLogger(__name__)
 _MIB = 1 << 20
+_open_sessions: "weakref.WeakSet[TrtSession]" = weakref.WeakSet()
 
 
 class TrtSession:
@@ -72,7 +73,7 @@ class TrtSession:
         self._driver = open_driver()
         self._trt, self._family = open_tensorrt(backend)
         self._resize_px, self._conv_types, self._pid = resize_px, dict(conv_types), os.getpid()
-        self._device, self._is_integrated = device, self._driver.describe(device).is_integrated
+        self._device = device
         self._is_poisoned = False
         self.batch_range = (0, 0)  # until the plan has been read
         self.graph_batches: tuple[int, ...] = ()
@@ -80,11 +81,9 @@ class TrtSession:
         self._plan: Plan | None = None
         self._lanes: LifoQueue[Lane | None] = LifoQueue()
         self._n_lanes = 0
-        self._at_exit = partial(_close_if_alive, weakref.ref(self))
         try:
             retain_primary_context(self._driver, device)
-            # Registered after the context's release, so that a session that nobody closed is closed before it.
-            atexit.register(self._at_exit)
+            _open_sessions.add(self)
             self._is_closed = False
             with self._current():
                 self._load(plan, lanes)
@@ -92,13 +91,17 @@ class TrtSession:
                     self._capture_graphs()
         except CudaMemoryError as err:
             needed = self._describe_memory(len(plan), lanes)
+            clear_frames(err.__traceback__)
             self.close()
             raise SessionError(f"{needed}: {err}. Free its memory, take fewer lanes or a smaller batch.") from err
         except CudaError as err:
             self._is_poisoned = True
+            clear_frames(err.__traceback__)
             self.close()
             raise SessionError(f"the GPU failed while the plan was loaded: {err}. Start the process again.") from err
-        except BaseException:
+        except BaseException as err:
+            # The frames hold execution contexts, which must go before the engine; the traceback keeps its lines.
+            clear_frames(err.__traceback__)
             self.close()
             raise
 
@@ -147,27 +150,34 @@ class TrtSession:
         return 0 if self._plan is None else self._plan.activation_bytes
 
     def close(self) -> None:
-        """Free the plan and its memory; closing twice does nothing."""
+        """Free the plan and its memory; closing twice does nothing.
+
+        Raises:
+            SessionError: the GPU failed; what could not be freed is lost with the process.
+        """
         if self._is_closed or os.getpid() != self._pid:
             return
+        try:
+            with self._current():
+                self._free()
+        except CudaError as err:
+            if not self._is_poisoned:
+                raise SessionError(f"the GPU failed while the plan was freed: {err}. Start the process again.") from err
+
+    def _free(self) -> None:
         self._is_closed = True
-        atexit.unregister(self._at_exit)
+        _open_sessions.discard(self)
         # All lanes, so that none is in use: a run in another thread is waited for.
         lanes = [self._lanes.get() for _ in range(self._n_lanes)]
         self._lanes.put(None)
         plan, self._plan = self._plan, None
-        try:
-            with self._current(), ExitStack() as owned:
-                # The last first, and each whatever became of those before it.
-                if plan is not None:
-                    owned.callback(plan.close)
-                for lane in lanes:
-                    if lane is not None:
-                        owned.callback(lane.free)
-        except CudaError as err:
-            # After a failure of the GPU what could not be freed is lost with the process.
-            if not self._is_poisoned:
-                raise SessionError(f"the GPU failed while the plan was freed: {err}. Start the process again.") from err
+        with ExitStack() as owned:
+            # The last first, and each whatever became of those before it.
+            if plan is not None:
+                owned.callback(plan.close)
+            for lane in lanes:
+                if lane is not None:
+                    owned.callback(lane.free)
 
     def __del__(self) -> None:
         """Free a session that was dropped without being closed."""
@@ -175,11 +185,12 @@ class TrtSession:
             self.close()
 
     def _load(self, content: bytes, lanes: int) -> None:
+        is_integrated = self._driver.describe(self._device).is_integrated
         self._plan = plan = Plan(self._trt, self._family, content, self._driver.cuda_version())
         low, _, high = plan.batch_profile
         self.batch_range = (low, high)
         for _ in range(lanes):
-            self._lanes.put(Lane(self._driver, plan, is_integrated=self._is_integrated))
+            self._lanes.put(Lane(self._driver, plan, is_integrated=is_integrated))
             self._n_lanes += 1
 
     def _capture_graphs(self) -> None:
@@ -226,6 +237,7 @@ class TrtSession:
         except CudaError as err:
             # CUDA's errors are sticky: every later call in this context would fail or, worse, seem to work.
             self._is_poisoned = True
+            clear_frames(err.__traceback__)
             raise SessionError(f"the GPU failed on a batch of {len(pixels)}: {err}. Start the process again.") from err
         finally:
             self._lanes.put(lane)
@@ -243,7 +255,8 @@ class TrtSession:
         return f"needed {needed}; {free // _MIB} of the GPU's {total // _MIB} MiB are free"
 
 
-def _close_if_alive(reference: "weakref.ref[TrtSession]") -> None:
-    session = reference()
-    if session is not None:
+@atexit.register
+def _close_all() -> None:
+    """Close what nobody closed, before Python takes the driver's modules apart."""
+    for session in list(_open_sessions):
         session.close()

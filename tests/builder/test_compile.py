@@ -11,7 +11,16 @@ import pytest
 from onnx import TensorProto, helper
 
 from chexnet_deploy.builder.compile import CompileOptions, compile_onnx
-from chexnet_deploy.builder.layers import Layer, conv_types, count_reformats, parse_inspector, parse_log
+from chexnet_deploy.builder.layers import (
+    Layer,
+    Tensor,
+    bytes_per_image,
+    conv_types,
+    count_kernels,
+    count_reformats,
+    parse_inspector,
+    parse_log,
+)
 from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.errors import ExportError
 from chexnet_deploy.sessions.tensorrt_versions import Family, open_tensorrt
@@ -107,50 +116,104 @@ def test_ctrl_c_ends_a_build(rtx: tuple[ModuleType, Family], bundles: dict[str, 
 
 
 LINE = (
-    "Name: /a/Conv_myl0_2, LayerType: correlation, Inputs: [ { Name: x, Dimensions: [-1,4,64,64], Datatype: Int8, "
-    "Format: (NHWC) Channel major format }], Constants: [ { Name: w, Dimensions: [64,4,7,7], Datatype: Half }], "
-    "Outputs: [ { Name: y, Datatype: Float, Format: (NHWC) }], TacticName: t, StreamId: 0, "
+    "Name: /a/Conv_myl0_2, LayerType: correlation, Inputs: [ { Name: x, Dimensions: [-1,4,64,64], Strides: [16384,1,256,4], "
+    "Datatype: Int8, Format: (NHWC) Channel major format }, { Name: z, Dimensions: [-1,2,3], Datatype: Half }], "
+    "Constants: [ { Name: w, Dimensions: [64,4,7,7], Datatype: Half }], "
+    "Outputs: [ { Name: y, Dimensions: [-1,5], Datatype: Float, Format: (NHWC) }], TacticName: t, StreamId: 0, "
     "Metadata: [ONNX Layer: /a/Conv][ONNX Layer: /a/Relu]"
 )
+HELPER = "Name: s, LayerType: shape_call, Inputs: [], Constants: [], Outputs: [], TacticName: , StreamId: 0, Metadata: "
+HALF = Tensor("float16", (-1, 8, 4, 4))
+
+
+def layer(kind: str, origin: str, *inputs: Tensor) -> Layer:
+    return Layer(origin, kind, inputs, (HALF,), (origin,))
 
 
 def test_a_line_of_the_layer_table_by_hand() -> None:
-    assert parse_log(["something else", LINE]) == (
-        Layer("/a/Conv_myl0_2", "correlation", ("int8",), ("float32",), ("/a/Conv", "/a/Relu")),
+    layers = parse_log(["something else", LINE, HELPER])
+    inputs = (Tensor("int8", (-1, 4, 64, 64)), Tensor("float16", (-1, 2, 3)))
+    outputs = (Tensor("float32", (-1, 5)),)
+    assert layers == (
+        Layer("/a/Conv_myl0_2", "correlation", inputs, outputs, ("/a/Conv", "/a/Relu")),
+        Layer("s", "shape_call", (), (), ()),
     )
-    assert conv_types(parse_log([LINE]), ["/a/Conv"]) == {"/a/Conv": "int8"}
+    assert conv_types(layers, ["/a/Conv"]) == {"/a/Conv": "int8"}
+    assert count_kernels(layers) == 1
+    assert bytes_per_image(layers) == 4 * 64 * 64 + 2 * 2 * 3 + 4 * 5
 
 
 @pytest.mark.parametrize(
-    ("prose", "kind"),
+    ("prose", "kind", "width"),
     [
-        ("Thirty-two wide channel vectorized row major Int8 format.", "int8"),
-        ("Channel major FP16 format where channel % 8 == 0", "float16"),
-        ("Half", "float16"),
-        ("Row major linear FP32", "float32"),
+        ("Thirty-two wide channel vectorized row major Int8 format.", "int8", 1),
+        ("Channel major FP16 format where channel % 8 == 0", "float16", 2),
+        ("Half", "float16", 2),
+        ("Row major linear FP32", "float32", 4),
+        # The pixels' cast fused into the first convolution says nothing of the type it multiplies in.
+        ("Row major linear UInt8 format", "unknown", 1),
+        ("", "unknown", None),
     ],
 )
-def test_an_entry_of_the_inspector_by_hand(prose: str, kind: str) -> None:
+def test_an_entry_of_the_inspector_by_hand(prose: str, kind: str, width: int | None) -> None:
     entry = {
         "Name": "/a/Conv + /a/Relu",
         "LayerType": "CaskConvolution",
-        "Inputs": [{"Name": "x", "Format/Datatype": prose}],
-        "Outputs": [{"Name": "y", "Format/Datatype": "Half"}],
+        "Inputs": [{"Name": "x", "Dimensions": [8, 3, 2, 2], "Format/Datatype": prose}],
+        "Outputs": [{"Name": "y", "Dimensions": [8, 5, 2, 2], "Format/Datatype": "Half"}],
         "Metadata": "[ONNX Layer: /a/Conv]\x1f[ONNX Layer: /a/Relu]",
     }
     copy = {**entry, "Name": "Reformatting CopyNode for Input Tensor 0 to /a/Conv", "LayerType": "Reformat"}
-    layers = parse_inspector(json.dumps({"Layers": [copy, entry]}))
+    layers = parse_inspector(json.dumps({"Layers": [copy, entry], "I/O Tensors": ["x"]}))
     assert count_reformats(layers) == 1
     assert conv_types(layers, ["/a/Conv"]) == {"/a/Conv": kind}
+    assert bytes_per_image(layers) == (None if width is None else 2 * (width * 3 * 4 + 2 * 5 * 4))
 
 
-def test_names_alone_are_no_layer_table() -> None:
-    with pytest.raises(ExportError, match="names alone"):
-        parse_inspector(json.dumps({"Layers": ["/a/Conv + /a/Relu"]}))
+def test_rows_without_their_parts_are_kept_and_nothing_is_guessed() -> None:
+    rows = [
+        "/a/Conv + /a/Relu",
+        {"Name": "s", "LayerType": "shape_call"},
+        {"Name": "/b/Conv", "LayerType": "CaskConvolution"},
+    ]
+    layers = parse_inspector(json.dumps({"Layers": rows}))
+    assert conv_types(layers, ["/a/Conv", "/b/Conv"]) == {"/a/Conv": "unknown", "/b/Conv": "unknown"}
+    assert count_kernels(layers) == 2
+    assert bytes_per_image(layers) is None
 
 
-def test_an_unknown_engine_is_not_trusted() -> None:
-    with pytest.raises(ExportError, match="no layer table"):
-        parse_log(["something else"])
-    with pytest.raises(ExportError, match="/b/Conv"):
-        conv_types(parse_log([LINE]), ["/a/Conv", "/b/Conv"])
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ([layer("correlation", "/a/Conv", HALF)], "float16"),
+        ([], "unknown"),
+        ([layer("Myelin", "/a/Conv", HALF)], "unknown"),  # hidden in a block
+        ([layer("kgen", "/a/Conv", HALF)], "unknown"),  # swallowed by a point-wise kernel
+        ([layer("gemm", "/a/Conv", HALF), layer("CaskConvolution", "/a/Conv", HALF)], "float16"),
+        ([layer("gemm", "/a/Conv", HALF), layer("CaskConvolution", "/a/Conv", Tensor("int8"))], "unknown"),
+    ],
+)
+def test_a_convolution_has_a_type_only_where_the_table_says_one(layers: list[Layer], expected: str) -> None:
+    assert conv_types(layers, ["/a/Conv"]) == {"/a/Conv": expected}
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        layer("kgen", "odd", Tensor("float16")),  # no dimensions
+        layer("kgen", "odd", Tensor("float16", (-1, -1, 4, 4))),
+        layer("kgen", "odd", Tensor("E8M0", (-1, 8, 4, 4))),
+        layer("Myelin", "odd", HALF),  # many kernels in one row
+    ],
+)
+def test_traffic_that_a_table_does_not_tell_is_no_number(odd: Layer) -> None:
+    known = layer("kgen", "known", HALF)
+    assert bytes_per_image([known]) == 2 * 2 * 8 * 4 * 4
+    assert bytes_per_image([known, odd]) is None
+
+
+def test_an_empty_table_leaves_all_unknown() -> None:
+    for layers in (parse_log(["something else"]), parse_inspector(json.dumps({"Layers": []})), parse_inspector("{}")):
+        assert layers == ()
+        assert conv_types(layers, ["/a/Conv"]) == {"/a/Conv": "unknown"}
+        assert bytes_per_image(layers) is None

@@ -11,6 +11,7 @@ import pytest
 from chexnet_deploy.builder.compile import Compiled
 from chexnet_deploy.builder.engine import (
     build_engine,
+    more_traffic_than_fp16,
     one_builder,
     refuse_dropped_precision,
     refuse_other_dialect,
@@ -19,7 +20,7 @@ from chexnet_deploy.builder.engine import (
 from chexnet_deploy.builder.timing_cache import cache_key, read_cache, write_cache
 from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.errors import BundleError, ExportError, MissingPackageError, SessionError, SpecError
-from chexnet_deploy.manifest import Target
+from chexnet_deploy.manifest import MANIFEST, PLAN_MODEL, PROBE, EngineCard, Manifest, Target
 from chexnet_deploy.sessions.target import refuse_other_target
 from chexnet_deploy.sessions.tensorrt_versions import family_of
 from chexnet_deploy.spec import read_spec, spec_names
@@ -88,6 +89,58 @@ def test_a_convolution_that_fell_back_is_named(bundles: dict[str, Bundle]) -> No
     refuse_dropped_precision(manifest, compiled(types))
     with pytest.raises(ExportError, match=r"1 convolutions do not run in int8, e\.g\. /b/Conv in float32"):
         refuse_dropped_precision(manifest, compiled({**types, "/b/Conv": "float32"}))
+
+
+def test_a_type_that_the_table_does_not_say_is_not_refused(bundles: dict[str, Bundle]) -> None:
+    types = {"/features/conv0/Conv": "float16", "/a/Conv": "unknown", "/b/Conv": "int8", "/Conv": "float32"}
+    refuse_dropped_precision(bundles["int8"].manifest, compiled(types))
+    with pytest.raises(ExportError, match="/b/Conv in float16"):
+        refuse_dropped_precision(bundles["int8"].manifest, compiled({**types, "/b/Conv": "float16"}))
+
+
+def test_an_int8_plan_that_moves_more_than_the_fp16_one_beside_it_warns(
+    bundles: dict[str, Bundle], tmp_path: Path
+) -> None:
+    def write_plan(name: str, precision: str, traffic: int | None, **changes: object) -> Manifest:
+        card = EngineCard(
+            build_s=1.0,
+            plan_bytes=1,
+            batch=(1, 1, 1),
+            conv_types={},
+            fallbacks=(),
+            n_kernels=1,
+            n_reformats=0,
+            bytes_per_image=traffic,
+            activation_bytes=1,
+            warnings=(),
+        )
+        parent, files = bundles[precision].manifest, {PLAN_MODEL: "0" * 64, PROBE: "0" * 64}
+        plan = parent.model_copy(update={"target": HERE, "engine": card, "files": files, **changes})
+        (tmp_path / name).mkdir()
+        (tmp_path / name / MANIFEST).write_bytes(plan.to_json())
+        return plan
+
+    int8 = bundles["int8"].manifest
+    out = tmp_path / "int8"
+
+    def warning(traffic: int | None = 9_820_000) -> str | None:
+        return more_traffic_than_fp16(out, int8, HERE, traffic)
+
+    write_plan("a-broken", "fp16", 1)
+    (tmp_path / "a-broken" / MANIFEST).write_text("{}")
+    write_plan("fp32", "fp32", 1)
+    write_plan("other-checkpoint", "fp16", 1, checkpoint_sha256="f" * 64)
+    write_plan("other-gpu", "fp16", 1, target=HERE.model_copy(update={"gpu": "NVIDIA T4"}))
+    write_plan("unknown", "fp16", None)
+    assert warning() is None
+    write_plan("z-fp16", "fp16", 8_690_000)
+    assert warning() == (
+        f"this int8 plan moves 9.82 MB an image, the fp16 one in {tmp_path / 'z-fp16'} 8.69: "
+        "expect it to be slower where memory is the limit"
+    )
+    assert warning(8_690_000) is None
+    assert warning(None) is None
+    assert more_traffic_than_fp16(out, bundles["fp16"].manifest, HERE, 9_820_000) is None
 
 
 def test_wrong_requests_are_refused_before_a_gpu_is_looked_for(bundles: dict[str, Bundle], tmp_path: Path) -> None:

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from benchmarks.gpu.plan_checks import memory_growth
-from chexnet_deploy.builder.engine import build_engine
+from chexnet_deploy.builder.engine import build_engine, is_buildable
 from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.errors import BundleError, SessionError
 from chexnet_deploy.manifest import PLAN_MODEL
 from chexnet_deploy.predictor import sigmoid
+from chexnet_deploy.sessions.tensorrt_versions import open_tensorrt
 from chexnet_deploy.sessions.trt import TrtSession
 from chexnet_deploy.spec import read_spec
 
@@ -30,9 +31,12 @@ def plans(
     folder = tmp_path_factory.mktemp("plans")
     made = {}
     for backend in gpu_backends:
+        _, family = open_tensorrt(backend)  # type: ignore[arg-type]
         for name, bundle in bundles.items():
-            out = folder / f"{backend}-{name}"
-            made[out.name] = build_engine(bundle, read_spec(name), out, backend=backend)  # type: ignore[arg-type]
+            if not is_buildable(bundle.manifest, family):
+                continue
+            out, spec = folder / f"{backend}-{name}", read_spec(bundle.manifest.precision.value)
+            made[out.name] = build_engine(bundle, spec, out, backend=backend)  # type: ignore[arg-type]
     return made
 
 
@@ -121,7 +125,8 @@ def test_a_session_nobody_closed_ends_with_its_process(plans: dict[str, Bundle])
     for plan in plans.values():
         code = (
             "import sys; from pathlib import Path; from chexnet_deploy.bundle import Bundle; "
-            "from chexnet_deploy.sessions.trt import TrtSession; plan = Bundle.open(Path(sys.argv[1])); "
+            "from chexnet_deploy.sessions.tensorrt_versions import open_tensorrt
+from chexnet_deploy.sessions.trt import TrtSession; plan = Bundle.open(Path(sys.argv[1])); "
             "TrtSession.open(plan).run(plan.read_probe().pixels[:1])"
         )
         done = subprocess.run(

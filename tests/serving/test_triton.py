@@ -35,8 +35,9 @@ CARD = EngineCard(
     batch=(1, 8, 16),
     conv_types={"int8": 119},
     fallbacks=(),
-    n_layers=1,
+    n_kernels=1,
     n_reformats=0,
+    bytes_per_image=None,
     activation_bytes=0,
     warnings=(),
 )
