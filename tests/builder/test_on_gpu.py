@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.gpu_checks import memory_growth
+from benchmarks.gpu.plan_checks import memory_growth
 from chexnet_deploy.builder.engine import build_engine, is_buildable
 from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.errors import BundleError, SessionError

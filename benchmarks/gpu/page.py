@@ -1,4 +1,4 @@
-"""One HTML page of the GPU benchmark's results, by a template alone: `python -m benchmarks.gpu_page RESULTS.json`."""
+"""One HTML page of the GPU benchmark's results, by a template alone: `python -m benchmarks.gpu.page RESULTS.json`."""
 
 import json
 from collections.abc import Mapping
@@ -35,14 +35,13 @@ def write_page(path: Path, results: Mapping[str, Any]) -> None:
             "row": name,
             "batch": size,
             "variant": variant,
-            "entry": entry[variant],
+            "entry": timing,
             "whole": entry,
             "parity": row.get("parity", {}),
         }
         for name, row in results["rows"].items()
         for size, entry in row.get("batches", {}).items()
-        for variant in ("graphs", "plain", "bare")
-        if variant in entry
+        for variant, timing in entry["variants"].items()
     ]
     fastest = max((timing["entry"]["images_per_s"] for timing in timings), default=1.0)
     page = environment.from_string(_TEMPLATE)
@@ -67,22 +66,29 @@ fp32 in ONNX Runtime on the CPU.</p>
 <table>{% for name, value in results.summary.items() %}<tr><td>{{ name }}</td><td>{{ value }}</td></tr>{% endfor %}</table>
 <h2>Speed</h2>
 <p class="small">Variants of one row were timed in turns. graphs: CUDA graphs; plain: without; bare: the least that runs the
-plan. Array in, arrays out, copies included.</p>
+plan. One lane: array in, arrays out, copies included. In flight: the row's first variant from two and three threads. GPU ms:
+medians by CUDA events. p99 from 100 runs on. PyTorch draws no maps.</p>
 <table><tr><th>row</th><th>batch</th><th>variant</th><th>p50 ms</th><th>p90 ms</th><th>p99 ms</th><th>images/s</th><th></th>
-<th>after idle, ms</th><th>mJ/image</th><th>upload / compute / download ms</th><th>MiB</th><th>SM MHz</th><th>valid</th></tr>
+<th>GPU ms: upload / compute / download</th><th>in flight, images/s</th><th>after idle, ms</th><th>mJ/image</th><th>W, at rest</th>
+<th>MiB</th><th>SM MHz</th><th>valid</th></tr>
 {% for t in timings %}
 <tr><td>{{ t.row }}</td><td>{{ t.batch }}</td><td>{{ t.variant }}</td>
-<td>{{ "%.3f"|format(t.entry.p50_ms) }}</td><td>{{ "%.3f"|format(t.entry.p90_ms) }}</td><td>{{ "%.3f"|format(t.entry.p99_ms) }}</td>
+<td>{{ "%.3f"|format(t.entry.p50_ms) }}</td><td>{{ "%.3f"|format(t.entry.p90_ms) }}</td>
+<td>{{ "%.3f"|format(t.entry.p99_ms) if t.entry.p99_ms is number else "-" }}</td>
 <td>{{ "%.0f"|format(t.entry.images_per_s) }}</td>
 <td class="bars"><div class="bar" style="width: {{ "%.1f"|format(100 * t.entry.images_per_s / fastest) }}%"></div></td>
-<td>{% if t.whole.after_idle_ms %}{{ "%.2f"|format(t.whole.after_idle_ms[t.variant]) }}{% endif %}</td>
+<td>{% for ms in t.entry.stages_ms.values() %}{{ "%.3f"|format(ms) }}{{ " / " if not loop.last }}{% endfor %}</td>
 {% if loop.changed(t.row ~ t.batch) %}
-<td>{% if t.whole.sustained.mj_per_image is number %}{{ "%.1f"|format(t.whole.sustained.mj_per_image) }}{% endif %}</td>
-<td>{% for ms in t.whole.stage_times_ms.values() %}{{ "%.3f"|format(ms) }}{{ " / " if not loop.last }}{% endfor %}</td>
+<td>{% for n, speed in t.whole.in_flight_images_per_s.items() %}{{ n }}: {{ "%.0f"|format(speed) }} {% endfor %}</td>
+<td>{% if t.whole.after_idle_ms %}{{ "%.2f"|format(t.whole.after_idle_ms[t.variant]) }}{% endif %}</td>
+{% set held = t.whole.sustained %}
+<td>{% if held.mj_per_image is number %}{{ "%.1f"|format(held.mj_per_image) }}{% endif %}</td>
+<td>{% if held.power_w is number %}{{ "%.0f"|format(held.power_w) }}{% endif %}
+{% if held.idle_w is number %}, {{ "%.0f"|format(held.idle_w) }}{% endif %}</td>
 <td>{% if t.whole.clocks.memory_mib %}{{ "%.0f"|format(t.whole.clocks.memory_mib) }}{% endif %}</td>
 <td>{{ (t.whole.clocks.sm_mhz or [])|join(" to ") }}</td>
-<td class="{{ "bad" if t.whole.clocks.invalid }}">{{ t.whole.clocks.invalid or "yes" }}</td>
-{% else %}<td></td><td></td><td></td><td></td><td></td>{% endif %}</tr>
+<td class="{{ "bad" if t.whole.clocks.invalid }}">{{ t.whole.clocks.invalid or t.whole.clocks.note or "yes" }}</td>
+{% else %}<td></td><td></td><td></td><td></td><td></td><td></td><td></td>{% endif %}</tr>
 {% endfor %}</table>
 <h2>Parity and engines</h2>
 <table><tr><th>row</th><th>parity</th><th>max |Δp|</th><th>flips</th><th>unlabelled: max |Δp|</th><th>convolutions</th>
@@ -99,7 +105,7 @@ plan. Array in, arrays out, copies included.</p>
 <td>{{ row.engine.fallbacks|join(", ") }}</td>
 <td>{{ "%.1f"|format(row.engine.plan_bytes / 1048576) }}</td><td>{{ "%.1f"|format(row.engine.build_s) }}</td>
 {% else %}<td></td><td></td><td></td><td></td><td></td><td></td><td></td>{% endif %}
-<td class="bad">{{ row.error }}</td></tr>
+<td class="bad">{{ row.error or row.skipped }}</td></tr>
 {% endfor %}</table>
 <h2>Invariance and memory</h2>
 <table><tr><th>row</th><th>slots, neighbours, threads: max |Δlogit|</th><th>growth over runs</th></tr>

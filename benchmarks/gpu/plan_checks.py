@@ -4,7 +4,7 @@ from pathlib import Path
 
 from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.invariance import InvarianceReport, measure_invariance
-from chexnet_deploy.sessions.target import open_driver
+from chexnet_deploy.sessions.driver import open_driver, primary_context
 from chexnet_deploy.sessions.trt import TrtSession
 
 LANES = 2
@@ -41,12 +41,7 @@ def _resident_mib() -> float:
 
 
 def _device_mib() -> float:
-    cuda = open_driver()
-    context = cuda.Device(0).retain_primary_context()
-    context.push()
-    try:
-        free, total = cuda.mem_get_info()
-        return float(total - free) / (1 << 20)
-    finally:
-        cuda.Context.pop()
-        context.detach()
+    driver = open_driver()
+    with primary_context(driver, 0):
+        free, total = driver.memory_info()
+    return (total - free) / (1 << 20)
