@@ -1,8 +1,15 @@
-"""Say what this machine can run, and what to install for the rest. Imports none of what it looks for."""
+"""Say what this machine can run, and what to install for the rest. Of what it looks for it imports the driver's binding alone."""
 
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from importlib.util import find_spec
+
+from chexnet_deploy.errors import MissingPackageError, SessionError
+from chexnet_deploy.sessions.driver import CudaError, Driver, open_driver
+
+_TENSORRT = ("tensorrt", "tensorrt_cu12", "tensorrt_cu13", "tensorrt_rtx_cu12", "tensorrt_rtx_cu13")
+_BINDINGS = ("pycuda", "cuda-bindings")
+_CUDA_13 = 13000
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,23 +49,48 @@ def _needs(name: str, packages: tuple[str, ...], extra: str) -> Ability:
 
 
 def _tensorrt() -> Ability:
-    gpus = Path("/proc/driver/nvidia/gpus")
-    n_gpus = len(list(gpus.iterdir())) if gpus.is_dir() else 0
-    found = {package: _version(package) for package in ("tensorrt", "tensorrt_rtx_cu13", "pycuda")}
-    have = ", ".join(f"{package} {number}" for package, number in found.items() if number is not None)
-    steps = []
-    if not n_gpus:
-        steps.append("an NVIDIA GPU and its driver")
-    if found["tensorrt"] is None and found["tensorrt_rtx_cu13"] is None:
-        steps.append("pip install 'chexnet-deploy[gpu]'")
-    elif found["pycuda"] is None:
-        steps.append("pip install pycuda")
+    found = {package: _version(package) for package in (*_TENSORRT, *_BINDINGS)}
+    if find_spec("tensorrt") is not None and not any(found[package] for package in _TENSORRT):
+        found["tensorrt"] = "of unknown version"  # as Debian's packages install it on Jetson
+    have = [f"{package} {number}" for package, number in found.items() if number is not None]
+    try:
+        driver = open_driver()
+        have.insert(0, _describe(driver))
+        step = _missing_tensorrt(driver, found)
+    except MissingPackageError:
+        step = "pip install cuda-bindings, with which this program asks for the driver, and run it again"
+    except (SessionError, CudaError):
+        step = "an NVIDIA GPU and its driver, which does not answer here; if there is one: nvidia-smi"
     return Ability(
         "build and run TensorRT engines",
-        is_ready=not steps,
-        found=f"{n_gpus} NVIDIA GPU(s)" + (f", {have}" if have else ""),
-        next_step=f"needs {' and '.join(steps)}" if steps else "",
+        is_ready=not step,
+        found=", ".join(have) or "nothing",
+        next_step=f"needs {step}" if step else "",
     )
+
+
+def _describe(driver: Driver) -> str:
+    cuda = driver.cuda_version()
+    gpus = ", ".join(driver.describe(device).name for device in range(driver.count_gpus()))
+    return f"{gpus} (driver for CUDA {cuda // 1000}.{cuda % 1000 // 10}, by {driver.binding})"
+
+
+def _missing_tensorrt(driver: Driver, found: dict[str, str | None]) -> str:
+    """Return the line that installs what this driver can run; nothing where it is there."""
+    is_13 = driver.cuda_version() >= _CUDA_13
+    if any(found[package] for package in ("tensorrt", "tensorrt_rtx_cu12")):
+        return ""
+    if found["tensorrt_cu12"] or (is_13 and (found["tensorrt_cu13"] or found["tensorrt_rtx_cu13"])):
+        return ""
+    if driver.describe(0).is_integrated:
+        return "JetPack's own TensorRT: python3 -m venv --system-site-packages .venv  (docs/embedding.md)"
+    extra = "gpu-cu13" if is_13 else "gpu-cu12"
+    why = (
+        " (what is installed is for CUDA 13, which this driver can't run)"
+        if found["tensorrt_cu13"] or found["tensorrt_rtx_cu13"]
+        else ""
+    )
+    return f"pip install 'chexnet-deploy[{extra}]'{why}"
 
 
 def _version(package: str) -> str | None:

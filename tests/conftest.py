@@ -104,7 +104,7 @@ def checkpoint_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def bundles(checkpoint_path: Path, phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
-    """Fp32, fp16 and int8 in each of its forms of the checkpoint, made as `chexnet-deploy export` makes them. Copy before you change one."""
+    """Fp32, fp16 and each int8 form of the checkpoint, made as `chexnet-deploy export` makes them. Copy before you change one."""
     from chexnet_deploy.manifest import Precision
     from chexnet_deploy.pipeline import export_bundles
 

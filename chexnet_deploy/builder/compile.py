@@ -122,8 +122,8 @@ def compile_onnx(
     )
 
 
-def _parse(trt: ModuleType, network: Any, log: Any, model: bytes, family: Family) -> None:
-    parser = trt.OnnxParser(network, log)
+def _parse(trt: ModuleType, network: Any, log: TensorrtLog, model: bytes, family: Family) -> None:
+    parser = trt.OnnxParser(network, log.handle)
     if not parser.parse(model):
         problems = [parser.get_error(i) for i in range(parser.num_errors)]
         first = problems[0]

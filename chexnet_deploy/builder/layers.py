@@ -105,8 +105,8 @@ def parse_inspector(text: str) -> tuple[Layer, ...]:
     """Return the layer table of the engine inspector's JSON, of an engine built with ProfilingVerbosity.DETAILED.
 
     Types stand in prose up to TensorRT 10 ("Channel major FP16 format where channel % 8 == 0") and for fused layers
-    ("Half"). A row may be a name alone, or lack any of its parts; what is no JSON has no rows. Written from published outputs of 8.4 to 10; not yet
-    run on an engine of ours.
+    ("Half"). A row may be a name alone, or lack any of its parts; what is no JSON has no rows. Written from published
+    outputs of 8.4 to 10; not yet run on an engine of ours.
     """
     layers = []
     try:

@@ -11,6 +11,7 @@ import pytest
 from chexnet_deploy.builder.compile import Compiled
 from chexnet_deploy.builder.engine import (
     build_engine,
+    is_buildable,
     more_traffic_than_fp16,
     one_builder,
     refuse_dropped_precision,
@@ -22,7 +23,7 @@ from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.errors import BundleError, ExportError, MissingPackageError, SessionError, SpecError
 from chexnet_deploy.manifest import MANIFEST, PLAN_MODEL, PROBE, EngineCard, Manifest, Target
 from chexnet_deploy.sessions.target import refuse_other_target
-from chexnet_deploy.sessions.tensorrt_versions import family_of
+from chexnet_deploy.sessions.tensorrt_versions import Backend, family_of
 from chexnet_deploy.spec import read_spec, spec_names
 
 HERE = Target(
@@ -36,7 +37,7 @@ HERE = Target(
 
 
 def compiled(conv_types: dict[str, str]) -> Compiled:
-    return Compiled(plan=b"", layers=(), timing_cache=b"", conv_types=conv_types, build_s=0.0, warnings=())
+    return Compiled(plan=b"", layers=(), table="", timing_cache=b"", conv_types=conv_types, build_s=0.0, warnings=())
 
 
 def test_the_same_machine_and_a_newer_driver_are_taken() -> None:
@@ -68,6 +69,29 @@ def test_each_tensorrt_takes_its_own_dialect(bundles: dict[str, Bundle]) -> None
     with pytest.raises(BundleError, match="--dialect trt8"):
         refuse_other_dialect(bundles["int8"], family_of("tensorrt", "8.6.0"))
     refuse_other_dialect(bundles["fp16"], family_of("tensorrt", "8.6.0"))
+
+
+@pytest.mark.parametrize(
+    ("backend", "version", "chosen"),
+    [
+        ("tensorrt", "8.6.0", {"fp32": "fp32", "fp16": "fp16", "int8-trt8": "int8"}),
+        ("tensorrt", "10.13.3.9", {"fp32": "fp32", "fp16": "fp16", "int8": "int8"}),
+        ("tensorrt", "11.4.0.106", {"fp32": "fp32", "fp16": "fp16", "int8": "int8"}),
+        ("tensorrt_rtx", "1.7.1", {"fp32": "fp32", "fp16": "fp16", "int8": "int8"}),
+    ],
+)
+def test_what_each_tensorrt_builds_and_by_which_spec(
+    bundles: dict[str, Bundle], backend: Backend, version: str, chosen: dict[str, str]
+) -> None:
+    family = family_of(backend, version)
+    specs = {
+        name: bundle.manifest.precision.value
+        for name, bundle in bundles.items()
+        if is_buildable(bundle.manifest, family)
+    }
+    assert specs == chosen
+    for name, spec in specs.items():
+        assert read_spec(spec).precision is bundles[name].manifest.precision
 
 
 def test_a_gpus_spec_is_for_that_gpu() -> None:

@@ -125,8 +125,7 @@ def test_a_session_nobody_closed_ends_with_its_process(plans: dict[str, Bundle])
     for plan in plans.values():
         code = (
             "import sys; from pathlib import Path; from chexnet_deploy.bundle import Bundle; "
-            "from chexnet_deploy.sessions.tensorrt_versions import open_tensorrt
-from chexnet_deploy.sessions.trt import TrtSession; plan = Bundle.open(Path(sys.argv[1])); "
+            "from chexnet_deploy.sessions.trt import TrtSession; plan = Bundle.open(Path(sys.argv[1])); "
             "TrtSession.open(plan).run(plan.read_probe().pixels[:1])"
         )
         done = subprocess.run(

@@ -15,7 +15,7 @@ from chexnet_deploy.sessions.tensorrt_versions import FAMILIES, Family, family_o
 
 NAMES: dict[str, dict[str, list[str]]] = json.loads((Path(__file__).parent / "tensorrt_names.json").read_text())
 SESSIONS = Path(compiler.__file__).parents[1] / "sessions"
-SOURCES = (Path(compiler.__file__), SESSIONS / "trt.py", SESSIONS / "lane.py")
+SOURCES = (Path(compiler.__file__), *(SESSIONS / f"{name}.py" for name in ("trt", "lane", "plan", "tensorrt_log")))
 # What they call their objects.
 CLASS_OF = {
     "runtime": "Runtime",
@@ -49,6 +49,9 @@ GUARDED = {
     ("ICudaEngine", "create_execution_context_without_device_memory"): "has_memory_v1",
     ("IExecutionContext", "device_memory"): "has_memory_v1",
     ("ExecutionContextAllocationStrategy", None): "has_memory_v2",
+    ("PreviewFeature", None): "preview_features",
+    ("IBuilderConfig", "set_preview_feature"): "preview_features",
+    ("IExecutionContext", "is_stream_capturable"): "is_rtx",
     ("DynamicShapesKernelSpecializationStrategy", None): "is_rtx",
     ("IRuntimeConfig", None): "is_rtx",
     ("ICudaEngine", "create_runtime_config"): "is_rtx",
@@ -56,6 +59,24 @@ GUARDED = {
     ("IBuilderConfig", "num_compute_capabilities"): "is_rtx",
     ("IBuilderConfig", "set_compute_capability"): "is_rtx",
 }
+
+
+# Raise SystemError under `python -W error`, since the version that is named; read off deprecateMember in the bindings' sources and
+# off the release notes.
+DEPRECATED = {
+    ("ICudaEngine", "device_memory_size"): (10, 1),
+    ("ICudaEngine", "create_execution_context_without_device_memory"): (10, 1),
+    ("IExecutionContext", "device_memory"): (10, 1),
+    ("ILayer", "precision"): (10, 12),
+    ("BuilderFlag", "FP16"): (10, 12),
+    ("BuilderFlag", "INT8"): (10, 12),
+    ("BuilderFlag", "OBEY_PRECISION_CONSTRAINTS"): (10, 12),
+    ("NetworkDefinitionCreationFlag", "EXPLICIT_BATCH"): (10, 0),
+    ("PreviewFeature", "PROFILE_SHARING_0806"): (10, 0),
+    ("TacticSource", "CUBLAS"): (10, 0),
+    ("TacticSource", "CUDNN"): (10, 0),
+}
+SUPPORTED = [version for version in NAMES if version != "10.0.1"]
 
 
 def used_names() -> set[tuple[str, str | None]]:
@@ -66,7 +87,7 @@ def used_names() -> set[tuple[str, str | None]]:
             if not isinstance(node, ast.Attribute):
                 continue
             owner = name_of(node.value)
-            if node.attr == "__version__":
+            if node.attr in ("__version__", "__name__"):
                 continue
             if owner in ("trt", "_trt"):
                 used.add((node.attr, None))
@@ -97,32 +118,53 @@ def test_the_walk_finds_what_the_compiler_uses() -> None:
     assert {
         ("IExecutionContext", "execute_async_v3"),
         ("IRuntimeConfig", "set_execution_context_allocation_strategy"),
+        ("PreviewFeature", None),
     } <= used
     assert {("IConvolutionLayer", "kernel"), ("ICudaEngine", "get_tensor_profile_shape")} <= used
 
 
-@pytest.mark.parametrize("version", NAMES)
+def names_used_with(family: Family) -> list[tuple[str, str | None]]:
+    guards = {name: GUARDED.get(name) or GUARDED.get((name[0], None)) for name in used_names()}
+    return sorted((name for name, guard in guards.items() if guard is None or asks(family, guard)), key=str)
+
+
+@pytest.mark.parametrize("version", SUPPORTED)
 def test_every_name_exists(version: str) -> None:
     family, names = family_of_table(version), NAMES[version]
     missing = []
-    for owner, member in sorted(used_names(), key=str):
-        guard = GUARDED.get((owner, member)) or GUARDED.get((owner, None))
-        if guard is not None and not asks(family, guard):
-            continue
+    for owner, member in names_used_with(family):
         exists = owner in names and (member is None or member in names[owner] or member in ("__init__", "__class__"))
         if not exists:
             missing.append((owner, member))
     assert missing == []
 
 
-@pytest.mark.parametrize("version", NAMES)
+@pytest.mark.parametrize("version", SUPPORTED)
+def test_no_name_is_deprecated(version: str) -> None:
+    family = family_of_table(version)
+    number = tuple(int(part) for part in version.removeprefix("rtx-").split(".")[:2])
+    if family.is_rtx:
+        number = (11, 0)  # its names are 11's
+    flags = {
+        *(("NetworkDefinitionCreationFlag", name) for name in family.creation_flags),
+        *(("BuilderFlag", name) for names in family.precision_flags.values() for name in names),
+        *(("PreviewFeature", name) for name in family.preview_features),
+        *(("TacticSource", name) for name in family.tactic_sources),
+    }
+    used = {*names_used_with(family), *flags}
+    assert {name for name, since in DEPRECATED.items() if name in used and number >= since} == set()
+
+
+@pytest.mark.parametrize("version", SUPPORTED)
 def test_flags_taken_from_the_table_exist(version: str) -> None:
     family, names = family_of_table(version), NAMES[version]
     assert set(family.creation_flags) <= set(names["NetworkDefinitionCreationFlag"])
     assert {flag for flags in family.precision_flags.values() for flag in flags} <= set(names["BuilderFlag"])
     assert "fp32" not in family.precision_flags  # a flag would let an fp32 model run in float16
     assert set(family.tactic_sources) <= set(names["TacticSource"])
-    assert family.has_memory_v2 == ("device_memory_size" not in names["ICudaEngine"])
+    assert set(family.builder_flags) <= set(names["BuilderFlag"])
+    assert set(family.preview_features) <= set(names["PreviewFeature"])
+    assert family.has_memory_v2 == ("device_memory_size_v2" in names["ICudaEngine"])
     # A guard that says no must say so because the name is not there, or it hides a feature.
     assert family.has_progress_monitor == ("IProgressMonitor" in names)
     assert family.names_nodes == ("node_name" in names["ParserError"])
@@ -131,7 +173,14 @@ def test_flags_taken_from_the_table_exist(version: str) -> None:
 
 @pytest.mark.parametrize(
     ("version", "found"),
-    [("8.5.2", "JetPack 5"), ("7.1.3", "JetPack 5"), ("9.2.0", "not supported"), ("12.0.1", "not supported")],
+    [
+        ("8.5.2", "JetPack 5"),
+        ("7.1.3", "JetPack 5"),
+        ("9.2.0", "not supported"),
+        ("10.0.1", "10.3 or later"),
+        ("10.2.0", "10.3 or later"),
+        ("12.0.1", "not supported"),
+    ],
 )
 def test_other_versions_are_refused_by_name(version: str, found: str) -> None:
     with pytest.raises(SessionError, match=found) as caught:
@@ -146,5 +195,5 @@ def test_families_do_not_overlap() -> None:
 
 def test_a_missing_tensorrt_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
-    with pytest.raises(MissingPackageError, match=r"chexnet-deploy\[gpu\]"):
+    with pytest.raises(MissingPackageError, match=r"chexnet-deploy\[gpu-cu13\]"):
         open_tensorrt("tensorrt")
