@@ -14,6 +14,7 @@ import torch
 from benchmarks.gpu.meter import Meter, Reading, percentiles
 from benchmarks.gpu.propose import propose
 from benchmarks.gpu.roofline import ConvCost, conv_costs, forms, least_ms
+from benchmarks.gpu.rows import Rows
 from benchmarks.gpu.summary import summarise
 from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.errors import SessionError
@@ -97,6 +98,22 @@ def test_a_worker_starts_where_only_the_runtime_and_tensorrt_are_installed() -> 
     code = f"import benchmarks.gpu.worker, chexnet_deploy.builder.engine, sys; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("is_quick", [True, False])
+def test_rows_without_tensorrt_come_first_and_every_plan_after_its_build(
+    bundles: dict[str, Bundle], tmp_path: Path, is_quick: bool
+) -> None:
+    found = {name: bundles[name] for name in ("fp32", "fp16", "int8")}
+    source = Rows(found, tmp_path, tmp_path, tmp_path, {"tensorrt": "python"}, 1, is_quick)
+    rows = list(source.on_gpu())
+    names = [row.name for row in rows]
+    assert names[:3] == ["driver-checks", "ceilings", "torch-compile-fp16"]
+    assert names[-1] == "torch-autotune-fp16"
+    assert all(names.index(row.needs) < names.index(row.name) for row in rows if row.needs is not None)
+    plans = {row.task.plan: row.task.profile for row in rows if row.task.do == "plan"}
+    assert list(plans.values()) == [(1, 128, 128)] * 3 if is_quick else [(1, 1, 1)] * 3 + [(128, 128, 128)] * 3
+    assert "tensorrt-fp16-dynamic-level1-build" in names if is_quick else "tensorrt-fp16-single-level1-build" in names
 
 
 @pytest.mark.slow

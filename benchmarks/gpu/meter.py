@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 CLOCK_CHANGE_LIMIT = 0.05
-SAMPLE_S = 0.02
+SAMPLE_S = 0.05  # each query holds a lock of the driver
 # NVML's bits of what is no throttling: an idle GPU, and clocks that an administrator chose.
 HARMLESS_REASONS = 0x1 | 0x2
 POWER_CAP = 0x4  # normal for a GPU that works at its limit
