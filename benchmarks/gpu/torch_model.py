@@ -44,6 +44,8 @@ class TorchModel:
     """
 
     def __init__(self, checkpoint: Path, mode: str, device: str) -> None:
+        if device == "cpu":  # a dry run; threads that wait for each other on a busy machine take minutes
+            torch.set_num_threads(1)
         torch.backends.cudnn.benchmark = True
         # Float32 means float32, as in the plans.
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
