@@ -22,6 +22,7 @@ from chexnet_deploy.export.model import CheXNet
 from chexnet_deploy.spec import EngineSpec, read_spec
 
 CHECKOUT = Path(__file__).parents[1]
+FORMS = ("fp16", "fp32", "int8", "int8-mixed")  # of those that the fixture makes, what a GPU takes
 
 
 def command(*arguments: object) -> list[str]:
@@ -47,7 +48,7 @@ def test_a_dry_run(bundles: dict[str, Bundle], checkpoint_path: Path, phantom_ro
     assert done.returncode == 0, done.stderr
     results = json.loads(out.read_text())
     rows = results["rows"]
-    names = [f"onnxruntime-cpu-{name}" for name in ("fp16", "fp32", "int8")]
+    names = [f"onnxruntime-cpu-{name}" for name in FORMS]
     assert list(rows) == ["ceilings", "torch-eager-fp32", *names]
     ceilings = rows.pop("ceilings")
     assert ceilings["gmacs_per_image"] == pytest.approx(0.0531, rel=1e-2)  # 2.60 at 224 px, less at 32
@@ -82,7 +83,7 @@ def test_a_row_that_fails_costs_its_row_alone_and_is_tried_again_by_name(
     done = gpu_benchmark(*arguments, "--row-deadline-s", 0.2)
     assert done.returncode == 0, done.stderr
     before = json.loads(out.read_text())["rows"]
-    assert len(before) == 5
+    assert len(before) == 2 + len(FORMS)
     assert all("stopped after" in row["error"] for row in before.values())
     assert "<h1>chexnet-deploy on a CPU (dry run)</h1>" in out.with_suffix(".html").read_text()
     done = gpu_benchmark(*arguments, "--only", "cpu-fp32")
