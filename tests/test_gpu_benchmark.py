@@ -22,7 +22,7 @@ from chexnet_deploy.export.model import CheXNet
 from chexnet_deploy.spec import EngineSpec, read_spec
 
 CHECKOUT = Path(__file__).parents[1]
-FORMS = ("fp16", "fp32", "int8", "int8-mixed")  # of those that the fixture makes, what a GPU takes
+FORMS = ("fp16", "fp32", "int8", "int8-trt8")  # of those that the fixture makes, what a GPU takes
 
 
 def command(*arguments: object) -> list[str]:
