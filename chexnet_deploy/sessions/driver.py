@@ -8,6 +8,7 @@ import atexit
 import ctypes
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -292,7 +293,9 @@ def open_driver() -> Driver:
 def _open_binding() -> Driver:
     reason: Exception | None = None
     try:
-        import pycuda.driver
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it warns, too, of what it raises
+            import pycuda.driver
 
         return PycudaDriver(pycuda.driver)
     except ModuleNotFoundError:
