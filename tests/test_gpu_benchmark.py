@@ -92,6 +92,13 @@ def test_a_row_that_fails_costs_its_row_alone_and_is_tried_again_by_name(
     assert "nothing is missing" in done.stdout
 
 
+def test_a_worker_starts_where_only_the_runtime_and_tensorrt_are_installed() -> None:
+    heavy = ("torch", "onnx", "onnxruntime", "jinja2", "matplotlib", "scipy", "sklearn", "typer")
+    code = f"import benchmarks.gpu.worker, chexnet_deploy.builder.engine, sys; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 @pytest.mark.slow
 def test_killed_at_any_moment_the_results_are_whole_and_the_next_call_completes_them(
     bundles: dict[str, Bundle], checkpoint_path: Path, phantom_root: Path, tmp_path: Path
@@ -222,7 +229,7 @@ def test_rows_are_held_against_each_other() -> None:
     def offline(speed: float, gpu_ms: float) -> dict[str, object]:
         return {"128": {"variants": {"graphs": variant(1.0, speed, gpu_ms)}}}
 
-    card = {"n_layers": 188, "bytes_per_image": 1e6}
+    card = {"n_kernels": 188, "bytes_per_image": 1e6}
     single = {"graphs": variant(0.5, 2000.0, 0.4), "plain": variant(0.75, 1.0), "bare": variant(0.73, 1.0)}
     bound = {"fp16": {"1": 0.02, "128": 4.0}}
     rows = {

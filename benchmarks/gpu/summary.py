@@ -40,7 +40,7 @@ def _shares(row: Mapping[str, Any], size: int, gpu_ms: float, ceilings: Mapping[
     """Yield the GPU time's share of the per-layer bound, at batch 1 with a launch floor, and of the plan's own traffic."""
     card = row.get("engine", {})
     least_ms = ceilings.get("per_layer_bound_ms", {}).get(row.get("form"), {}).get(str(size))
-    n_kernels, node_us = card.get("n_kernels") or card.get("n_layers"), ceilings.get("graph_node_us")
+    n_kernels, node_us = card.get("n_kernels"), ceilings.get("graph_node_us")
     if least_ms is not None and size > 1:
         yield "share of the per-layer bound", f"{least_ms / gpu_ms:.2f}"
     elif least_ms is not None and n_kernels and node_us:
@@ -61,6 +61,7 @@ def line(name: str, row: Mapping[str, Any]) -> dict[str, str]:
     gap = parity.get("max_abs_probability_difference")
     invalid = next((entry["clocks"]["invalid"] for entry in batches.values() if entry["clocks"]["invalid"]), None)
     note = row.get("error") or row.get("skipped") or (f"INVALID: {invalid}" if invalid else parity.get("summary", ""))
+    last = str(note).strip().splitlines()[-1:]  # of a traceback
     return {
         "row": name,
         "p50 ms, batch 1": f"{best[1]['p50_ms']:.3f}" if 1 in best else "",
@@ -68,7 +69,7 @@ def line(name: str, row: Mapping[str, Any]) -> dict[str, str]:
         "images/s": "" if most is None else f"{most:.0f}",
         "in flight": f"{flight:.0f}" if flight else "",
         "max |Δp|": "" if gap is None else f"{gap:.4f}",
-        "": str(note)[:70],
+        "": "".join(last)[:90],
     }
 
 

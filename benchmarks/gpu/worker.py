@@ -82,9 +82,12 @@ def plan(task: Task, out: Path, write: Write) -> None:
         plain = TrtSession.open(built, with_graphs=False)
         owned.callback(plain.close)
 
+        bare_owned = owned.enter_context(ExitStack())
+
         def variants(size: int) -> dict[str, Session]:
+            bare_owned.close()  # of the size before
             bare = BareEngine(built, size)
-            owned.callback(bare.close)
+            bare_owned.callback(bare.close)
             first: dict[str, Session] = {"graphs": graphs} if size in graphs.graph_batches else {}
             return {**first, "plain": plain if first else graphs, "bare": cast(Session, bare)}
 
@@ -191,7 +194,7 @@ def _about(built: Bundle) -> dict[str, Any]:
     manifest = built.manifest
     assert manifest.engine is not None
     assert manifest.target is not None
-    form = "mixed" if str(manifest.dialect) == "mixed" else manifest.precision.value
+    form = "mixed" if manifest.dialect == "mixed" else manifest.precision.value
     return {
         "form": form,
         "dialect": manifest.dialect,
