@@ -20,9 +20,8 @@ from numpy.typing import NDArray
 
 from chexnet_deploy.errors import MissingPackageError, SessionError
 
-_NON_BLOCKING = (
-    1  # CU_STREAM_NON_BLOCKING: neither waits for the legacy stream, which torch uses, nor stops it in a capture
-)
+# CU_STREAM_NON_BLOCKING: it neither waits for the legacy stream, which torch uses, nor stops it while it is captured.
+_NON_BLOCKING = 1
 _MAPPED = 2  # CU_MEMHOSTALLOC_DEVICEMAP
 
 
