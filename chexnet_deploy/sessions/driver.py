@@ -8,6 +8,7 @@ import atexit
 import ctypes
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,9 +20,8 @@ from numpy.typing import NDArray
 
 from chexnet_deploy.errors import MissingPackageError, SessionError
 
-_NON_BLOCKING = (
-    1  # CU_STREAM_NON_BLOCKING: neither waits for the legacy stream, which torch uses, nor stops it in a capture
-)
+# CU_STREAM_NON_BLOCKING: it neither waits for the legacy stream, which torch uses, nor stops it while it is captured.
+_NON_BLOCKING = 1
 _MAPPED = 2  # CU_MEMHOSTALLOC_DEVICEMAP
 
 
@@ -292,7 +292,9 @@ def open_driver() -> Driver:
 def _open_binding() -> Driver:
     reason: Exception | None = None
     try:
-        import pycuda.driver
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it warns, too, of what it raises
+            import pycuda.driver
 
         return PycudaDriver(pycuda.driver)
     except ModuleNotFoundError:

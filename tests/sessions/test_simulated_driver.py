@@ -22,6 +22,7 @@ BINDINGS = {"cuda-bindings": "cuda", "pycuda": "pycuda"}
 ENVIRONMENT: dict[str, dict[str, str]] = {
     "tensorrt_for_another_driver": {"SIM_NO_RUNTIME": "1", "SIM_CUDA_VERSION": "12040"},
     "a_plan_that_cannot_be_captured": {"SIM_TENSORRT": "1.7.1", "SIM_NOT_CAPTURABLE": "1"},
+    "legacy_stream_works_while_graphs_are_captured": {"SIM_LEGACY_WORK": "1"},
     "profiles_not_shared": {"SIM_TENSORRT": "8.6.0"},
     "integrated_gpu_copies_nothing": {"SIM_INTEGRATED": "1"},
     "smallest_batch_is_eight": {"SIM_PROFILE": "8,8,16"},

@@ -177,6 +177,7 @@ int sim_legacy_work(void) {
   capture_errors += code != OK;
   return leave(code);
 }
+int sim_capture_errors(void) { return capture_errors; }
 __attribute__((destructor)) static void report(void) {
   if (!getenv("SIM_REPORT")) return;
   fprintf(stderr, "at exit: %d references", refs);

@@ -155,6 +155,8 @@ class IExecutionContext:
         return not os.environ.get("SIM_NOT_CAPTURABLE")
 
     def execute_async_v3(self, stream: int) -> bool:
+        if os.environ.get("SIM_LEGACY_WORK"):
+            _cuda.sim_legacy_work()  # as another thread's torch, at the worst moment
         sizes = {"pixels": SIDE * SIDE, "logits": 4 * N_FINDINGS, "cam": 4 * N_FINDINGS}
         owned = [_cuda.sim_owns(self.addresses.get(name, 0), self.batch * size) for name, size in sizes.items()]
         return bool(all(owned) and _cuda.sim_owns(self.memory, ACTIVATION_BYTES) and _cuda.sim_has_stream(stream))
