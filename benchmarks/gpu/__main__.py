@@ -205,7 +205,7 @@ def _run_row(
     if error is not None:
         result["error"] = error
     if row.bundle is not None and row.task.batches:
-        result["parity"] = reference.judge(folder, row.bundle)
+        result["parity"] = reference.judge(folder, row.bundle, row.spec or row.bundle.manifest.precision.value)
     return result
 
 

@@ -64,15 +64,15 @@ class Reference:
         answers: Logits = np.load(self._answers_path)
         return answers
 
-    def judge(self, folder: Path, bundle: Bundle) -> dict[str, Any]:
-        """Return the parity of a row's logits: with labels, and in numbers alone on the images without."""
+    def judge(self, folder: Path, bundle: Bundle, spec: str) -> dict[str, Any]:
+        """Return the parity of a row's logits by a spec's gate: with labels, and in numbers alone on the images without."""
         try:
             got = np.load(folder / "logits.npy")
         except OSError:
             return {"error": "it wrote no logits, so nothing is known of its answers"}
         n, manifest, labelled = len(self.labelled.paths), bundle.manifest, self.labelled
         try:
-            gate, points = read_spec(manifest.precision.value).gate, manifest.operating_points
+            gate, points = read_spec(spec).gate, manifest.operating_points
             truth, patients, findings = labelled.truth, labelled.patients, manifest.findings
             report = compare(self._wanted[:n], got[:n], truth, patients, findings, points, gate)
         except ChexnetError as err:

@@ -51,6 +51,7 @@ class Row:
 
     Attributes:
         bundle: what its answers are judged as; None where it gives none.
+        spec: by whose gate; empty for that of the bundle's precision.
         needs: the row whose result it starts from.
         is_long: it builds or compiles, and has the longer deadline.
     """
@@ -59,6 +60,7 @@ class Row:
     python: str
     task: Task
     bundle: Bundle | None = None
+    spec: str = ""
     needs: str | None = None
     is_long: bool = False
 
@@ -120,7 +122,7 @@ class Rows:
     def _torch(self, mode: str, batches: Sequence[int], *, sustained_s: float = 0.0, is_long: bool = False) -> Row:
         task = self._task("torch", checkpoint=str(self.checkpoint), pixels=str(self.pixels))
         task = replace(task, mode=mode, batches=tuple(batches), sustained_s=sustained_s)
-        return Row(f"torch-{mode}", sys.executable, task, self.found["fp32"], is_long=is_long)
+        return Row(f"torch-{mode}", sys.executable, task, self.found["fp32"], mode[-4:], is_long=is_long)
 
     def _plan(
         self, backend: str, name: str, kind: str, profile: tuple[int, ...], batches: tuple[int, ...]
