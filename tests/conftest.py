@@ -26,6 +26,19 @@ def real_root() -> Path:
     return root
 
 
+@pytest.fixture
+def without_gpu() -> None:
+    """Not for machines that have one."""
+    from chexnet_deploy.errors import ChexnetError
+    from chexnet_deploy.sessions.driver import open_driver
+
+    try:
+        open_driver()
+    except ChexnetError:
+        return
+    pytest.skip("NOT RUN without a GPU: there is one here")
+
+
 @pytest.fixture(scope="session")
 def gpu_backends() -> list[str]:
     """Every TensorRT installed on this GPU machine; without one the test is reported as not run, or fails if required."""

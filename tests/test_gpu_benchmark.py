@@ -165,7 +165,7 @@ def test_results_of_something_else_are_not_gone_on_with(
     assert "Choose another --out" in done.stderr
 
 
-@pytest.mark.skipif(Path("/proc/driver/nvidia/gpus").is_dir(), reason="there is a GPU here")
+@pytest.mark.usefixtures("without_gpu")
 def test_without_a_gpu_one_line_says_so(bundles: dict[str, Bundle], checkpoint_path: Path, phantom_root: Path) -> None:
     done = gpu_benchmark(bundles["fp32"].path.parent, checkpoint_path, "--data", phantom_root)
     assert done.returncode == 2

@@ -220,14 +220,14 @@ def test_a_damaged_timing_cache_is_left_aside(tmp_path: Path, damage: bytes) -> 
         assert "was not used" in message
 
 
-@pytest.mark.skipif(Path("/proc/driver/nvidia/gpus").is_dir(), reason="there is a GPU here")
+@pytest.mark.usefixtures("without_gpu")
 def test_without_a_gpu_one_line_says_so(bundles: dict[str, Bundle], tmp_path: Path) -> None:
     with pytest.raises((SessionError, MissingPackageError), match=r"pycuda|driver|GPU"):
         build_engine(bundles["fp16"], read_spec("fp16"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.skipif(Path("/proc/driver/nvidia/gpus").is_dir(), reason="there is a GPU here")
+@pytest.mark.usefixtures("without_gpu")
 def test_export_engine_looks_for_the_gpu_before_it_works(checkpoint_path: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "chexnet_deploy", "export", str(checkpoint_path), "--out", str(tmp_path / "out")]
     done = subprocess.run([*command, "--engine"], capture_output=True, text=True)

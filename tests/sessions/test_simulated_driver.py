@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,17 @@ ENVIRONMENT: dict[str, dict[str, str]] = {
 }
 # A free that fails is lost with the process.
 LOSE_MEMORY = ("each_call_fails_in_turn", "the_gpu_fails_for_good")
+# All that a session imports, and what that imports.
+BARE = (
+    "numpy",
+    "PIL",
+    "pydantic",
+    "pydantic_core",
+    "annotated_types",
+    "typing_extensions",
+    "typing_inspection",
+    "cuda",
+)
 VERSIONS = {"8.6.0": {"SIM_SHARES_PROFILES": "1"}, "11.4.0.106": {}, "1.7.1": {}}
 
 
@@ -68,11 +80,13 @@ def _stubs(folder: Path) -> list[Path]:
     return [stubs]
 
 
-def run(libraries: Path, binding: str, scenario: str, **environment: str) -> None:
+def run(
+    libraries: Path, binding: str, scenario: str, options: Sequence[str] = ("-W", "error"), **environment: str
+) -> None:
     if importlib.util.find_spec(BINDINGS[binding]) is None:
         pytest.skip(f"NOT RUN with {binding}: it is not installed")
     done = subprocess.run(
-        [sys.executable, "-W", "error", str(SIMULATED / "scenarios.py"), binding, scenario],
+        [sys.executable, *options, str(SIMULATED / "scenarios.py"), binding, scenario],
         env={
             **os.environ,
             "LD_LIBRARY_PATH": str(libraries),
@@ -101,3 +115,17 @@ def test_a_session(libraries: Path, binding: str, scenario: str) -> None:
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_session_of_another_version(libraries: Path, version: str) -> None:
     run(libraries, "cuda-bindings", "life_of_a_session", SIM_TENSORRT=version, **VERSIONS[version])
+
+
+def test_a_bare_clone(libraries: Path, tmp_path: Path) -> None:
+    """cuda-bindings alone: no pycuda, no compiler on PATH, this package not installed."""
+    for name in BARE:
+        spec = importlib.util.find_spec(name)
+        assert spec is not None
+        source = Path((spec.submodule_search_locations or [spec.origin or ""])[0])
+        (tmp_path / source.name).symlink_to(source)
+        libs = source.parent / f"{name.lower().replace('pil', 'pillow')}.libs"  # what its wheel brings along
+        if libs.is_dir():
+            (tmp_path / libs.name).symlink_to(libs)
+    paths = os.pathsep.join(map(str, (tmp_path, CHECKOUT, SIMULATED)))
+    run(libraries, "cuda-bindings", "life_of_a_session", ("-S", "-W", "error"), PYTHONPATH=paths, PATH="")
