@@ -19,7 +19,7 @@ from chexnet_deploy.manifest import Precision
 from chexnet_deploy.predictor import sigmoid
 from chexnet_deploy.quantize.calibration import CalibrationSet, choose_calibration
 from chexnet_deploy.quantize.concats import flatten_concats
-from chexnet_deploy.quantize.equalise import ConcatParts, equalise_inputs, normalise_parts
+from chexnet_deploy.quantize.equalise import ConcatParts, equalise_inputs, equalise_outputs, normalise_parts
 from chexnet_deploy.quantize.forms import Prepared, prepare
 from chexnet_deploy.quantize.graphs import Quantised, convolutions, fold_batch_norms, round_up_to_half, to_float16
 from chexnet_deploy.quantize.gray_stem import to_gray_stem
@@ -94,6 +94,17 @@ def trt8(
 ) -> Bundle:
     out = tmp_path_factory.mktemp("trt8") / "int8"
     return to_int8(bundles["fp32"], calibration, out, WIDE, validation, dialect="trt8")
+
+
+@pytest.fixture(scope="module")
+def mixed(
+    bundles: dict[str, Bundle],
+    calibration: CalibrationSet,
+    validation: LabelledImages,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Bundle:
+    out = tmp_path_factory.mktemp("mixed") / "int8"
+    return to_int8(bundles["fp32"], calibration, out, WIDE, validation, dialect="mixed")
 
 
 # fp16
@@ -340,6 +351,30 @@ def test_a_tensor_that_is_always_zero_is_refused(bundles: dict[str, Bundle], cal
         observe(single, [conv.output[0]], [], calibration.pixels[:2])
 
 
+def test_the_mixed_form(mixed: Bundle, bundles: dict[str, Bundle]) -> None:
+    manifest, model = mixed.manifest, graph_of(mixed)
+    assert (manifest.precision, manifest.dialect) == (Precision.INT8, "mixed")
+    assert not nested_concats(model)
+    weights = weights_of(model)
+    producer = {name: node for node in model.graph.node for name in node.output}
+    in_int8 = {node.name for node in convolutions(model) if producer[node.input[0]].op_type == "DequantizeLinear"}
+    # A 1x1 in each of the 58 layers and in the 3 transitions; the 3x3, the first and the head are named.
+    assert len(in_int8) == 58 + 3
+    all_names = {node.name for node in model.graph.node if node.op_type == "Conv"}
+    assert set(manifest.float_convolutions) == all_names - in_int8
+    for conv in convolutions(model):
+        if conv.name not in in_int8:
+            assert weights[conv.input[1]].dtype == np.float16
+            assert weights[conv.input[1]].shape[2:] in ((3, 3), (7, 7))
+            continue
+        weight = producer[conv.input[1]]
+        scale, steps = weights[weight.input[1]], weights[weight.input[0]]
+        assert (scale.shape, scale.dtype, steps.dtype, steps.shape[2:]) == ((), np.float16, np.int8, (1, 1))
+        assert not weight.attribute  # one scale has no axis
+        # Equalised: with the largest weight of nearly every output channel at the end of the range, one scale loses little.
+        assert np.median(np.abs(steps.astype(np.int64)).max(axis=(1, 2, 3))) >= INT8_MAX - 2
+
+
 # rewritings that change no answer
 
 
@@ -400,6 +435,19 @@ def test_equalising_changes_no_answer_and_evens_the_ranges(
         np.testing.assert_allclose(
             measured.moments[conv.input[1]], promised.moments[conv.input[1]], rtol=1e-2, atol=1e-4
         )
+
+
+def test_equal_outputs_change_no_answer(bundles: dict[str, Bundle]) -> None:
+    folded, pixels = fold_batch_norms(graph_of(bundles["fp32"])), bundles["fp32"].read_probe().pixels
+    convs = [conv for conv in convolutions(folded) if weights_of(folded)[conv.input[1]].shape[2:] == (1, 1)]
+    equal = equalise_outputs(folded, convs, ConcatParts.of(folded))
+    np.testing.assert_allclose(answers(equal, pixels), answers(folded, pixels), atol=2e-4)
+    before, after = weights_of(folded), weights_of(equal)
+    for conv in convs:
+        largest = np.abs(before[conv.input[1]]).max(axis=(1, 2, 3))
+        alive = largest > largest.max() / 49
+        evened = np.abs(after[conv.input[1]]).max(axis=(1, 2, 3))
+        np.testing.assert_allclose(evened[alive], largest.max(), rtol=1e-5)
 
 
 def test_normalised_parts_fill_their_range_and_change_no_answer(

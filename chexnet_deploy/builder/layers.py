@@ -90,8 +90,8 @@ def parse_log(lines: Iterable[str]) -> tuple[Layer, ...]:
     for line in lines:
         match = _LINE.match(line)
         if match:
-            tensors = (_logged_tensors(match[key]) for key in ("inputs", "outputs"))
-            layers.append(Layer(match["name"], match["kind"], *tensors, tuple(_ORIGIN.findall(match["origin"]))))
+            inputs, outputs = (_logged_tensors(match[key]) for key in ("inputs", "outputs"))
+            layers.append(Layer(match["name"], match["kind"], inputs, outputs, tuple(_ORIGIN.findall(match["origin"]))))
     return tuple(layers)
 
 
@@ -106,9 +106,9 @@ def parse_inspector(text: str) -> tuple[Layer, ...]:
     for row in json.loads(text).get("Layers", ()):
         entry: Mapping[str, Any] = row if isinstance(row, dict) else {"Name": str(row)}
         name = str(entry.get("Name", ""))
-        tensors = (tuple(map(_inspected_tensor, entry.get(key) or ())) for key in ("Inputs", "Outputs"))
+        inputs, outputs = (tuple(map(_inspected_tensor, entry.get(key) or ())) for key in ("Inputs", "Outputs"))
         origins = tuple(_ORIGIN.findall(entry.get("Metadata", ""))) or tuple(name.split(" + "))
-        layers.append(Layer(name, str(entry.get("LayerType", "")), *tensors, origins))
+        layers.append(Layer(name, str(entry.get("LayerType", "")), inputs, outputs, origins))
     return tuple(layers)
 
 

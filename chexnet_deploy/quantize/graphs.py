@@ -26,7 +26,7 @@ class Quantised:
     """How one tensor becomes integers; zero points are 0.
 
     Attributes:
-        scale: what one step is worth: a number for an activation, [O] for a convolution's weights.
+        scale: what one step is worth: a number for an activation, [O] or one number for a convolution's weights.
         steps: the weights as integers; None for an activation, which is rounded as it runs.
         is_unsigned: uint8 in place of int8, for activations that are never negative.
     """
@@ -145,12 +145,13 @@ def _quantise_weight(
 ) -> list[onnx.NodeProto]:
     assert how.steps is not None  # weights are rounded beforehand
     _add_scale(arrays, name, how, float_type)
+    axis = 0 if np.ndim(how.scale) else None
     if is_float:
         shape = (-1,) + (1,) * (how.steps.ndim - 1)
         arrays[name] = (how.steps * how.scale.astype(np.float64).reshape(shape)).astype(float_type)
-        return [_node("QuantizeLinear", name, name, axis=0), _node("DequantizeLinear", name, f"{name}_q", axis=0)]
+        return [_node("QuantizeLinear", name, name, axis), _node("DequantizeLinear", name, f"{name}_q", axis)]
     arrays[f"{name}_q"] = how.steps
-    return [_node("DequantizeLinear", name, f"{name}_q", axis=0)]
+    return [_node("DequantizeLinear", name, f"{name}_q", axis)]
 
 
 def _quantise_activation(
