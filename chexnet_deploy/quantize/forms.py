@@ -144,7 +144,7 @@ def choose_integers(calibrated: Calibrated) -> Prepared:
     body = [conv for conv in convolutions(calibrated.graph) if conv.output[0] in calibrated.body]
     graph, seen = equalise_inputs(calibrated.graph, body, calibrated.seen)
     margin = calibrated.margin
-    activations = {conv.input[0]: _of_input(seen, conv.input[0], margin, is_unsigned=is_for_cpu) for conv in body}
+    activations = {conv.input[0]: _of_input(seen, conv.input[0], margin, calibrated.dialect) for conv in body}
     if is_for_cpu:
         graph = normalise_parts(graph, calibrated.parts, seen)
         activations |= _of_parts(calibrated.parts, margin)
@@ -161,10 +161,12 @@ def _outputs(nodes: Iterable[onnx.NodeProto]) -> tuple[str, ...]:
     return tuple(node.output[0] for node in nodes)
 
 
-def _of_input(seen: Observed, tensor: str, margin: float, *, is_unsigned: bool) -> Quantised:
+def _of_input(seen: Observed, tensor: str, margin: float, dialect: Dialect) -> Quantised:
     largest = float(np.maximum(seen.high[tensor], -seen.low[tensor]).max()) * margin
-    scale = round_up_to_half(np.float64(largest / (UINT8_MAX if is_unsigned else INT8_MAX)))
-    return Quantised(np.float16(scale), is_unsigned=is_unsigned)
+    is_unsigned, is_centred = dialect == "cpu", dialect == "mixed"
+    n_steps = UINT8_MAX if is_unsigned else 2 * INT8_MAX if is_centred else INT8_MAX
+    scale = np.float16(round_up_to_half(np.float64(largest / n_steps)))
+    return Quantised(scale, is_unsigned=is_unsigned, is_centred=is_centred)
 
 
 def _of_parts(parts: ConcatParts, margin: float) -> dict[str, Quantised]:
