@@ -79,7 +79,7 @@ class Judge:
 
     def accuracy(self, answers: Logits) -> Accuracy:
         """Compare with the fp32 model."""
-        report = self._compare(self.reference, answers)
+        report = self.compare(self.reference, answers)
         assert report.mean_auroc_reference is not None
         assert report.mean_auroc_candidate is not None
         changes = {
@@ -103,7 +103,7 @@ class Judge:
 
     def against(self, name: str, ours: Logits, theirs: Logits) -> Against:
         """Ask whether ours is no worse than another recipe."""
-        report = self._compare(theirs, ours)
+        report = self.compare(theirs, ours)
         mean = compare_all(theirs, ours, self.images.truth, self.images.patients).mean
         assert mean is not None  # labelled test images show findings
         low, high = mean.interval()
@@ -116,7 +116,8 @@ class Judge:
             n_assessable=report.n_assessable,
         )
 
-    def _compare(self, reference: Logits, candidate: Logits) -> ParityReport:
+    def compare(self, reference: Logits, candidate: Logits) -> ParityReport:
+        """Judge any two by int8's gate."""
         images, gate = self.images, read_spec("int8").gate
         return compare(reference, candidate, images.truth, images.patients, self.findings, self.operating_points, gate)
 

@@ -61,7 +61,8 @@ class EngineResult(_Record):
 
     Attributes:
         conv_types: convolutions by the type they really ran in.
-        is_emulated: fewer than half of them ran in the engine's own precision, so its speed says nothing of that precision.
+        is_emulated: of those not meant to stay in floating point fewer than half ran in the engine's own precision, so its
+            speed says nothing of that precision.
         known_answer_error: largest |logit difference| to the fp32 model on all 32 probes.
         target: of a plan, the machine it was built on and for.
         card: of a plan, what the builder made.
@@ -401,6 +402,8 @@ def _judge(
             f"precision: the layer table does not show which type {conv_types['unknown']} convolutions run in"
         )
     native = conv_types.get(manifest.precision.type_name, 0)
+    # What an int8 form leaves in floating point is meant to be float: half of all in the mixed one.
+    promised = sum(conv_types.values()) - len(manifest.float_convolutions)
     return EngineResult(
         name=name,
         bundle_id=bundle.id,
@@ -408,7 +411,7 @@ def _judge(
         precision=manifest.precision,
         dialect=manifest.dialect,
         conv_types=conv_types,
-        is_emulated=2 * native < sum(conv_types.values()),
+        is_emulated=2 * native < promised,
         known_answer_error=check_known_answers(session, bundle, n_probes=N_PROBES),
         target=manifest.target,
         card=manifest.engine,

@@ -89,7 +89,9 @@ def export(
     data: DataOption = None,
     dialect: Annotated[
         str,
-        typer.Option(help="Comma-separated forms of int8: typed (TensorRT 10 and later), trt8 (TensorRT 8.6), cpu."),
+        typer.Option(
+            help="Comma-separated forms of int8: typed or mixed (TensorRT 10 and later), trt8 (TensorRT 8.6), cpu."
+        ),
     ] = "typed",
     scope: Annotated[
         Path | None, typer.Option(help="TOML: modalities, body parts, views and ages the model is meant for.")

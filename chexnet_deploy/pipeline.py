@@ -11,7 +11,7 @@ from contextlib import ExitStack, closing, contextmanager
 from datetime import datetime
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 from PIL import Image
 
@@ -31,7 +31,7 @@ from chexnet_deploy.evaluation.run import run_evaluation
 from chexnet_deploy.evaluation.sources import choose_images, say_who_is_known
 from chexnet_deploy.files import new_directory, write_file
 from chexnet_deploy.image_files import ImageFiles
-from chexnet_deploy.manifest import Precision
+from chexnet_deploy.manifest import Dialect, Precision
 from chexnet_deploy.phases import OnPhase
 from chexnet_deploy.predictor import Prediction, Predictor, draw_cam
 from chexnet_deploy.results import open_table
@@ -49,7 +49,6 @@ from chexnet_deploy.tables import read_image_list
 
 if TYPE_CHECKING:
     from chexnet_deploy.export.legacy import LegacyImport
-    from chexnet_deploy.quantize.forms import Dialect
 
 MakeRows: TypeAlias = Callable[[Bundle, ImageFiles, TableCard, int], Generator[Row]]
 """Yields the rows of a table's images in order, from a place on."""
@@ -73,13 +72,13 @@ def parse_precisions(text: str) -> tuple[Precision, ...]:
     return tuple(precision for precision in Precision if precision is Precision.FP32 or precision.value in wanted)
 
 
-def parse_dialects(text: str) -> tuple["Dialect", ...]:
+def parse_dialects(text: str) -> tuple[Dialect, ...]:
     """Return the forms of int8 that a comma-separated list names.
 
     Raises:
         SpecError: an unknown form, or one twice.
     """
-    known: tuple[Dialect, ...] = ("typed", "trt8", "cpu")
+    known: tuple[Dialect, ...] = get_args(Dialect)
     wanted = [name.strip() for name in text.split(",")]
     if any(wanted.count(name) > 1 for name in wanted) or set(wanted) - set(known):
         raise SpecError(f"got int8 dialects {text!r}, needed some of {', '.join(known)}, each once.")
@@ -120,14 +119,14 @@ def export_bundles(
     data_root: Path | None,
     calibration_list: Path | None,
     n_calibration_images: int,
-    dialects: Sequence["Dialect"],
+    dialects: Sequence[Dialect],
     release: Release | None = None,
     on_phase: OnPhase,
     scope: ScopePolicy | None = None,
 ) -> list[Bundle]:
     """Make a bundle for each precision in `out`, fp32 first, all of the same release and scope; of int8 one for each dialect.
 
-    The only int8, and the typed one of several, is in `int8`; the others are in `int8-cpu`, `int8-trt8`.
+    The only int8, and the typed one of several, is in `int8`; the others are in `int8-mixed`, `int8-trt8`, `int8-cpu`.
 
     Raises:
         ChexnetError: any step refused; what was kept before it stays.

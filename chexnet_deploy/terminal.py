@@ -127,10 +127,12 @@ def progress() -> Iterator[OnPhase]:
 
 def print_repository(path: Path, models: "Sequence[TritonModel]") -> None:
     """Print each model's versions, and what the server must bring along to answer rightly."""
+    from chexnet_deploy.manifest import FLOAT16_DIALECTS
+
     for model in models:
         for version, bundle in model.versions.items():
             typer.echo(f"{path}  {model.name} {version}  on {model.device}  id {bundle.id[:12]}")
-            if bundle.manifest.dialect == "typed" and bundle.manifest.engine is None:
+            if bundle.manifest.dialect in FLOAT16_DIALECTS and bundle.manifest.engine is None:
                 typer.echo(
                     f"warning: {model.name} answers wrongly in a Triton with an ONNX Runtime before 1.30", err=True
                 )

@@ -112,6 +112,16 @@ def test_the_quantisers_table_is_made_from_the_committed_results(name: str) -> N
     assert table.strip() == markdown_table(results)
 
 
+@pytest.mark.parametrize("name", ["demo", "chexnet-96px"])
+def test_the_table_of_int8_forms_is_made_from_the_committed_results(name: str) -> None:
+    from benchmarks.int8_forms import RESULTS, Results, markdown_table
+
+    page = (CHECKOUT / "docs" / "quantisation.md").read_text()
+    table = page.split(f"<!-- python -m benchmarks.int8_forms --name {name} --table -->\n")[1].split("<!-- end -->")[0]
+    results = Results.model_validate_json((RESULTS / f"int8-forms-{name}.json").read_text())
+    assert table.strip() == markdown_table(results)
+
+
 def test_the_startup_table_is_made_from_the_committed_results() -> None:
     from benchmarks.startup import RESULTS, markdown_table
 

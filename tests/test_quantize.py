@@ -19,9 +19,16 @@ from chexnet_deploy.manifest import Precision
 from chexnet_deploy.predictor import sigmoid
 from chexnet_deploy.quantize.calibration import CalibrationSet, choose_calibration
 from chexnet_deploy.quantize.concats import flatten_concats
-from chexnet_deploy.quantize.equalise import ConcatParts, equalise_inputs, normalise_parts
+from chexnet_deploy.quantize.equalise import ConcatParts, equalise_inputs, equalise_outputs, normalise_parts
 from chexnet_deploy.quantize.forms import Prepared, prepare
-from chexnet_deploy.quantize.graphs import Quantised, convolutions, fold_batch_norms, round_up_to_half, to_float16
+from chexnet_deploy.quantize.graphs import (
+    Quantised,
+    convolutions,
+    fold_batch_norms,
+    insert_qdq,
+    round_up_to_half,
+    to_float16,
+)
 from chexnet_deploy.quantize.gray_stem import to_gray_stem
 from chexnet_deploy.quantize.head_bias import correct_head_bias
 from chexnet_deploy.quantize.observed import observe
@@ -30,7 +37,7 @@ from chexnet_deploy.quantize.rounding import INT8_MAX, PAIR_MAX, largest_pairs, 
 from chexnet_deploy.quantize.sensitivity import Sensitivity, fewest_float_convolutions
 from chexnet_deploy.scoring import LabelledImages, iter_pixels
 from chexnet_deploy.sessions import run_in_batches
-from chexnet_deploy.sessions.ort import OrtSession
+from chexnet_deploy.sessions.ort import OrtSession, load_onnx
 from chexnet_deploy.spec import Gate, read_spec
 
 Arrays = dict[str, NDArray[np.generic]]
@@ -94,6 +101,17 @@ def trt8(
 ) -> Bundle:
     out = tmp_path_factory.mktemp("trt8") / "int8"
     return to_int8(bundles["fp32"], calibration, out, WIDE, validation, dialect="trt8")
+
+
+@pytest.fixture(scope="module")
+def mixed(
+    bundles: dict[str, Bundle],
+    calibration: CalibrationSet,
+    validation: LabelledImages,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Bundle:
+    out = tmp_path_factory.mktemp("mixed") / "int8"
+    return to_int8(bundles["fp32"], calibration, out, WIDE, validation, dialect="mixed")
 
 
 # fp16
@@ -340,6 +358,36 @@ def test_a_tensor_that_is_always_zero_is_refused(bundles: dict[str, Bundle], cal
         observe(single, [conv.output[0]], [], calibration.pixels[:2])
 
 
+def test_the_mixed_form(mixed: Bundle, bundles: dict[str, Bundle]) -> None:
+    manifest, model = mixed.manifest, graph_of(mixed)
+    assert (manifest.precision, manifest.dialect) == (Precision.INT8, "mixed")
+    assert not nested_concats(model)
+    weights = weights_of(model)
+    producer = {name: node for node in model.graph.node for name in node.output}
+    in_int8 = {node.name for node in convolutions(model) if producer[node.input[0]].op_type == "DequantizeLinear"}
+    # A 1x1 in each of the 58 layers and in the 3 transitions; the 3x3, the first and the head are named.
+    assert len(in_int8) == 58 + 3
+    all_names = {node.name for node in model.graph.node if node.op_type == "Conv"}
+    assert set(manifest.float_convolutions) == all_names - in_int8
+    for conv in convolutions(model):
+        if conv.name not in in_int8:
+            assert weights[conv.input[1]].dtype == np.float16
+            assert weights[conv.input[1]].shape[2:] in ((3, 3), (7, 7))
+            continue
+        # ReLU's zeros lie at -127, so that all steps are used.
+        quantise = producer[producer[conv.input[0]].input[0]]
+        lower = producer[quantise.input[0]]
+        assert (lower.op_type, quantise.op_type) == ("Sub", "QuantizeLinear")
+        assert weights[lower.input[1]] == pytest.approx(127 * weights[quantise.input[1]], rel=2**-10)
+        assert attribute(conv, "pads", 0) == 0
+        weight = producer[conv.input[1]]
+        scale, steps = weights[weight.input[1]], weights[weight.input[0]]
+        assert (scale.shape, scale.dtype, steps.dtype, steps.shape[2:]) == ((), np.float16, np.int8, (1, 1))
+        assert not weight.attribute  # one scale has no axis
+        # Equalised: with the largest weight of nearly every output channel at the end of the range, one scale loses little.
+        assert np.median(np.abs(steps.astype(np.int64)).max(axis=(1, 2, 3))) >= INT8_MAX - 2
+
+
 # rewritings that change no answer
 
 
@@ -400,6 +448,19 @@ def test_equalising_changes_no_answer_and_evens_the_ranges(
         np.testing.assert_allclose(
             measured.moments[conv.input[1]], promised.moments[conv.input[1]], rtol=1e-2, atol=1e-4
         )
+
+
+def test_equal_outputs_change_no_answer(bundles: dict[str, Bundle]) -> None:
+    folded, pixels = fold_batch_norms(graph_of(bundles["fp32"])), bundles["fp32"].read_probe().pixels
+    convs = [conv for conv in convolutions(folded) if weights_of(folded)[conv.input[1]].shape[2:] == (1, 1)]
+    equal = equalise_outputs(folded, convs, ConcatParts.of(folded))
+    np.testing.assert_allclose(answers(equal, pixels), answers(folded, pixels), atol=2e-4)
+    before, after = weights_of(folded), weights_of(equal)
+    for conv in convs:
+        largest = np.abs(before[conv.input[1]]).max(axis=(1, 2, 3))
+        alive = largest > largest.max() / 49
+        evened = np.abs(after[conv.input[1]]).max(axis=(1, 2, 3))
+        np.testing.assert_allclose(evened[alive], largest.max(), rtol=1e-5)
 
 
 def test_normalised_parts_fill_their_range_and_change_no_answer(
@@ -555,6 +616,28 @@ def test_largest_pairs_by_hand() -> None:
 def test_an_input_that_is_never_read_is_rounded_to_the_nearest() -> None:
     steps = round_weights(np.full((1, 2, 1, 1), 0.6), np.array([1.0]), np.zeros((2, 2)), fits_avx2=False)
     assert steps.reshape(-1).tolist() == [1, 1]
+
+
+# centred activations
+
+
+def test_a_centred_activation_by_hand() -> None:
+    # relu(pixels) in steps of 0.5, one below 0: 0 -> -127, 1.2 -> 2 steps above it, far beyond -> 127, which is 254 steps.
+    nodes = [
+        helper.make_node("Relu", ["pixels"], ["x"], "relu"),
+        helper.make_node("Conv", ["x", "w"], ["y"], "conv", kernel_shape=[1, 1]),
+    ]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", 1, 1, 1]) for name in ("pixels", "y")]
+    graph = helper.make_graph(
+        nodes, "g", values[:1], values[1:], [numpy_helper.from_array(np.full((1, 1, 1, 1), 9.0, np.float32), "w")]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    how = Quantised(np.float16(0.5), is_centred=True)
+    weight = Quantised(np.float16(3.0), np.full((1, 1, 1, 1), 3, np.int8))
+    quantised = insert_qdq(model, {"x": how}, {"w": weight})
+    pixels = np.array([-1.0, 0.0, 1.2, 1.3, 126.9, 200.0], np.float32).reshape(-1, 1, 1, 1)
+    (found,) = load_onnx(quantised.SerializeToString()).run(["y"], {"pixels": pixels})
+    assert found.reshape(-1).tolist() == [0.0, 0.0, 9 * 1.0, 9 * 1.5, 9 * 127.0, 9 * 127.0]
 
 
 # scales

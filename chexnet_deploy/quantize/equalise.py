@@ -1,9 +1,10 @@
-"""Give every channel of a tensor the same range, without changing what the network computes.
+"""Give every channel of an activation or a weight the same range, without changing what the network computes.
 
 One int8 scale serves a whole tensor, so a channel that stays small wastes most of its steps. Before a convolution stands
 ReLU, and relu(x / d) = relu(x) / d for d > 0: the layer before is divided by d, the convolution's weights are multiplied by it
 (Nagel et al. 2019, arXiv 1906.04721, section 4.1). In the cpu form the parts of each concat are also centred: what reads
-them is a BatchNorm, which takes back both scale and shift.
+them is a BatchNorm, which takes back both scale and shift. In the mixed form one scale serves a whole weight, so its output
+channels are brought to the same size, and what reads them in float16 takes it back.
 """
 
 from collections.abc import Sequence
@@ -16,8 +17,10 @@ from numpy.typing import NDArray
 from chexnet_deploy.quantize.nodes import consumers_of, copy_of, producers_of, set_weights, weights_of
 from chexnet_deploy.quantize.observed import Observed
 
-# A channel's range is not stretched more than this: where it is nearly always zero, chance decides what was seen.
+# A channel's range is not stretched more than this: where it is nearly always zero, chance decides what was seen, and where
+# its weights are nearly zero, what it is stretched to must still fit into float16.
 _LARGEST_STRETCH = 50.0
+_CHANNELWISE = ("Relu", "MaxPool", "AveragePool", "Concat")  # a channel times d > 0 comes out times d
 
 
 def equalise_inputs(
@@ -100,17 +103,52 @@ def normalise_parts(model: onnx.ModelProto, parts: ConcatParts, observed: Observ
         arrays[conv.input[2]] = (arrays[conv.input[2]].astype(np.float64) - centre[name]).astype(np.float32)
         _divide_producer(arrays, conv, spread[name])
     for node in graph.node:
-        if node.op_type in ("MaxPool", "Concat") and all(name in spread for name in node.input):
-            spread[node.output[0]] = np.concatenate([spread[name] for name in node.input])
-            centre[node.output[0]] = np.concatenate([centre[name] for name in node.input])
         if node.op_type == "BatchNormalization" and node.input[0] in spread:
-            scale, shift = arrays[node.input[1]].astype(np.float64), arrays[node.input[2]].astype(np.float64)
-            arrays[node.input[1]] = (scale * spread[node.input[0]]).astype(np.float32)
+            scale, shift = (arrays[name].astype(np.float64) for name in node.input[1:3])
             arrays[node.input[2]] = (shift + scale * centre[node.input[0]]).astype(np.float32)
+        elif node.op_type in _CHANNELWISE and all(name in spread for name in node.input):
+            centre[node.output[0]] = np.concatenate([centre[name] for name in node.input])
+        _take_back(arrays, node, spread)
     unread = [name for name in (parts.first, *parts.others) if not consumers.get(name)]
     assert not unread, unread
     set_weights(equal, arrays)
     return equal
+
+
+def equalise_outputs(model: onnx.ModelProto, convs: Sequence[onnx.NodeProto], parts: ConcatParts) -> onnx.ModelProto:
+    """Return the graph with every output channel of these convolutions having a largest weight of the same size.
+
+    Args:
+        model: float32, BatchNorms folded; what reads the convolutions is not quantised.
+        convs: of this graph; BatchNorms read them through concats, and other convolutions through a ReLU.
+        parts: of this graph.
+    """
+    equal = copy_of(model)
+    graph, arrays = equal.graph, weights_of(equal)
+    producers, names = producers_of(graph), {conv.output[0] for conv in convs}
+    # By tensor: value before = spread * value now. Concats need it of all their parts.
+    spread = {name: np.ones(len(arrays[producers[name].input[1]])) for name in parts.others}
+    spread[parts.first] = np.ones(len(arrays[producers[producers[parts.first].input[0]].input[1]]))
+    for node in graph.node:
+        if node.output[0] in names:
+            largest = np.abs(arrays[node.input[1]].astype(np.float64)).max(axis=(1, 2, 3))
+            spread[node.output[0]] = np.maximum(largest / largest.max(), 1.0 / _LARGEST_STRETCH)
+            _divide_producer(arrays, node, spread[node.output[0]])
+        _take_back(arrays, node, spread)
+    set_weights(equal, arrays)
+    return equal
+
+
+def _take_back(
+    arrays: dict[str, NDArray[np.generic]], node: onnx.NodeProto, spread: dict[str, NDArray[np.float64]]
+) -> None:
+    """Multiply what a node reads by its spread, or note the spread of what it writes where it passes channels on."""
+    if node.op_type in _CHANNELWISE and all(name in spread for name in node.input):
+        spread[node.output[0]] = np.concatenate([spread[name] for name in node.input])
+    elif node.op_type == "BatchNormalization" and node.input[0] in spread:
+        arrays[node.input[1]] = _times(arrays[node.input[1]], spread[node.input[0]], axis=0)
+    elif node.op_type == "Conv" and node.input[0] in spread:
+        arrays[node.input[1]] = _times(arrays[node.input[1]], spread[node.input[0]], axis=1)
 
 
 def _divide_producer(

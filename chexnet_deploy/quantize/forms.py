@@ -1,6 +1,8 @@
-"""The three int8 forms ("dialects") of one fp32 graph, from what was observed on the calibration images.
+"""The four int8 forms ("dialects") of one fp32 graph, from what was observed on the calibration images.
 
 - `typed`: float16 around signed int8, opset 19, for TensorRT 10 and later.
+- `mixed`: the same with the 3x3 convolutions in float16, and one scale for each weight of the 1x1 ones. With that, TensorRT for
+  RTX adds the bias and the ReLU inside the int8 kernel and writes float16, where it otherwise writes float32.
 - `trt8`: float32 around signed int8, opset 17, for TensorRT 8.6.
 - `cpu`: float32 around int8 for OpenVINO and ONNX Runtime on CPUs. Activations are unsigned, which doubles their steps, the
   concats are integers too, the first convolution reads the gray pixels, and weights are such that CPUs without VNNI
@@ -12,13 +14,13 @@ docs/quantisation.md holds what each step is worth.
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 import numpy as np
 import onnx
 
+from chexnet_deploy.manifest import FLOAT16_DIALECTS, Dialect
 from chexnet_deploy.preprocessing import Pixels
-from chexnet_deploy.quantize.equalise import ConcatParts, equalise_inputs, normalise_parts
+from chexnet_deploy.quantize.equalise import ConcatParts, equalise_inputs, equalise_outputs, normalise_parts
 from chexnet_deploy.quantize.graphs import (
     Quantised,
     convolutions,
@@ -28,11 +30,9 @@ from chexnet_deploy.quantize.graphs import (
     to_float16,
 )
 from chexnet_deploy.quantize.gray_stem import to_gray_stem
-from chexnet_deploy.quantize.nodes import weights_of
+from chexnet_deploy.quantize.nodes import integers, weights_of
 from chexnet_deploy.quantize.observed import Observed, observe
 from chexnet_deploy.quantize.rounding import INT8_MAX, PAIR_MAX, largest_pairs, round_weights
-
-Dialect: TypeAlias = Literal["typed", "trt8", "cpu"]
 
 UINT8_MAX = 255
 ESTIMATOR = (
@@ -124,6 +124,8 @@ def calibrate(
     graph = fold_batch_norms(to_gray_stem(model) if is_for_cpu else model)
     # TensorRT's forms leave the first convolution alone: its input is already an eighth of its output.
     convs = convolutions(graph)[0 if is_for_cpu else 1 :]
+    if dialect == "mixed":
+        convs = [conv for conv in convs if integers(conv, "kernel_shape", ()) == (1, 1)]
     body = [conv for conv in convs if conv is not convolutions(graph)[0]]
     parts = ConcatParts.of(model)
     tensors = {node.output[0] for node in graph.graph.node if node.op_type == "Relu"}
@@ -142,14 +144,16 @@ def choose_integers(calibrated: Calibrated) -> Prepared:
     body = [conv for conv in convolutions(calibrated.graph) if conv.output[0] in calibrated.body]
     graph, seen = equalise_inputs(calibrated.graph, body, calibrated.seen)
     margin = calibrated.margin
-    activations = {conv.input[0]: _of_input(seen, conv.input[0], margin, is_unsigned=is_for_cpu) for conv in body}
+    activations = {conv.input[0]: _of_input(seen, conv.input[0], margin, calibrated.dialect) for conv in body}
     if is_for_cpu:
         graph = normalise_parts(graph, calibrated.parts, seen)
         activations |= _of_parts(calibrated.parts, margin)
+    if calibrated.dialect == "mixed":
+        graph = equalise_outputs(graph, body, calibrated.parts)
     convs = [node for node in convolutions(graph) if node.output[0] in calibrated.convs]
-    weights = {conv.input[1]: _round(graph, conv, seen, fits_avx2=is_for_cpu) for conv in convs}
+    weights = {conv.input[1]: _round(graph, conv, seen, calibrated.dialect) for conv in convs}
     inputs = {conv.name: (conv.input[1], conv.input[0] if conv.input[0] in activations else None) for conv in convs}
-    graph = to_float16(graph) if calibrated.dialect == "typed" else graph
+    graph = to_float16(graph) if calibrated.dialect in FLOAT16_DIALECTS else graph
     return Prepared(calibrated.dialect, graph, inputs, activations, weights)
 
 
@@ -157,10 +161,12 @@ def _outputs(nodes: Iterable[onnx.NodeProto]) -> tuple[str, ...]:
     return tuple(node.output[0] for node in nodes)
 
 
-def _of_input(seen: Observed, tensor: str, margin: float, *, is_unsigned: bool) -> Quantised:
+def _of_input(seen: Observed, tensor: str, margin: float, dialect: Dialect) -> Quantised:
     largest = float(np.maximum(seen.high[tensor], -seen.low[tensor]).max()) * margin
-    scale = round_up_to_half(np.float64(largest / (UINT8_MAX if is_unsigned else INT8_MAX)))
-    return Quantised(np.float16(scale), is_unsigned=is_unsigned)
+    is_unsigned, is_centred = dialect == "cpu", dialect == "mixed"
+    n_steps = UINT8_MAX if is_unsigned else 2 * INT8_MAX if is_centred else INT8_MAX
+    scale = np.float16(round_up_to_half(np.float64(largest / n_steps)))
+    return Quantised(scale, is_unsigned=is_unsigned, is_centred=is_centred)
 
 
 def _of_parts(parts: ConcatParts, margin: float) -> dict[str, Quantised]:
@@ -170,11 +176,14 @@ def _of_parts(parts: ConcatParts, margin: float) -> dict[str, Quantised]:
     return {**dict.fromkeys(parts.others, signed), parts.first: unsigned}
 
 
-def _round(graph: onnx.ModelProto, conv: onnx.NodeProto, seen: Observed, *, fits_avx2: bool) -> Quantised:
+def _round(graph: onnx.ModelProto, conv: onnx.NodeProto, seen: Observed, dialect: Dialect) -> Quantised:
+    fits_avx2 = dialect == "cpu"
     weight = weights_of(graph)[conv.input[1]].astype(np.float64)
     largest = np.abs(weight).reshape(len(weight), -1).max(axis=1) / INT8_MAX
     if fits_avx2:
         largest = np.maximum(largest, largest_pairs(weight) / PAIR_MAX)
+    if dialect == "mixed":
+        largest = np.full_like(largest, largest.max())
     scales = round_up_to_half(largest)
     steps = round_weights(weight, scales.astype(np.float64), seen.moments[conv.input[1]], fits_avx2=fits_avx2)
-    return Quantised(scales, steps)
+    return Quantised(np.float16(scales[0]) if dialect == "mixed" else scales, steps)

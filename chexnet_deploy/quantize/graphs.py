@@ -18,6 +18,8 @@ from chexnet_deploy.quantize.nodes import copy_of, set_nodes, set_weights, weigh
 
 TYPED_OPSET = 19  # the first whose QuantizeLinear takes float16
 _FLOAT16_MAX = 65504.0
+# To -127, not to -128: values at an end of their range are watched, and zeros are no sign of one too narrow.
+_STEPS_LOWERED = 127
 _SMALLEST_SCALE = 2.0**-24  # float16's smallest positive number
 
 
@@ -26,14 +28,17 @@ class Quantised:
     """How one tensor becomes integers; zero points are 0.
 
     Attributes:
-        scale: what one step is worth: a number for an activation, [O] for a convolution's weights.
+        scale: what one step is worth: a number for an activation, [O] or one number for a convolution's weights.
         steps: the weights as integers; None for an activation, which is rounded as it runs.
         is_unsigned: uint8 in place of int8, for activations that are never negative.
+        is_centred: an activation that is never negative is lowered by 127 steps first, which gives int8 twice the steps; the
+            convolution that reads it takes it back in its bias, so it must not pad.
     """
 
     scale: NDArray[np.float16] | np.float16
     steps: NDArray[np.int8] | None = None
     is_unsigned: bool = False
+    is_centred: bool = False
 
 
 def convolutions(model: onnx.ModelProto) -> list[onnx.NodeProto]:
@@ -116,6 +121,9 @@ def insert_qdq(
     nodes: list[onnx.NodeProto] = []
     renamed: dict[str, str] = {}
     for node in quantised.graph.node:
+        read = activations.get(node.input[0]) if node.op_type == "Conv" else None
+        if read is not None and read.is_centred:
+            _raise_bias(arrays, node, weights[node.input[1]], read, float_type)
         for i, name in enumerate(node.input):
             if name in weights and name not in renamed:
                 nodes += _quantise_weight(arrays, name, weights[name], float_type, is_float=holds_float_weights)
@@ -145,19 +153,49 @@ def _quantise_weight(
 ) -> list[onnx.NodeProto]:
     assert how.steps is not None  # weights are rounded beforehand
     _add_scale(arrays, name, how, float_type)
+    axis = 0 if np.ndim(how.scale) else None
     if is_float:
         shape = (-1,) + (1,) * (how.steps.ndim - 1)
         arrays[name] = (how.steps * how.scale.astype(np.float64).reshape(shape)).astype(float_type)
-        return [_node("QuantizeLinear", name, name, axis=0), _node("DequantizeLinear", name, f"{name}_q", axis=0)]
+        return [_node("QuantizeLinear", name, name, axis), _node("DequantizeLinear", name, f"{name}_q", axis)]
     arrays[f"{name}_q"] = how.steps
-    return [_node("DequantizeLinear", name, f"{name}_q", axis=0)]
+    return [_node("DequantizeLinear", name, f"{name}_q", axis)]
 
 
 def _quantise_activation(
     arrays: dict[str, NDArray[np.generic]], name: str, how: Quantised, float_type: np.dtype[Any]
 ) -> list[onnx.NodeProto]:
     _add_scale(arrays, name, how, float_type)
-    return [_node("QuantizeLinear", name, name), _node("DequantizeLinear", name, f"{name}_q")]
+    quantise, dequantise = _node("QuantizeLinear", name, name), _node("DequantizeLinear", name, f"{name}_q")
+    if not how.is_centred:
+        return [quantise, dequantise]
+    lowered, offset = f"{name}_lowered", f"{name}_offset"
+    arrays[offset] = np.asarray(_offset(how)).astype(float_type)
+    quantise.input[0] = lowered
+    return [helper.make_node("Sub", [name, offset], [lowered], lowered), quantise, dequantise]
+
+
+def _raise_bias(
+    arrays: dict[str, NDArray[np.generic]],
+    conv: onnx.NodeProto,
+    weight: Quantised,
+    activation: Quantised,
+    float_type: np.dtype[Any],
+) -> None:
+    """Add to a convolution's bias what its integers make of the offset, so that zeros stay exactly zeros."""
+    assert weight.steps is not None  # weights are rounded beforehand
+    sums = weight.steps.reshape(len(weight.steps), -1).sum(axis=1, dtype=np.int64)
+    bias = sums * weight.scale.astype(np.float64) * _offset(activation)
+    if len(conv.input) > 2:
+        bias += arrays[conv.input[2]].astype(np.float64)
+    # A new name: two layers may share one bias.
+    name = f"{conv.output[0]}_raised_bias"
+    arrays[name] = bias.astype(float_type)
+    conv.input[:] = [*conv.input[:2], name]
+
+
+def _offset(how: Quantised) -> float:
+    return float(how.scale) * _STEPS_LOWERED
 
 
 def _node(kind: str, tensor: str, source: str, axis: int | None = None) -> onnx.NodeProto:

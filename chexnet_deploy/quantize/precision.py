@@ -15,11 +15,21 @@ import onnx
 
 from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.errors import BundleError, GateError
-from chexnet_deploy.manifest import ONNX_MODEL, PROBE, Calibration, Check, Manifest, Precision, hash_files
+from chexnet_deploy.manifest import (
+    FLOAT16_DIALECTS,
+    ONNX_MODEL,
+    PROBE,
+    Calibration,
+    Check,
+    Dialect,
+    Manifest,
+    Precision,
+    hash_files,
+)
 from chexnet_deploy.parity import compare
 from chexnet_deploy.predictor import sigmoid
 from chexnet_deploy.quantize.calibration import CalibrationSet
-from chexnet_deploy.quantize.forms import ESTIMATOR, Dialect, prepare
+from chexnet_deploy.quantize.forms import ESTIMATOR, prepare
 from chexnet_deploy.quantize.graphs import to_float16
 from chexnet_deploy.quantize.head_bias import correct_head_bias, read_head_bias
 from chexnet_deploy.quantize.nodes import quantised_activations
@@ -69,7 +79,7 @@ def to_int8(
     on_images: Callable[[int], None] | None = None,
     on_layer: Callable[[int], None] | None = None,
 ) -> Bundle:
-    """Write an int8 bundle of an fp32 bundle: explicit Q/DQ, zero points 0, per-channel weights.
+    """Write an int8 bundle of an fp32 bundle: explicit Q/DQ, zero points 0.
 
     Args:
         bundle: fp32.
@@ -84,10 +94,10 @@ def to_int8(
     Raises:
         GateError: it answers too differently even with a quarter of the convolutions in floating point; nothing is kept.
         CalibrationError: a tensor has no range on these images.
-        SessionError: this ONNX Runtime can't check the typed dialect.
+        SessionError: this ONNX Runtime can't check the dialects with float16.
     """
     _require_fp32(bundle)
-    if dialect == "typed":
+    if dialect in FLOAT16_DIALECTS:
         require_float16_rounding()
     single = onnx.load_from_string(bundle.read_model())
     prepared = prepare(single, dialect, calibration.pixels, on_images=on_images)

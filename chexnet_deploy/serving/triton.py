@@ -22,7 +22,7 @@ from typing import Final, Literal, TypeAlias
 from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.errors import BundleError
 from chexnet_deploy.files import new_directory
-from chexnet_deploy.manifest import MANIFEST, MANIFEST_SHA256, PROBE, Manifest
+from chexnet_deploy.manifest import FLOAT16_DIALECTS, MANIFEST, MANIFEST_SHA256, PROBE, Manifest
 from chexnet_deploy.plainfiles import PlainFile
 from chexnet_deploy.sessions.base import MAX_BATCH
 from chexnet_deploy.signing.signatures import SIGNATURE
@@ -173,7 +173,7 @@ def _models(bundles: Sequence[Bundle], device: Device | None) -> list[TritonMode
 def model_name(manifest: Manifest) -> str:
     """Return what a bundle's model is called, e.g. chexnet_int8_cpu or chexnet-adult_fp16_plan."""
     line = "chexnet" if manifest.release is None else manifest.release.line
-    dialect = [manifest.dialect] if manifest.dialect in ("trt8", "cpu") else []
+    dialect = [manifest.dialect] if manifest.dialect in ("mixed", "trt8", "cpu") else []
     return "_".join([line, manifest.precision.value, *dialect, *(["plan"] if manifest.engine is not None else [])])
 
 
@@ -318,5 +318,5 @@ def _origin(bundle: Bundle) -> Iterable[tuple[str, str]]:
     yield "operating_points", json.dumps(manifest.operating_points)
     if manifest.target is not None:
         yield "target", manifest.target.model_dump_json()
-    elif manifest.dialect == "typed":
+    elif manifest.dialect in FLOAT16_DIALECTS:
         yield "onnxruntime_at_least", ORT_FOR_TYPED_INT8

@@ -20,6 +20,7 @@ import onnxruntime as ort
 
 from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.errors import SessionError
+from chexnet_deploy.manifest import FLOAT16_DIALECTS
 from chexnet_deploy.preprocessing import Pixels
 from chexnet_deploy.sessions.base import MAX_BATCH, Logits, Maps, Provider, check_finite, check_pixels
 
@@ -59,7 +60,7 @@ class OrtSession:
         Raises:
             SessionError: ONNX Runtime refuses the model, or is known to run this dialect wrongly.
         """
-        if bundle.manifest.dialect == "typed":
+        if bundle.manifest.dialect in FLOAT16_DIALECTS:
             require_float16_rounding()
         side = bundle.manifest.preprocessing.resize_px
         return cls(bundle.read_model(), side, threads=threads, provider=provider)

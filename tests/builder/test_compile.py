@@ -5,8 +5,12 @@ import signal
 import threading
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
+from typing import Literal
 
+import numpy as np
+import onnx
 import pytest
 from onnx import TensorProto, helper
 
@@ -23,6 +27,13 @@ from chexnet_deploy.builder.layers import (
 )
 from chexnet_deploy.bundle import Bundle
 from chexnet_deploy.errors import ExportError
+from chexnet_deploy.export.checkpoint import read_checkpoint
+from chexnet_deploy.export.to_onnx import trace
+from chexnet_deploy.manifest import Dialect
+from chexnet_deploy.preprocessing import Preprocessing
+from chexnet_deploy.probe import draw_probe_pixels
+from chexnet_deploy.quantize import forms
+from chexnet_deploy.quantize.graphs import to_float16
 from chexnet_deploy.sessions.tensorrt_versions import Family, open_tensorrt
 from chexnet_deploy.spec import BatchProfile, BuildOptions, read_spec
 from chexnet_deploy.terminal import cancellation
@@ -58,6 +69,52 @@ def test_each_convolution_runs_in_the_type_the_bundle_promises(
         assert in_float == set(bundle.manifest.float_convolutions)
     assert len(compiled.plan) > 1 << 20
     assert phases
+
+
+@pytest.fixture(scope="module")
+def single_64_px(checkpoint_path: Path) -> onnx.ModelProto:
+    """The fp32 graph at the side that the traffic was first measured at; what it moves does not depend on its weights."""
+    checkpoint = read_checkpoint(checkpoint_path)
+    manifest = checkpoint.manifest.model_copy(update={"preprocessing": Preprocessing(resize_px=64)})
+    return onnx.load_from_string(trace(replace(checkpoint, manifest=manifest)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("form", "n_kernels", "megabytes", "expected"),
+    [
+        ("fp32", 189, 17.34, {"float32": 121}),
+        ("fp16", 187, 7.27, {"float16": 120, "float32": 1}),
+        ("typed", 250, 8.57, {"int8": 119, "float16": 1, "float32": 1}),
+        ("mixed", 192, 5.85, {"int8": 61, "float16": 59, "float32": 1}),
+    ],
+)
+def test_what_each_form_moves_at_64_px(
+    rtx: tuple[ModuleType, Family],
+    single_64_px: onnx.ModelProto,
+    monkeypatch: pytest.MonkeyPatch,
+    form: Literal["fp32", "fp16"] | Dialect,
+    n_kernels: int,
+    megabytes: float,
+    expected: dict[str, int],
+) -> None:
+    # GPTQ takes long, and changes no byte that moves.
+    monkeypatch.setattr(forms, "round_weights", lambda weights, *_, **__: np.ones(weights.shape, np.int8))
+    model = single_64_px
+    if form == "fp16":
+        model = to_float16(model)
+    elif form != "fp32":
+        model = forms.prepare(model, form, draw_probe_pixels(64)[:8]).build()
+    compiled = compile_onnx(*rtx, model.SerializeToString(), AMPERE)
+    assert Counter(compiled.conv_types.values()) == expected
+    traffic = bytes_per_image(compiled.layers)
+    assert traffic is not None
+    assert traffic <= megabytes * 1e6
+    assert count_kernels(compiled.layers) <= n_kernels
+    if form == "mixed":
+        # One scale for a weight lets bias and ReLU into the int8 kernel, which then writes what the next one reads.
+        in_int8 = [each for each in compiled.layers if each.inputs and each.inputs[0].type == "int8"]
+        assert {tensor.type for each in in_int8 for tensor in each.outputs} == {"float16"}
 
 
 def test_every_build_option_is_taken(rtx: tuple[ModuleType, Family], bundles: dict[str, Bundle]) -> None:
