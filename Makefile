@@ -30,12 +30,12 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 
 soak: $(STAMP)  ## the long checks in full, about a quarter of an hour
-	$(BIN)/python -m benchmarks.soak
-	$(BIN)/python -m benchmarks.hostile_images
-	$(BIN)/python -m benchmarks.coverage
+	$(BIN)/python -m benchmarks.robustness.soak
+	$(BIN)/python -m benchmarks.robustness.hostile_images
+	$(BIN)/python -m benchmarks.statistics.coverage
 
 real: $(STAMP)  ## the chain on real radiographs; CHEXNET_CHESTXRAY14 names their folder
-	$(BIN)/python -m benchmarks.real
+	$(BIN)/python -m benchmarks.cpu.real
 
 clean:
 	rm -rf $(VENV) demo

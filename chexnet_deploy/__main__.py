@@ -1,5 +1,5 @@
-"""`python -m chexnet_deploy`: the command line without the installed script."""
+"""`python -m chexnet_deploy`."""
 
-from chexnet_deploy.cli import main
+from chexnet_deploy.cli.main import main
 
 main()

@@ -23,9 +23,13 @@
 
 A message says what was found, what was needed, and the next step. Errors of other libraries are translated at the
 door of the room that uses them, `from err`. Anything else that escapes is a bug: the command line exits 70.
+
+How long work says where it is: no progress bar below the command line, one signature for all who are told.
 """
 
+from collections.abc import Callable
 from enum import Enum
+from typing import TypeAlias
 
 
 class ChexnetError(Exception):
@@ -160,3 +164,7 @@ class TableError(ChexnetError):
 
 class TrustError(ChexnetError):
     """Nobody trusted has signed a bundle, it is too old, or a key or trust file can't be used."""
+
+
+OnPhase: TypeAlias = Callable[[str, int, int], None]
+"""Called with the phase's name, what is done and of how much; a phase begins when it is first named."""

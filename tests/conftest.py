@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from chexnet_deploy.bundle import Bundle
-from chexnet_deploy.chestxray14 import ChestXray14
-from chexnet_deploy.expert_labels import MAJORITY_READERS
-from chexnet_deploy.findings import FINDINGS
-from chexnet_deploy.preprocessing import Preprocessing
+from chexnet_deploy.bundle.bundle import Bundle
+from chexnet_deploy.datasets.chestxray14 import ChestXray14
+from chexnet_deploy.datasets.findings import FINDINGS
+from chexnet_deploy.datasets.radiologist_labels import MAJORITY_READERS
+from chexnet_deploy.images.preprocessing import Preprocessing
 
 CHECKOUT = Path(__file__).parents[1]
 SIDE_PX = 32  # the smallest DenseNet-121 takes: one cell of activation map
@@ -30,7 +30,7 @@ def real_root() -> Path:
 def without_gpu() -> None:
     """Not for machines that have one."""
     from chexnet_deploy.errors import ChexnetError
-    from chexnet_deploy.sessions.driver import open_driver
+    from chexnet_deploy.runtime.sessions.driver import open_driver
 
     try:
         open_driver()
@@ -43,8 +43,8 @@ def without_gpu() -> None:
 def gpu_backends() -> list[str]:
     """Every TensorRT installed on this GPU machine; without one the test is reported as not run, or fails if required."""
     from chexnet_deploy.errors import ChexnetError
-    from chexnet_deploy.sessions.driver import open_driver
-    from chexnet_deploy.sessions.tensorrt_versions import open_tensorrt
+    from chexnet_deploy.runtime.sessions.driver import open_driver
+    from chexnet_deploy.runtime.sessions.trt_versions import open_tensorrt
 
     missing, backends = [], []
     try:
@@ -68,7 +68,7 @@ def gpu_backends() -> list[str]:
 @pytest.fixture(scope="session")
 def phantom_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """About 230 phantom images of 150 patients, 40 of them test patients, at 32 px."""
-    from training.phantom import PhantomSpec, write_phantom
+    from training.phantoms.draw import PhantomSpec, write_phantom
 
     root = tmp_path_factory.mktemp("data") / "phantom"
     write_phantom(root, PhantomSpec(patients=150, test_patients=40, side_px=SIDE_PX, seed=5, prevalence=0.2), workers=1)
@@ -85,9 +85,9 @@ def checkpoint_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained CheXNet for 32 px whose BatchNorm has seen images, so that its activations are of ordinary size."""
     import torch
 
-    from chexnet_deploy.export.checkpoint import CheckpointManifest, write_checkpoint
-    from chexnet_deploy.export.model import CheXNet, Normalise
-    from chexnet_deploy.probe import draw_probe_pixels
+    from chexnet_deploy.bundle.probe import draw_probe_pixels
+    from chexnet_deploy.export.from_torch.checkpoint import CheckpointManifest, write_checkpoint
+    from chexnet_deploy.export.from_torch.model import CheXNet, Normalise
 
     torch.manual_seed(0)
     preprocessing = Preprocessing(resize_px=SIDE_PX)
@@ -118,8 +118,8 @@ def checkpoint_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def bundles(checkpoint_path: Path, phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
     """Fp32, fp16 and each int8 form of the checkpoint, made as `chexnet-deploy export` makes them. Copy before you change one."""
-    from chexnet_deploy.manifest import Precision
-    from chexnet_deploy.pipeline import export_bundles
+    from chexnet_deploy.bundle.manifest import Precision
+    from chexnet_deploy.export.chain import export_bundles
 
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:

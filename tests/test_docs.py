@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from chexnet_deploy.bundle import Bundle
+from chexnet_deploy.bundle.bundle import Bundle
 from tests.serving.running import Running
 
 CHECKOUT = Path(__file__).parents[1]
@@ -88,52 +88,56 @@ def test_commands_on_your_own_data_and_the_scanner_example(
 
 
 def test_the_table_is_made_from_the_committed_results() -> None:
-    from benchmarks.real import markdown_table, read_results
+    from benchmarks.cpu.real import markdown_table, read_results
 
-    table = README.split("<!-- python -m benchmarks.real --table -->\n")[1].split("<!-- end -->")[0]
+    table = README.split("<!-- python -m benchmarks.cpu.real --table -->\n")[1].split("<!-- end -->")[0]
     assert table.strip() == markdown_table(read_results())
 
 
 def test_the_peers_table_is_made_from_the_committed_results() -> None:
-    from benchmarks.peers import RESULTS
-    from benchmarks.peers_page import Results, markdown_table
+    from benchmarks.cpu.peers import RESULTS
+    from benchmarks.cpu.peers_page import Results, markdown_table
 
-    table = README.split("<!-- python -m benchmarks.peers --table -->\n")[1].split("<!-- end -->")[0]
+    table = README.split("<!-- python -m benchmarks.cpu.peers --table -->\n")[1].split("<!-- end -->")[0]
     assert table.strip() == markdown_table(Results.model_validate_json(RESULTS.read_text())).strip()
 
 
 @pytest.mark.parametrize("name", ["phantoms", "real"])
 def test_the_quantisers_table_is_made_from_the_committed_results(name: str) -> None:
-    from benchmarks.quantisers import RESULTS, Results, markdown_table
+    from benchmarks.int8.quantisers import RESULTS, Results, markdown_table
 
     page = (CHECKOUT / "docs" / "quantisation.md").read_text()
-    table = page.split(f"<!-- python -m benchmarks.quantisers --name {name} --table -->\n")[1].split("<!-- end -->")[0]
+    table = page.split(f"<!-- python -m benchmarks.int8.quantisers --name {name} --table -->\n")[1].split(
+        "<!-- end -->"
+    )[0]
     results = Results.model_validate_json((RESULTS / f"quantisers-{name}.json").read_text())
     assert table.strip() == markdown_table(results)
 
 
 @pytest.mark.parametrize("name", ["demo", "chexnet-96px"])
 def test_the_table_of_int8_forms_is_made_from_the_committed_results(name: str) -> None:
-    from benchmarks.int8_forms import RESULTS, Results, markdown_table
+    from benchmarks.int8.variants import RESULTS, Results, markdown_table
 
     page = (CHECKOUT / "docs" / "quantisation.md").read_text()
-    table = page.split(f"<!-- python -m benchmarks.int8_forms --name {name} --table -->\n")[1].split("<!-- end -->")[0]
+    table = page.split(f"<!-- python -m benchmarks.int8.variants --name {name} --table -->\n")[1].split("<!-- end -->")[
+        0
+    ]
     results = Results.model_validate_json((RESULTS / f"int8-forms-{name}.json").read_text())
     assert table.strip() == markdown_table(results)
 
 
 def test_the_startup_table_is_made_from_the_committed_results() -> None:
-    from benchmarks.startup import RESULTS, markdown_table
+    from benchmarks.cpu.startup import RESULTS, markdown_table
 
-    table = EMBEDDING.split("<!-- python -m benchmarks.startup --table -->\n")[1].split("<!-- end -->")[0]
+    table = EMBEDDING.split("<!-- python -m benchmarks.cpu.startup --table -->\n")[1].split("<!-- end -->")[0]
     assert table.strip() == markdown_table(json.loads(RESULTS.read_text()))
 
 
 def test_the_serving_table_is_made_from_the_committed_results() -> None:
-    from benchmarks.serving import RESULTS, markdown_table
+    from benchmarks.services.serving import RESULTS, markdown_table
 
     page = (CHECKOUT / "docs" / "serving.md").read_text()
-    table = page.split("<!-- python -m benchmarks.serving --table -->\n")[1].split("<!-- end -->")[0]
+    table = page.split("<!-- python -m benchmarks.services.serving --table -->\n")[1].split("<!-- end -->")[0]
     assert table.strip() == markdown_table(json.loads(RESULTS.read_text()))
 
 
@@ -163,8 +167,8 @@ def test_every_file_a_page_names_exists(page: str) -> None:
 
 
 def test_the_scaling_tables_are_made_from_the_committed_results() -> None:
-    from benchmarks.scaling_page import RESULTS, Results, markdown, read_peers
+    from benchmarks.cpu.scaling_page import RESULTS, Results, markdown, read_peers
 
     page = (CHECKOUT / "docs" / "scaling.md").read_text()
-    tables = page.split("<!-- python -m benchmarks.scaling --table -->\n")[1].split("<!-- end -->")[0]
+    tables = page.split("<!-- python -m benchmarks.cpu.scaling --table -->\n")[1].split("<!-- end -->")[0]
     assert tables.strip() == markdown(Results.model_validate_json(RESULTS.read_text()), read_peers()).strip()

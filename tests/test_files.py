@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from chexnet_deploy.bundle import Bundle
+from chexnet_deploy.bundle.bundle import Bundle
+from chexnet_deploy.bundle.manifest import PROBE, Manifest, Precision, hash_files
 from chexnet_deploy.errors import BundleError
 from chexnet_deploy.files import new_directory, sha256_hex, write_directory, write_file
-from chexnet_deploy.manifest import PROBE, Manifest, Precision, hash_files
-from chexnet_deploy.preprocessing import Preprocessing
+from chexnet_deploy.images.preprocessing import Preprocessing
 
 CHECKOUT = Path(__file__).parents[1]
 FILES = {"model.onnx": b"m" * 300_000, PROBE: b"p" * 1000}

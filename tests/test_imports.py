@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from chexnet_deploy.bundle import Bundle
+from chexnet_deploy.bundle.bundle import Bundle
 
 HEAVY = (
     "torch",
@@ -65,7 +65,7 @@ def test_onnx_runtime_does_not_call_home(bundles: dict[str, Bundle], tmp_path: P
     # Its telemetry leaves a file in the temporary folder as soon as it starts. CI switches it off by itself.
     environment = {name: value for name, value in os.environ.items() if name not in ("CI", "ORT_DISABLE_TELEMETRY")}
     code = f"from chexnet_deploy import Predictor; Predictor.open({str(bundles['int8'].path)!r}).close()"
-    for module in (code, "import chexnet_deploy.quantize.precision, chexnet_deploy.export.to_onnx"):
+    for module in (code, "import chexnet_deploy.export.quantize.quantize, chexnet_deploy.export.from_torch.to_onnx"):
         subprocess.run(
             [sys.executable, "-c", module], check=True, timeout=120, env={**environment, "TMPDIR": str(tmp_path)}
         )

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
-from chexnet_deploy import plainfiles
+from chexnet_deploy import files as plainfiles
 from chexnet_deploy.errors import BundleError
-from chexnet_deploy.files import sha256_hex
-from chexnet_deploy.plainfiles import PlainFile
+from chexnet_deploy.files import PlainFile, sha256_hex
 
 
 def plain(path: Path, **options: Any) -> PlainFile:

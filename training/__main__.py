@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from chexnet_deploy.export.legacy import IMAGENET_FILE
+from chexnet_deploy.export.from_torch.import_legacy import IMAGENET_FILE
 from chexnet_deploy.terminal import progress, run_program
 from training.logbook import METRICS
 from training.processes import join_processes, leave_processes

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from chexnet_deploy.errors import SpecError
-from chexnet_deploy.preprocessing import Pixels
+from chexnet_deploy.images.preprocessing import Pixels
 from training.augment import draw
 
 READ_AHEAD = 4

@@ -35,13 +35,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from chexnet_deploy.chestxray14 import TRAIN_VAL_LIST, ChestXray14
-from chexnet_deploy.csvfiles import quote_some
-from chexnet_deploy.errors import DatasetError
+from chexnet_deploy.datasets.chestxray14 import TRAIN_VAL_LIST, ChestXray14
+from chexnet_deploy.datasets.nih_tables import Radiograph
+from chexnet_deploy.errors import DatasetError, OnPhase
 from chexnet_deploy.files import Sha256, sha256_hex
-from chexnet_deploy.phases import OnPhase
-from chexnet_deploy.preprocessing import Pixels, Preprocessing
-from chexnet_deploy.tables import Radiograph
+from chexnet_deploy.images.preprocessing import Pixels, Preprocessing
+from chexnet_deploy.inputs import quote_some
 
 PIXELS: Final = "pixels.u8"
 JOURNAL: Final = "journal.jsonl"

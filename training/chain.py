@@ -5,10 +5,12 @@ train -> export fp32, fp16, int8 -> bench all three beside fp32; everything lies
 
 from pathlib import Path
 
-from chexnet_deploy.bench import BenchReport, Effort
-from chexnet_deploy.manifest import Precision
-from chexnet_deploy.phases import OnPhase
-from chexnet_deploy.pipeline import bench_bundles, export_bundles
+from chexnet_deploy.bundle.manifest import Precision
+from chexnet_deploy.errors import OnPhase
+from chexnet_deploy.evaluation.bench_report import BenchReport
+from chexnet_deploy.evaluation.engines import Effort
+from chexnet_deploy.evaluation.front import bench
+from chexnet_deploy.export.chain import export_bundles
 from training.recipe import read_recipe
 from training.train import train
 
@@ -76,7 +78,7 @@ def export_and_bench(
         dialects=("typed", "cpu"),
         on_phase=on_phase,
     )
-    return bench_bundles(
+    return bench(
         [bundle.path for bundle in bundles],
         bundles[0].path,
         data,

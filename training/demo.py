@@ -10,12 +10,13 @@ from typing import Annotated
 
 import typer
 
-from chexnet_deploy.bench import Effort
 from chexnet_deploy.errors import SpecError
-from chexnet_deploy.parity import EXIT_CODES
-from chexnet_deploy.terminal import print_bench, progress, run_program
+from chexnet_deploy.evaluation.bench_report import print_bench
+from chexnet_deploy.evaluation.engines import Effort
+from chexnet_deploy.evaluation.parity import EXIT_CODES
+from chexnet_deploy.terminal import progress, run_program
 from training.chain import BENCH, BUNDLES, RUN, train_export_bench
-from training.phantom import PhantomSpec, write_phantom
+from training.phantoms.draw import PhantomSpec, write_phantom
 
 # 420 test patients at this prevalence give every finding more than 30 positive ones.
 FULL = PhantomSpec(patients=2300, test_patients=420, side_px=128, seed=2, prevalence=0.20)

@@ -20,14 +20,12 @@ import numpy as np
 import typer
 from pydantic import ValidationError
 
-from chexnet_deploy.chestxray14 import ChestXray14
-from chexnet_deploy.csvfiles import quote_some
-from chexnet_deploy.errors import DatasetError, SpecError
+from chexnet_deploy.datasets.chestxray14 import ChestXray14
+from chexnet_deploy.datasets.nih_tables import Radiograph
+from chexnet_deploy.errors import DatasetError, OnPhase, SpecError
 from chexnet_deploy.files import write_file
-from chexnet_deploy.phases import OnPhase
-from chexnet_deploy.preprocessing import Preprocessing
-from chexnet_deploy.spec import describe
-from chexnet_deploy.tables import Radiograph
+from chexnet_deploy.images.preprocessing import Preprocessing
+from chexnet_deploy.inputs import describe, quote_some
 from chexnet_deploy.terminal import progress, run_program
 from training.cache import (
     INDEX,

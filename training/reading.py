@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TypeAlias
 
 from chexnet_deploy.errors import ImageError
-from chexnet_deploy.images import read_image
-from chexnet_deploy.preprocessing import Pixels, Preprocessing
+from chexnet_deploy.images.preprocessing import Pixels, Preprocessing
+from chexnet_deploy.images.reader import read_image
 
 Answer: TypeAlias = tuple[list[Pixels], list[str | None]]
 """[1, 1, S, S] of each image that can be read; then for each image, in order, why it can't be, or None."""

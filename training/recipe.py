@@ -5,9 +5,9 @@ from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from chexnet_deploy.datasets.findings import FINDINGS
 from chexnet_deploy.errors import SpecError
-from chexnet_deploy.findings import FINDINGS
-from chexnet_deploy.spec import describe, read_toml
+from chexnet_deploy.inputs import describe, read_toml
 
 RECIPES: Final = Path(__file__).parent / "recipes"
 Share = Annotated[float, Field(ge=0.0, le=1.0)]

@@ -13,13 +13,13 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from chexnet_deploy.chestxray14 import ChestXray14
-from chexnet_deploy.export.checkpoint import Checkpoint, read_checkpoint
-from chexnet_deploy.export.model import Normalise
+from chexnet_deploy.datasets.chestxray14 import ChestXray14
+from chexnet_deploy.export.from_torch.checkpoint import Checkpoint, read_checkpoint
+from chexnet_deploy.export.from_torch.model import Normalise
 from chexnet_deploy.files import write_file
 from chexnet_deploy.metrics.agreement import observed_quantile
-from chexnet_deploy.metrics.auroc import auroc
-from chexnet_deploy.predictor import sigmoid
+from chexnet_deploy.metrics.roc import auroc
+from chexnet_deploy.runtime.sessions.base import sigmoid
 from training.batches import TrainingImages
 from training.recipe import Recipe
 from training.train import BEST, CACHE, Options, read_images, validation_logits

@@ -23,18 +23,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from chexnet_deploy.chestxray14 import ChestXray14, Split, truth
-from chexnet_deploy.errors import CheckpointError, SpecError
-from chexnet_deploy.export.checkpoint import CheckpointManifest, write_checkpoint
-from chexnet_deploy.export.legacy import load_imagenet_backbone
-from chexnet_deploy.export.model import CheXNet, Normalise
+from chexnet_deploy.datasets.chestxray14 import ChestXray14, Split, truth
+from chexnet_deploy.datasets.findings import FINDINGS
+from chexnet_deploy.datasets.patients import PatientSet
+from chexnet_deploy.errors import CheckpointError, OnPhase, SpecError
+from chexnet_deploy.export.from_torch.checkpoint import CheckpointManifest, write_checkpoint
+from chexnet_deploy.export.from_torch.import_legacy import load_imagenet_backbone
+from chexnet_deploy.export.from_torch.model import CheXNet, Normalise
 from chexnet_deploy.files import write_file
-from chexnet_deploy.findings import FINDINGS
-from chexnet_deploy.metrics.auroc import auroc, mean_auroc, youden_threshold
-from chexnet_deploy.phases import OnPhase
-from chexnet_deploy.predictor import sigmoid
-from chexnet_deploy.preprocessing import Preprocessing
-from chexnet_deploy.splits import PatientSet
+from chexnet_deploy.images.preprocessing import Preprocessing
+from chexnet_deploy.metrics.roc import auroc, mean_auroc, youden_threshold
+from chexnet_deploy.runtime.sessions.base import sigmoid
 from training.augment import augment
 from training.batches import ReadAhead, Shard, TrainingImages, steps_per_epoch
 from training.cache import Cache

@@ -26,11 +26,11 @@ import typer
 from benchmarks.gpu.reference import Reference
 from benchmarks.gpu.rows import Row, Rows
 from benchmarks.gpu.summary import line, summarise
-from chexnet_deploy.bench import describe_machine
-from chexnet_deploy.bundle import Bundle
+from chexnet_deploy.bundle.bundle import Bundle
 from chexnet_deploy.errors import ChexnetError, SessionError
+from chexnet_deploy.evaluation.machine import describe_machine
 from chexnet_deploy.files import sha256_of_file, write_file
-from chexnet_deploy.sessions.driver import open_driver
+from chexnet_deploy.runtime.sessions.driver import open_driver
 from chexnet_deploy.terminal import print_table, run_program
 
 CHECKOUT = Path(__file__).parents[2]

@@ -4,12 +4,12 @@ from contextlib import ExitStack
 
 import numpy as np
 
-from chexnet_deploy.bundle import Bundle
-from chexnet_deploy.preprocessing import Pixels
-from chexnet_deploy.sessions import Logits, Maps
-from chexnet_deploy.sessions.driver import open_driver, primary_context
-from chexnet_deploy.sessions.plan import INPUT, OUTPUTS, Plan
-from chexnet_deploy.sessions.tensorrt_versions import open_tensorrt
+from chexnet_deploy.bundle.bundle import Bundle
+from chexnet_deploy.images.preprocessing import Pixels
+from chexnet_deploy.runtime.sessions.base import Logits, Maps
+from chexnet_deploy.runtime.sessions.driver import open_driver, primary_context
+from chexnet_deploy.runtime.sessions.trt_plan import INPUT, OUTPUTS, Plan
+from chexnet_deploy.runtime.sessions.trt_versions import open_tensorrt
 
 
 class BareEngine:

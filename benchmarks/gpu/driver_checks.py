@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from chexnet_deploy.sessions.driver import BindingsDriver, CudaError, Driver, PycudaDriver, primary_context
-from chexnet_deploy.sessions.graphs import CudaGraph, GraphError, open_graphs
+from chexnet_deploy.runtime.sessions.cuda_graphs import CudaGraph, GraphError, open_graphs
+from chexnet_deploy.runtime.sessions.driver import BindingsDriver, CudaError, Driver, PycudaDriver, primary_context
 
 BINDINGS = (("pycuda", "pycuda.driver", PycudaDriver), ("cuda-bindings", "cuda.bindings.driver", BindingsDriver))
 N_CYCLES, N_CAPTURES, N_CALLS, N_BYTES = 1000, 50, 2000, 1 << 20

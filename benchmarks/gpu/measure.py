@@ -10,10 +10,10 @@ import numpy as np
 
 from benchmarks.gpu.meter import Meter
 from benchmarks.gpu.rows import Task
-from chexnet_deploy.bench import MIN_RUNS_FOR_P99
-from chexnet_deploy.latency import LatencyReport, measure_latency
-from chexnet_deploy.preprocessing import Pixels
-from chexnet_deploy.sessions import Logits, Session
+from chexnet_deploy.evaluation.engines import MIN_RUNS_FOR_P99
+from chexnet_deploy.evaluation.latency import LatencyReport, measure_latency
+from chexnet_deploy.images.preprocessing import Pixels
+from chexnet_deploy.runtime.sessions.base import Logits, Session
 
 STAGE_RUNS, LANES_IN_FLIGHT = 50, (2, 3)
 MAX_KEPT_SAMPLES = 1000

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from chexnet_deploy.bundle import Bundle
-from chexnet_deploy.invariance import InvarianceReport, measure_invariance
-from chexnet_deploy.sessions.driver import open_driver, primary_context
-from chexnet_deploy.sessions.trt import TrtSession
+from chexnet_deploy.bundle.bundle import Bundle
+from chexnet_deploy.evaluation.invariance import InvarianceReport, measure_invariance
+from chexnet_deploy.runtime.sessions.driver import open_driver, primary_context
+from chexnet_deploy.runtime.sessions.trt import TrtSession
 
 LANES = 2
 

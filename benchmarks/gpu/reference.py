@@ -10,16 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from chexnet_deploy.bundle import Bundle
-from chexnet_deploy.chestxray14 import ChestXray14
+from chexnet_deploy.bundle.bundle import Bundle
+from chexnet_deploy.datasets.chestxray14 import ChestXray14
+from chexnet_deploy.datasets.labelled import LabelledImages
 from chexnet_deploy.errors import ChexnetError
+from chexnet_deploy.evaluation.parity import compare
+from chexnet_deploy.evaluation.spec import read_spec
 from chexnet_deploy.files import sha256_hex, sha256_of_file, write_file
-from chexnet_deploy.parity import compare
-from chexnet_deploy.predictor import sigmoid
-from chexnet_deploy.preprocessing import Pixels
-from chexnet_deploy.scoring import LabelledImages, iter_pixels
-from chexnet_deploy.sessions import Logits, open_session, run_in_batches
-from chexnet_deploy.spec import read_spec
+from chexnet_deploy.images.preprocessing import Pixels
+from chexnet_deploy.runtime.score import iter_pixels
+from chexnet_deploy.runtime.sessions.base import Logits, run_in_batches, sigmoid
+from chexnet_deploy.runtime.sessions.open import open_session
 
 
 class Reference:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from chexnet_deploy.bundle import Bundle
+from chexnet_deploy.bundle.bundle import Bundle
 
 PRECISION_ORDER = ("fp16", "int8", "fp32")
 # The image that a radiographer waits for, and throughput: a plan for one batch size alone is tuned for it.

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chexnet_deploy.export.checkpoint import read_checkpoint
-from chexnet_deploy.export.model import CheXNet, Normalise
-from chexnet_deploy.preprocessing import Pixels
-from chexnet_deploy.sessions import Logits
+from chexnet_deploy.export.from_torch.checkpoint import read_checkpoint
+from chexnet_deploy.export.from_torch.model import CheXNet, Normalise
+from chexnet_deploy.images.preprocessing import Pixels
+from chexnet_deploy.runtime.sessions.base import Logits
 
 COMPILE_MODES = {"compile-fp16": "reduce-overhead", "autotune-fp16": "max-autotune"}
 STAGES = ("upload", "compute", "download")

@@ -22,11 +22,12 @@ import numpy as np
 from benchmarks.gpu.measure import measure_batch, score
 from benchmarks.gpu.meter import Meter
 from benchmarks.gpu.rows import Task
-from chexnet_deploy.bundle import Bundle
+from chexnet_deploy.bundle.bundle import Bundle
 from chexnet_deploy.errors import ChexnetError
+from chexnet_deploy.evaluation.spec import BatchProfile, read_spec
 from chexnet_deploy.files import write_file
-from chexnet_deploy.sessions import Session, open_session
-from chexnet_deploy.spec import BatchProfile, read_spec
+from chexnet_deploy.runtime.sessions.base import Session
+from chexnet_deploy.runtime.sessions.open import open_session
 
 CHECKOUT = Path(__file__).parents[2]
 LANES = 3
@@ -57,7 +58,7 @@ def main() -> int:
 
 def build(task: Task, out: Path, write: Write) -> None:
     """Build a plan where there is none yet."""
-    from chexnet_deploy.builder.engine import build_engine
+    from chexnet_deploy.export.tensorrt.build import build_tensorrt_plan
 
     bundle, plan = Bundle.open(Path(task.bundle)), Path(task.plan)
     if not plan.exists():
@@ -66,14 +67,14 @@ def build(task: Task, out: Path, write: Write) -> None:
         options = spec.build.model_copy(update={"optimization_level": task.optimization_level})
         spec = spec.model_copy(update={"batch": BatchProfile(min=low, opt=best, max=high), "build": options})
         cache: Any = {"backend": task.backend, "timing_cache": Path(task.timing_cache)}
-        build_engine(bundle, spec, plan, **cache)
+        build_tensorrt_plan(bundle, spec, plan, **cache)
     write(_about(Bundle.open(plan)))
 
 
 def plan(task: Task, out: Path, write: Write) -> None:
     """Measure a plan with and without CUDA graphs and by a bare loop, and score the pixels with it."""
     from benchmarks.gpu.bare import BareEngine
-    from chexnet_deploy.sessions.trt import TrtSession
+    from chexnet_deploy.runtime.sessions.trt import TrtSession
 
     built = Bundle.open(Path(task.plan))
     with ExitStack() as owned:
@@ -119,7 +120,7 @@ def ceilings(task: Task, out: Path, write: Write) -> None:
     import torch as pytorch
 
     from benchmarks.gpu.roofline import conv_costs, forms, least_ms, measure_copy, measure_node_us, measure_product
-    from chexnet_deploy.export.checkpoint import read_checkpoint
+    from chexnet_deploy.export.from_torch.checkpoint import read_checkpoint
 
     loaded = read_checkpoint(Path(task.checkpoint))
     side_px = loaded.manifest.preprocessing.resize_px

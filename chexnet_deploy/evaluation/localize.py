@@ -8,12 +8,12 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from chexnet_deploy.datasets.nih_tables import Radiograph
 from chexnet_deploy.errors import DatasetError
 from chexnet_deploy.evaluation.records import Localization, LocalizedImage
-from chexnet_deploy.images import read_image
-from chexnet_deploy.metrics.localization import TOLERANCE_PX, MapScore, group_by_finding, score_map, summarise
-from chexnet_deploy.predictor import Prediction, Predictor
-from chexnet_deploy.tables import Box, Radiograph
+from chexnet_deploy.images.reader import read_image
+from chexnet_deploy.metrics.localization import TOLERANCE_PX, Box, MapScore, group_by_finding, score_map, summarise
+from chexnet_deploy.runtime.predictor import Prediction, Predictor
 
 NIH_SIDE_PX: Final = 1024
 """Of every ChestX-ray14 image as shipped; TOLERANCE_PX is stated for it and shrinks with smaller ones."""

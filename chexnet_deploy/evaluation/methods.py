@@ -9,7 +9,7 @@ from chexnet_deploy.evaluation.records import Evaluation, ReaderComparison
 from chexnet_deploy.evaluation.scores import MIN_POSITIVE_PATIENTS
 from chexnet_deploy.metrics.f1 import MAX_UNDEFINED_SHARE
 from chexnet_deploy.metrics.probabilities import N_BINS
-from chexnet_deploy.metrics.roc_band import N_RESAMPLES, SEED
+from chexnet_deploy.metrics.roc import N_RESAMPLES, SEED
 
 REFERENCES: Final = {
     "DeLong 1988": "DeLong ER, DeLong DM, Clarke-Pearson DL. Comparing the areas under two or more correlated receiver "

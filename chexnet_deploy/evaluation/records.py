@@ -7,9 +7,9 @@ from typing import Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict
 
+from chexnet_deploy.datasets.predictions import ScoreKind
 from chexnet_deploy.metrics.localization import LocalizationReport
-from chexnet_deploy.metrics.readers import ReaderStudy
-from chexnet_deploy.predictions import ScoreKind
+from chexnet_deploy.metrics.radiologists import ReaderStudy
 
 Interval: TypeAlias = tuple[float, float]
 """The two ends of a 95 % confidence interval."""

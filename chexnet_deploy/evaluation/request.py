@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from chexnet_deploy.chestxray14 import Split
+from chexnet_deploy.bundle.signing.trust import Trust
+from chexnet_deploy.datasets.chestxray14 import Split
 from chexnet_deploy.errors import SpecError
-from chexnet_deploy.sessions import Provider
-from chexnet_deploy.signing.trust import Trust
+from chexnet_deploy.runtime.sessions.base import Provider
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from chexnet_deploy.bench import describe_machine
-from chexnet_deploy.bundle import Bundle
-from chexnet_deploy.chestxray14 import ChestXray14
-from chexnet_deploy.errors import SpecError
+from chexnet_deploy.bundle.bundle import Bundle
+from chexnet_deploy.datasets.chestxray14 import ChestXray14
+from chexnet_deploy.datasets.radiologist_labels import MAJORITY_FILE, READERS_FILE, ExpertLabels
+from chexnet_deploy.errors import OnPhase, SpecError
 from chexnet_deploy.evaluation.localize import BoxedMap
+from chexnet_deploy.evaluation.machine import describe_machine
 from chexnet_deploy.evaluation.methods import describe_methods
-from chexnet_deploy.evaluation.readers import (
+from chexnet_deploy.evaluation.radiologists import (
     NO_POSITIVE,
     choose_thresholds,
     compare_with_readers,
@@ -24,9 +25,7 @@ from chexnet_deploy.evaluation.records import Evaluation, ReaderComparison, Thre
 from chexnet_deploy.evaluation.request import EvaluationRequest
 from chexnet_deploy.evaluation.scores import decision_values, evaluate_scores
 from chexnet_deploy.evaluation.sources import Material, read_material, run_bundle
-from chexnet_deploy.expert_labels import MAJORITY_FILE, READERS_FILE, ExpertLabels
 from chexnet_deploy.files import sha256_hex
-from chexnet_deploy.phases import OnPhase
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -8,6 +8,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from chexnet_deploy.datasets.labelled import subgroups
+from chexnet_deploy.datasets.predictions import LabelledScores
 from chexnet_deploy.evaluation.records import (
     Curve,
     FindingScore,
@@ -18,20 +20,16 @@ from chexnet_deploy.evaluation.records import (
     Subgroup,
     SubgroupFinding,
 )
-from chexnet_deploy.metrics.auroc import mean_auroc
 from chexnet_deploy.metrics.delong import AreaComparison, compare_all, estimate_area
-from chexnet_deploy.metrics.intervals import AreaEstimate
+from chexnet_deploy.metrics.intervals import AreaEstimate, clustered_proportion
 from chexnet_deploy.metrics.probabilities import (
     average_precision,
     brier_score,
     expected_calibration_error,
     reliability_curve,
 )
-from chexnet_deploy.metrics.proportions import clustered_proportion
-from chexnet_deploy.metrics.roc_band import RocBand, roc_bands
-from chexnet_deploy.predictions import LabelledScores
-from chexnet_deploy.predictor import sigmoid
-from chexnet_deploy.subgroups import subgroups
+from chexnet_deploy.metrics.roc import RocBand, mean_auroc, roc_bands
+from chexnet_deploy.runtime.sessions.base import sigmoid
 
 MIN_POSITIVE_PATIENTS: Final = 20
 """In a subgroup, and as many patients without the finding; below, an AUROC says next to nothing."""

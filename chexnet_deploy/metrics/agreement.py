@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from chexnet_deploy.metrics.auroc import Scores
+from chexnet_deploy.metrics.roc import Scores
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chexnet_deploy.errors import MetricError
-from chexnet_deploy.metrics.auroc import Scores
 from chexnet_deploy.metrics.intervals import AreaEstimate, PairedDifference
+from chexnet_deploy.metrics.roc import Scores
 
 Patients = NDArray[np.int64]
 _ROUNDING = 1e-12  # differences of areas and relative variances below this are rounding

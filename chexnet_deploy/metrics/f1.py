@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from chexnet_deploy.errors import MetricError
-from chexnet_deploy.metrics.auroc import Scores
+from chexnet_deploy.metrics.roc import Scores
 
 LEVEL: Final = 0.95
 MAX_UNDEFINED_SHARE: Final = 0.05

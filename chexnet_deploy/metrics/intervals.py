@@ -1,6 +1,13 @@
 """What an area under a ROC curve, or the difference of two, is known to be: intervals and the non-inferiority test.
 
-Takes areas and variances from delong.py; computes none. benchmarks/coverage.py measures how often the intervals hold.
+Takes areas and variances from delong.py; computes none. benchmarks/statistics/coverage.py measures how often the intervals hold.
+
+Student's t distribution without SciPy, which a scanner does not carry; tested against it.
+
+A share of images, such as sensitivity, with an interval that knows which images are of one patient.
+
+Images of one patient are alike, so a share of n images is as certain as one of fewer independent ones: the variance
+between patients says how many (Rao & Scott 1992, Biometrics 48:577), and Wilson's interval (1927) is taken at that number.
 """
 
 import math
@@ -8,9 +15,9 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
+from numpy.typing import NDArray
 
 from chexnet_deploy.errors import MetricError
-from chexnet_deploy.metrics.student_t import student_t_quantile, student_t_tail
 
 Interval = tuple[float, float]
 ALPHA = 0.025  # of the one-sided test; the same decision as the lower end of a 95 % interval
@@ -138,7 +145,7 @@ class PairedDifference:
 
         The noise is the variance less what that factor adds to it, but a quarter at least. With many patients the
         dispersion vanishes and t is Wald's. At a nominal 2.5 % with 20 to 30 positive patients a candidate at the margin
-        passes in 2 to 4 % of simulated studies, by Wald in 4 to 12 %: see benchmarks/coverage.py.
+        passes in 2 to 4 % of simulated studies, by Wald in 4 to 12 %: see benchmarks/statistics/coverage.py.
         """
         variance, dispersion = self._variance, self._dispersion
         # difference^2 - variance estimates the squared true difference without bias.
@@ -197,3 +204,104 @@ def _tail(level: float) -> float:
     if not 0 < level < 1:
         raise MetricError(f"confidence level {level}, needed a fraction between 0 and 1, such as 0.95.")
     return (1 - level) / 2
+
+
+def student_t_quantile(probability: float, degrees_of_freedom: float) -> float:
+    """Return the quantile of Student's t distribution; degrees of freedom need not be whole.
+
+    Args:
+        probability: within (0, 1).
+        degrees_of_freedom: positive.
+    """
+    if probability < 0.5:
+        return -student_t_quantile(1 - probability, degrees_of_freedom)
+    # Newton's method from below: the tail is convex beyond 0, so no step overshoots.
+    t = max(_NORMAL.inv_cdf(probability), 0.0)
+    log_scale = math.lgamma((degrees_of_freedom + 1) / 2) - math.lgamma(degrees_of_freedom / 2)
+    scale = math.exp(log_scale) / math.sqrt(math.pi * degrees_of_freedom)
+    for _ in range(200):
+        density = scale * (1 + t * t / degrees_of_freedom) ** (-(degrees_of_freedom + 1) / 2)
+        step = (student_t_tail(t, degrees_of_freedom) - (1 - probability)) / density
+        t += step
+        if abs(step) <= 1e-13 * max(t, 1.0):
+            break
+    return t
+
+
+def student_t_tail(t: float, degrees_of_freedom: float) -> float:
+    """Return the chance that Student's t exceeds `t`."""
+    squared = t * t
+    if squared == 0:
+        return 0.5
+    x, y = degrees_of_freedom / (degrees_of_freedom + squared), squared / (degrees_of_freedom + squared)
+    tail = 0.5 * _incomplete_beta(degrees_of_freedom / 2, 0.5, x, y)
+    return tail if t > 0 else 1 - tail
+
+
+def _incomplete_beta(a: float, b: float, x: float, y: float) -> float:
+    """Return the regularised incomplete beta function I_x(a, b), y = 1 - x, by Lentz's continued fraction (DLMF 8.17.22)."""
+    if x > (a + 1) / (a + b + 2):
+        return 1 - _incomplete_beta(b, a, y, x)
+    front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log(y)) / a
+    c, d = 1.0, 1 / (1 - (a + b) * x / (a + 1))
+    value = d
+    for k in range(1, 10_000):
+        even = k * (b - k) * x / ((a + 2 * k - 1) * (a + 2 * k))
+        odd = -(a + k) * (a + b + k) * x / ((a + 2 * k) * (a + 2 * k + 1))
+        before = value
+        for step in (even, odd):
+            d = 1 / (1 + step * d)
+            c = 1 + step / c
+            value *= c * d
+        if abs(value - before) <= 1e-15 * abs(value):
+            break
+    return front * value
+
+
+@dataclass(frozen=True, slots=True)
+class Proportion:
+    """A share of images.
+
+    Attributes:
+        value: NaN of no image.
+        low: NaN with fewer than two patients.
+        high: likewise.
+        n_images: of which it is a share.
+        n_patients: whose images they are.
+    """
+
+    value: float
+    low: float
+    high: float
+    n_images: int
+    n_patients: int
+
+
+def clustered_proportion(
+    is_counted: NDArray[np.bool_], patients: NDArray[np.int64], *, level: float = 0.95
+) -> Proportion:
+    """Return the share of images that count, with its interval clustered by patient.
+
+    Args:
+        is_counted: [N].
+        patients: [N] whose image it is.
+        level: of the interval.
+    """
+    names, index = np.unique(patients, return_inverse=True)
+    n_images, n_patients = is_counted.size, names.size
+    if not n_images:
+        return Proportion(math.nan, math.nan, math.nan, 0, 0)
+    share = int(is_counted.sum()) / n_images
+    if n_patients < 2:
+        return Proportion(share, math.nan, math.nan, n_images, n_patients)
+    excess = np.bincount(index, is_counted - share, n_patients)
+    variance = n_patients / (n_patients - 1) * float(excess @ excess) / n_images**2
+    # Without variance, as of 0 or 1, every patient may still stand for no more than one image. Never more than all
+    # images either: patients who balance each other are luck.
+    n_effective = min(share * (1 - share) / variance, n_images) if variance > 0 else float(n_patients)
+    ratio = student_t_quantile((1 + level) / 2, n_patients - 1) ** 2 / n_effective
+    half = math.sqrt(ratio * share * (1 - share) + ratio**2 / 4)
+    middle = share + ratio / 2
+    return Proportion(
+        share, max((middle - half) / (1 + ratio), 0.0), min((middle + half) / (1 + ratio), 1.0), n_images, n_patients
+    )

@@ -15,7 +15,18 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from chexnet_deploy.errors import MetricError
-from chexnet_deploy.tables import Box
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """Where a radiologist saw one finding; pixels of the 1024 x 1024 image, origin at the top left."""
+
+    finding: str
+    x_px: float
+    y_px: float
+    width_px: float
+    height_px: float
+
 
 MAP_THRESHOLD: Final = 180 / 255
 """Share of a map's range, from its least to its largest value, at and above which a pixel is detected.

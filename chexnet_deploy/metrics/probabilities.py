@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chexnet_deploy.errors import MetricError
-from chexnet_deploy.metrics.auroc import Scores
+from chexnet_deploy.metrics.roc import Scores
 
 N_BINS: Final = 15
 """Bins of Guo et al. 2017 (arXiv 1706.04599) and Nixon et al. 2019 (arXiv 1904.01685)."""

@@ -1,1 +1,16 @@
-"""A bundle served to many: an HTTP service, a Triton model repository, and a Ray cluster for tables of millions of images."""
+"""Bundles over HTTP, on a Ray cluster, and for Triton Inference Server."""
+
+from typing import TYPE_CHECKING
+
+from chexnet_deploy import lazy_names
+
+if TYPE_CHECKING:
+    from chexnet_deploy.serving.http.program import serve
+    from chexnet_deploy.serving.triton import write_repository
+
+__all__ = [
+    "serve",
+    "write_repository",
+]
+
+__getattr__ = lazy_names(__name__, {"serve": "http.program", "write_repository": "triton"})

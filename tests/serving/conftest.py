@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from chexnet_deploy.bundle import Bundle
+from chexnet_deploy.bundle.bundle import Bundle
 from tests.serving.running import Running, Start
 
 

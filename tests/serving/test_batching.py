@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from chexnet_deploy.errors import ServeError, SessionError
-from chexnet_deploy.preprocessing import Pixels
-from chexnet_deploy.serving.admission import Admission
-from chexnet_deploy.serving.batching import BatchPlan, DeadlineError, Lane, measure_plan
-from chexnet_deploy.serving.config import ServeConfig
-from chexnet_deploy.serving.refusals import RequestError
-from chexnet_deploy.sessions import Logits, Maps
+from chexnet_deploy.images.preprocessing import Pixels
+from chexnet_deploy.runtime.sessions.base import Logits, Maps
+from chexnet_deploy.serving.http.batching import BatchPlan, DeadlineError, Lane, measure_plan
+from chexnet_deploy.serving.http.config import ServeConfig
+from chexnet_deploy.serving.http.refusals import RequestError
+from chexnet_deploy.serving.http.service import Admission
 
 FOREVER_S = float("inf")
 PLAN = BatchPlan((1, 2, 4), (4.0, 3.0, 2.0), is_invariant=True)

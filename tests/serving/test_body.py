@@ -6,8 +6,8 @@ import zlib
 
 import pytest
 
-from chexnet_deploy.serving.body import inflate
-from chexnet_deploy.serving.refusals import RequestError
+from chexnet_deploy.serving.http.predict import inflate
+from chexnet_deploy.serving.http.refusals import RequestError
 
 LIMIT = 10_000
 

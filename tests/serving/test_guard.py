@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from chexnet_deploy.serving.config import MIB, ServeConfig
-from chexnet_deploy.serving.guard import Address, Guard
+from chexnet_deploy.serving.http.config import MIB, ServeConfig
+from chexnet_deploy.serving.http.limits import Address, Guard
 
 BIG = 3 * MIB // 4
 

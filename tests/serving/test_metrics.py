@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from chexnet_deploy.bundle import Bundle
-from chexnet_deploy.serving.metrics import BLOCK, Metrics
+from chexnet_deploy.bundle.bundle import Bundle
+from chexnet_deploy.serving.http.metrics import BLOCK, Metrics
 
 
 def value(metrics: Metrics, line: str) -> float:

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.ray_executor import workers_of
-from chexnet_deploy.bundle import Bundle
+from benchmarks.services.ray_executor import workers_of
+from chexnet_deploy.bundle.bundle import Bundle
 from chexnet_deploy.errors import ClusterError
-from chexnet_deploy.serving.ray_cluster import fit_workers
-from chexnet_deploy.streaming import usable_cores
-from tests.test_cli import assert_one_line_error, chexnet
+from chexnet_deploy.runtime.streaming import usable_cores
+from chexnet_deploy.serving.ray.cluster import fit_workers
+from tests.cli.test_cli import assert_one_line_error, chexnet
 
 N_IMAGES = 900
 BAD = ("00000001_555.png", "00000009_555.png")

@@ -7,13 +7,13 @@ import numpy as np
 import onnx
 import pytest
 
-from chexnet_deploy.bundle import Bundle
-from chexnet_deploy.chestxray14 import ChestXray14
-from chexnet_deploy.images import read_image
-from chexnet_deploy.serving import saturation
-from chexnet_deploy.serving.saturation import SaturationWatch, can_watch
-from chexnet_deploy.sessions.ort import load_onnx
-from chexnet_deploy.sessions.ort_activations import OrtActivations, with_outputs
+from chexnet_deploy.bundle.bundle import Bundle
+from chexnet_deploy.datasets.chestxray14 import ChestXray14
+from chexnet_deploy.images.reader import read_image
+from chexnet_deploy.runtime.sessions.activations import OrtActivations, with_outputs
+from chexnet_deploy.runtime.sessions.ort import load_onnx
+from chexnet_deploy.serving.http import saturation
+from chexnet_deploy.serving.http.saturation import SaturationWatch, can_watch
 from tests.serving.running import Start
 
 DIALECTS = ("int8", "int8-cpu")

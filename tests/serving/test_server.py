@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 import tritonclient.http as triton
 
-from benchmarks.node_rig import write_radiograph
+from benchmarks.rigs.node_rig import write_radiograph
 from chexnet_deploy import Predictor
-from chexnet_deploy.bundle import Bundle
-from chexnet_deploy.sessions import open_session
+from chexnet_deploy.bundle.bundle import Bundle
+from chexnet_deploy.runtime.sessions.open import open_session
 from tests.serving.running import Running, Start
 
 MIB = 2**20

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from chexnet_deploy.bundle import Bundle
-from chexnet_deploy.serving.config import ServeConfig
-from chexnet_deploy.serving.service import Service
-from chexnet_deploy.signer import admit_first, sign_bundle
-from chexnet_deploy.signing.keys import public_der
-from chexnet_deploy.signing.release import Release, read_floor
-from chexnet_deploy.signing.trust import Trust
+from chexnet_deploy.bundle.bundle import Bundle
+from chexnet_deploy.bundle.signing.keys import public_der
+from chexnet_deploy.bundle.signing.releases import Release, read_floor
+from chexnet_deploy.bundle.signing.sign import admit_first, sign_bundle
+from chexnet_deploy.bundle.signing.trust import Trust
+from chexnet_deploy.serving.http.config import ServeConfig
+from chexnet_deploy.serving.http.service import Service
 from tests.serving.running import Start
 
 

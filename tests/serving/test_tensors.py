@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chexnet_deploy.serving.refusals import RequestError
-from chexnet_deploy.serving.tensors import parse_inference, render_inference
+from chexnet_deploy.serving.http.refusals import RequestError
+from chexnet_deploy.serving.http.tensors import parse_inference, render_inference
 
 SIDE_PX, MAX_BATCH = 32, 4
 PIXELS = np.arange(2 * SIDE_PX**2, dtype=np.uint32).astype(np.uint8).reshape(2, 1, SIDE_PX, SIDE_PX)

@@ -12,13 +12,13 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
-from chexnet_deploy.bundle import Bundle
+from chexnet_deploy.bundle.bundle import Bundle
+from chexnet_deploy.bundle.manifest import EngineCard, Target, hash_files
+from chexnet_deploy.bundle.signing.releases import Release
+from chexnet_deploy.datasets.findings import FINDINGS
 from chexnet_deploy.errors import BundleError
-from chexnet_deploy.findings import FINDINGS
-from chexnet_deploy.manifest import EngineCard, Target, hash_files
-from chexnet_deploy.predictor import Predictor
+from chexnet_deploy.runtime.predictor import Predictor
 from chexnet_deploy.serving.triton import check_repository, write_repository
-from chexnet_deploy.signing.release import Release
 from tests.conftest import SIDE_PX
 
 TARGET = Target(

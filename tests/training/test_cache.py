@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from chexnet_deploy.chestxray14 import TEST_LIST, TRAIN_VAL_LIST, ChestXray14
+from chexnet_deploy.datasets.chestxray14 import TEST_LIST, TRAIN_VAL_LIST, ChestXray14
 from chexnet_deploy.errors import DatasetError
-from chexnet_deploy.images import read_image
-from chexnet_deploy.preprocessing import Preprocessing
+from chexnet_deploy.images.preprocessing import Preprocessing
+from chexnet_deploy.images.reader import read_image
 from training import cache as cache_module
 from training.cache import INDEX, JOURNAL, PIXELS, Cache
 from training.prepare import compare_with_images

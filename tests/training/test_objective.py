@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from chexnet_deploy.export.model import CheXNet
+from chexnet_deploy.export.from_torch.model import CheXNet
 from training.objective import Loss, build_optimiser, build_schedule, start_from_prevalence
 from training.recipe import Recipe
 

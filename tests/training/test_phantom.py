@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from chexnet_deploy.findings import FINDINGS
+from chexnet_deploy.datasets.findings import FINDINGS
 from training import phantom
-from training.phantom import PhantomSpec, Study, draw_radiograph, draw_with_regions, plan_studies, write_phantom
+from training.phantoms.draw import PhantomSpec, Study, draw_radiograph, draw_with_regions, plan_studies, write_phantom
 
 SIDE_PX = 96
 SPEC = PhantomSpec(patients=30, test_patients=8, side_px=64, seed=5, prevalence=0.2)

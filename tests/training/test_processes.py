@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from chexnet_deploy.chestxray14 import ChestXray14
-from chexnet_deploy.export.checkpoint import read_checkpoint
-from chexnet_deploy.export.model import Normalise
-from chexnet_deploy.metrics.auroc import auroc, mean_auroc
+from chexnet_deploy.datasets.chestxray14 import ChestXray14
+from chexnet_deploy.export.from_torch.checkpoint import read_checkpoint
+from chexnet_deploy.export.from_torch.model import Normalise
+from chexnet_deploy.metrics.roc import auroc, mean_auroc
 from training.logbook import METRICS
 from training.processes import Processes
 from training.recipe import Recipe

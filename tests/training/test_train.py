@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing import event_accumulator
 
-from chexnet_deploy.chestxray14 import ChestXray14
+from chexnet_deploy.datasets.chestxray14 import ChestXray14
 from chexnet_deploy.errors import CheckpointError, SpecError
-from chexnet_deploy.export.checkpoint import read_checkpoint
+from chexnet_deploy.export.from_torch.checkpoint import read_checkpoint
 from training.logbook import CURVE, METRICS, TENSORBOARD, THROUGHPUT
 from training.recipe import Augmentation, Recipe, read_recipe
 from training.train import BEST, RESUME, Options, train

@@ -1,0 +1,1 @@
+"""Speed on CPUs, beside peers and below libraries."""

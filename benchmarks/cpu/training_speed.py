@@ -1,0 +1,164 @@
+"""Images a second of the trainer beside a plain loop, as CheXNet's public reproductions have it, in turns on one machine.
+
+    python -m benchmarks.cpu.training_speed --data ROOT
+
+The plain loop decodes each PNG in a DataLoader's workers whenever it is seen, and trains in float32 without a memory format.
+"""
+
+import json
+import statistics
+import tempfile
+from collections.abc import Iterator
+from itertools import cycle
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from chexnet_deploy.datasets.chestxray14 import ChestXray14, truth
+from chexnet_deploy.datasets.findings import FINDINGS
+from chexnet_deploy.datasets.nih_tables import Radiograph
+from chexnet_deploy.evaluation.machine import describe_machine
+from chexnet_deploy.export.from_torch.model import CheXNet
+from chexnet_deploy.images.preprocessing import Preprocessing
+from chexnet_deploy.terminal import progress, run_program
+from training.batches import ReadAhead, TrainingImages
+from training.prepare import prepare
+from training.processes import Processes
+from training.recipe import Recipe, read_recipe
+from training.train import Options, Trainer
+
+RESULTS = Path(__file__).parents[1] / "results"
+STEPS, WARMUP_STEPS, WORKERS = 6, 2, 2
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    data: Annotated[Path, typer.Option(help="ChestX-ray14.", envvar="CHEXNET_CHESTXRAY14")],
+    recipe: Annotated[str, typer.Option(help="A recipe's name, or a path to a .toml.")] = "chexnet14",
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each.")] = 5,
+    out: Annotated[Path, typer.Option(help="Results.")] = RESULTS / "training-speed-cpu.json",
+) -> None:
+    """Measure both, and print the ratio."""
+    chosen = read_recipe(recipe).model_copy(update={"initial_weights": "scratch"})
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dataset = ChestXray14.open(data)
+    radiographs = dataset.split("train")
+    with tempfile.TemporaryDirectory() as folder:
+        plain = _plain_steps(radiographs, chosen, device)
+        ours = _our_steps(dataset, radiographs, chosen, device, Path(folder))
+        for _ in range(WARMUP_STEPS):
+            next(plain)
+            next(ours)
+        seconds: dict[str, list[float]] = {"plain": [], "ours": []}
+        with progress() as on_phase:
+            for turn in range(rounds):
+                for name, steps in (("plain", plain), ("ours", ours)):
+                    start = perf_counter()
+                    for _ in range(STEPS):
+                        next(steps)
+                    seconds[name].append(perf_counter() - start)
+                on_phase("measuring", turn + 1, rounds)
+    speeds = {name: [STEPS * chosen.batch_size / each for each in values] for name, values in seconds.items()}
+    medians = {name: statistics.median(values) for name, values in speeds.items()}
+    results = {
+        "machine": describe_machine().model_dump(),
+        "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None,
+        "torch": torch.__version__,
+        "recipe": chosen.model_dump(mode="json"),
+        "images_per_s": speeds,
+        "median_images_per_s": medians,
+        "ratio": statistics.median(a / b for a, b in zip(speeds["ours"], speeds["plain"], strict=True)),
+    }
+    out.write_text(json.dumps(results, indent=1) + "\n")
+    typer.echo(
+        f"plain {medians['plain']:.2f}, ours {medians['ours']:.2f} images/s: {results['ratio']:.2f} times\n{out}"
+    )
+
+
+class _Pngs(Dataset[tuple[Tensor, Tensor]]):
+    def __init__(self, radiographs: tuple[Radiograph, ...], side: int) -> None:
+        self.radiographs, self.side = radiographs, side
+        self.truth = truth(radiographs).astype(np.float32)
+        self.mean, self.std = (
+            np.array(values, np.float32) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        )
+
+    def __len__(self) -> int:
+        return len(self.radiographs)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        path = self.radiographs[i].path
+        assert path is not None
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB").resize((self.side, self.side), Image.Resampling.BILINEAR))
+        if torch.rand(()) < 0.5:
+            pixels = pixels[:, ::-1]
+        images = (pixels.astype(np.float32) / 255.0 - self.mean) / self.std
+        return torch.from_numpy(np.ascontiguousarray(images.transpose(2, 0, 1))), torch.from_numpy(self.truth[i])
+
+
+def _plain_steps(radiographs: tuple[Radiograph, ...], recipe: Recipe, device: torch.device) -> Iterator[None]:
+    torch.manual_seed(0)
+    loader: DataLoader[Any] = DataLoader(
+        _Pngs(radiographs, recipe.resize_px),
+        recipe.batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=WORKERS,
+        persistent_workers=True,
+    )
+    model = CheXNet(len(FINDINGS)).to(device).train()
+    optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)
+    for _ in cycle([0]):
+        for images, labels in loader:
+            optimiser.zero_grad()
+            logits = model(images.to(device))
+            loss: Any = nn.functional.binary_cross_entropy_with_logits(logits, labels.to(device))
+            loss.backward()
+            optimiser.step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            yield
+
+
+def _our_steps(
+    dataset: ChestXray14, radiographs: tuple[Radiograph, ...], recipe: Recipe, device: torch.device, folder: Path
+) -> Iterator[None]:
+    preprocessing = Preprocessing(resize_px=recipe.resize_px)
+    with progress() as on_phase:
+        cache = prepare(dataset, preprocessing, folder / "cache", workers=WORKERS, on_phase=on_phase)
+    images = TrainingImages(
+        cache.pixels, cache.rows([r.image for r in radiographs]), truth(radiographs).astype(np.float32)
+    )
+    trainer = Trainer(recipe, preprocessing, folder / "run", Options(), Processes(device=device))
+    trainer.get_ready(images)
+    epoch = 0
+    while True:
+        for shards in ReadAhead(
+            images,
+            seed=recipe.seed,
+            epoch=epoch,
+            first_step=0,
+            batch_size=recipe.batch_size,
+            shards=1,
+            mine=range(1),
+            pin_memory=device.type == "cuda",
+        ):
+            trainer.step(shards)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            yield
+        epoch += 1
+
+
+if __name__ == "__main__":
+    run_program(app)

@@ -1,0 +1,1 @@
+"""Int8 beside fp32 and beside other quantisers."""

@@ -1,0 +1,1 @@
+"""The node, the HTTP service and Ray under load and attack."""

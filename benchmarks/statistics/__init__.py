@@ -1,0 +1,1 @@
+"""The statistics themselves, and studies on published predictions."""

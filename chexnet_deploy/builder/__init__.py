@@ -1,1 +1,0 @@
-"""The TensorRT room: ONNX bundle + spec -> plan, on the machine it will run on."""

@@ -1,0 +1,277 @@
+"""A bundle: a model file plus everything that is needed to use it rightly, in one directory.
+
+    manifest.json     what the model is, where it came from, what was checked; strict, versioned
+    model.onnx        or model.plan
+    probe.npz         32 pixel arrays with the fp32 model's answers
+    manifest.sha256   guards against accident
+    manifest.sig      optional; guards against intent where a bundle is opened with trust, see signing/
+
+A bundle's id is the SHA-256 of manifest.json, which names the SHA-256 of every other file; signing changes no id. Nothing
+here runs a model. Every file is opened once for each reading, without following links, and what is handed out was hashed.
+"""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from chexnet_deploy.bundle.manifest import (
+    MANIFEST,
+    MANIFEST_SHA256,
+    ONNX_MODEL,
+    PLAN_MODEL,
+    PROBE,
+    Manifest,
+    parse_manifest,
+)
+from chexnet_deploy.bundle.probe import Probe
+from chexnet_deploy.bundle.signing.signatures import MAX_SIGNATURE_BYTES, SIGNATURE
+from chexnet_deploy.bundle.signing.trust import Trust
+from chexnet_deploy.errors import BundleError, ChexnetError, TrustError
+from chexnet_deploy.files import PlainFile, sha256_hex, write_directory
+
+MAX_MANIFEST_BYTES = 65536  # a real one has up to 15 KB; anything near the cap is not ours
+MAX_MODEL_BYTES = (
+    2**29
+)  # DenseNet-121 has 28 MB in fp32; a hostile file must not fill the memory before its hash is known
+MAX_PROBE_BYTES = 2**27  # 32 images of 1024 px with their maps, uncompressed
+_MAX_NAMED = 5  # entries that an error names
+_AGAIN = "Copy the bundle again or export it again."
+
+
+class Bundle:
+    """A verified bundle on disk.
+
+    Attributes:
+        path: its directory.
+        manifest: what it says.
+        id: SHA-256 of manifest.json; names this bundle in its descendants.
+        signers: names of the trusted keys that signed it; empty where it was opened without trust.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        bundle_id: str,
+        *,
+        trust: Trust | None = None,
+        signers: tuple[str, ...] = (),
+    ) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.id = bundle_id
+        self.signers = signers
+        self._trust = trust
+
+    @classmethod
+    def open(cls, path: Path, *, trust: Trust | None = None) -> "Bundle":
+        """Verify every byte of a bundle and return it.
+
+        Args:
+            path: its directory.
+            trust: whose signature it needs, and which release at the least; None checks hashes alone, which who can write
+                the bundle can make anew.
+
+        Raises:
+            BundleError: a file is missing, extra, not a plain file, linked, or doesn't match its hash; or the manifest is
+                not one this version understands.
+            TrustError: it isn't signed by a trusted key, or it is older than trust allows.
+            MissingPackageError: trust is given and cryptography is not installed.
+        """
+        _refuse_no_bundle(path)
+        with _open_folder(path) as folder:
+            raw = _file(path, MANIFEST, MAX_MANIFEST_BYTES, folder).read()
+            actual = sha256_hex(raw)
+            stated = _file(path, MANIFEST_SHA256, 256, folder).read()
+            if stated != f"{actual}\n".encode():
+                raise BundleError(
+                    f"{path / MANIFEST} was changed after it was written: its sha256 is {actual[:12]}…, "
+                    f"{MANIFEST_SHA256} says {stated[:12].decode('latin-1')!a}…. {_AGAIN}"
+                )
+            entries = _list_known(path, folder)
+            signers: tuple[str, ...] = ()
+            if trust is not None:
+                # Before it is parsed: what nobody vouches for gets to no parser.
+                if SIGNATURE not in entries:
+                    raise trust.refuse_unsigned(str(path))
+                signatures = _file(path, SIGNATURE, MAX_SIGNATURE_BYTES, folder, error=TrustError).read()
+                signers = trust.check_signature(raw, signatures, str(path))
+            manifest = parse_manifest(path / MANIFEST, raw)
+            if trust is not None:
+                trust.check_release(manifest.release, str(path))
+            _refuse_extra(path, entries - {MANIFEST, MANIFEST_SHA256, SIGNATURE, *manifest.files})
+            bundle = cls(path, manifest, actual, trust=trust, signers=signers)
+            for name in manifest.files:
+                bundle._check_hash(name, bundle._listed_file(name, folder).sha256())
+        return bundle
+
+    @classmethod
+    def write(cls, path: Path, manifest: Manifest, model: bytes, probe: bytes) -> "Bundle":
+        """Write a new bundle in one step: afterwards it is there and complete, or not there.
+
+        Args:
+            path: where; nothing may be there yet.
+            manifest: its `files` must match the bytes given.
+            model: the ONNX file or the plan.
+            probe: the probe as bytes.
+
+        Raises:
+            BundleError: something is at `path` already, or the disk is full or read-only.
+        """
+        raw = manifest.to_json()
+        files = {
+            manifest.model_name: model,
+            PROBE: probe,
+            MANIFEST: raw,
+            MANIFEST_SHA256: f"{sha256_hex(raw)}\n".encode(),
+        }
+        if len(raw) > MAX_MANIFEST_BYTES:
+            raise BundleError(f"the manifest would have {len(raw)} bytes, more than {MAX_MANIFEST_BYTES}.")
+        try:
+            write_directory(path, files)
+        except FileExistsError as err:
+            taken = path if path.exists() else path.parent  # a file where a folder is needed
+            raise BundleError(f"{taken} is there already. Choose another place, or delete it first.") from err
+        except OSError as err:
+            needed_mib = sum(map(len, files.values())) / 2**20
+            hint = f" It needs {needed_mib:.0f} MiB." if err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
+            raise BundleError(f"{path} could not be written: {err.strerror}.{hint} Nothing was left behind.") from err
+        return cls.open(path)
+
+    def read_manifest_bytes(self) -> bytes:
+        """Return manifest.json as it was verified: what is signed."""
+        raw = _file(self.path, MANIFEST, MAX_MANIFEST_BYTES).read()
+        if sha256_hex(raw) != self.id:
+            raise BundleError(f"{self.path / MANIFEST} was changed since the bundle was opened. {_AGAIN}")
+        return raw
+
+    def read_model(self) -> bytes:
+        """Return the model's bytes, hashed again: what is handed to a backend is what was verified."""
+        return self._read_verified(self.manifest.model_name)
+
+    def keep_release(self) -> None:
+        """Let nothing older run here from now on, where the trust it was opened with remembers releases.
+
+        Called by open_session once the known answers hold: a release that doesn't run must not lock out the one that does.
+
+        Raises:
+            TrustError: a newer one has run meanwhile, or the floor file can't be written.
+        """
+        if self._trust is not None:
+            self._trust.keep_release(self.manifest.release)
+
+    def read_probe(self) -> Probe:
+        """Return the known answers."""
+        return Probe.from_bytes(self.read_probe_bytes())
+
+    def read_probe_bytes(self) -> bytes:
+        """Return the known answers as bytes, to be copied into a descendant."""
+        return self._read_verified(PROBE)
+
+    def _read_verified(self, name: str) -> bytes:
+        content = self._listed_file(name).read()
+        self._check_hash(name, sha256_hex(content))
+        return content
+
+    def _listed_file(self, name: str, folder: int | None = None) -> PlainFile:
+        return _file(self.path, name, MAX_PROBE_BYTES if name == PROBE else MAX_MODEL_BYTES, folder)
+
+    def _check_hash(self, name: str, actual: str) -> None:
+        stated = self.manifest.files[name]
+        if actual != stated:
+            raise BundleError(
+                f"{self.path / name} does not match its manifest: sha256 {actual[:12]}…, expected {stated[:12]}…. {_AGAIN}"
+            )
+
+    def __repr__(self) -> str:
+        return f"Bundle({str(self.path)!r}, {self.manifest.precision.value}, id={self.id[:12]})"
+
+
+def _refuse_no_bundle(path: Path) -> None:
+    try:
+        is_folder = path.is_dir()
+    except OSError as err:  # e.g. a name longer than the system allows
+        raise BundleError(f"{path} is no bundle: {err.strerror}. Check the path.") from err
+    if not is_folder:
+        found = "a file" if path.exists() else "nothing"
+        raise BundleError(f"{path} is no bundle: found {found}, needed a directory that `export` wrote.")
+    if not (path / MANIFEST).exists():
+        try:
+            inside = sorted(str(file.parent) for file in path.glob(f"*/{MANIFEST}"))
+        except OSError:  # it went away meanwhile: opening it says so
+            inside = []
+        if inside:
+            raise BundleError(f"{path} is a folder of bundles. Give one of them: {', '.join(inside)}.")
+
+
+@contextmanager
+def _open_folder(path: Path) -> Iterator[int]:
+    """Yield an open directory: all files are taken from this one, whatever its path names by then."""
+    try:
+        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as err:
+        raise BundleError(f"{path} can't be read: {err.strerror}. Check the disk and its permissions.") from err
+    try:
+        yield folder
+    finally:
+        os.close(folder)
+
+
+def _file(
+    path: Path, name: str, limit_bytes: int, folder: int | None = None, *, error: type[ChexnetError] = BundleError
+) -> PlainFile:
+    return PlainFile(path=path / name, folder=folder, limit_bytes=limit_bytes, error=error, next_step=_AGAIN)
+
+
+def _list_known(path: Path, folder: int) -> set[str]:
+    """Return the names in a bundle; of a folder with many others, enough to refuse it."""
+    known = {MANIFEST, MANIFEST_SHA256, SIGNATURE, ONNX_MODEL, PLAN_MODEL, PROBE}
+    entries: set[str] = set()
+    try:
+        with os.scandir(folder) as listing:
+            for entry in listing:
+                entries.add(entry.name)
+                if len(entries - known) > _MAX_NAMED:
+                    break
+    except OSError as err:
+        raise BundleError(f"{path} can't be read: {err.strerror}. Check the disk and its permissions.") from err
+    _refuse_extra(path, entries - known)
+    return entries
+
+
+def _refuse_extra(path: Path, extra: set[str]) -> None:
+    if extra:
+        # As ascii(): a name may hold line breaks, or bytes that no terminal can show.
+        names = ", ".join(ascii(name) for name in sorted(extra)[:_MAX_NAMED])
+        more = " and more" if len(extra) > _MAX_NAMED else ""
+        raise BundleError(f"{path} holds {names}{more}, which its manifest does not name. Remove or re-export.")
+
+
+def find_reference(engine: Bundle, *, trust: Trust | None = None) -> Bundle:
+    """Return the fp32 bundle an engine came from: itself, or the one beside it whose id its ancestry names.
+
+    Args:
+        engine: opened.
+        trust: what the fp32 bundle must show, too.
+
+    Raises:
+        BundleError: none lies beside it, or none that trust accepts.
+    """
+    if not engine.manifest.ancestors:
+        return engine
+    wanted = engine.manifest.ancestors[0]
+    for folder in sorted(engine.path.resolve().parent.iterdir()):
+        if (folder / "manifest.json").is_file():
+            try:
+                bundle = Bundle.open(folder, trust=trust)
+            except (BundleError, TrustError):
+                continue  # a damaged or foreign neighbour is nobody's ancestor
+            if bundle.id == wanted:
+                return bundle
+    how = "" if trust is None else " and signed by a trusted key"
+    raise BundleError(
+        f"the fp32 bundle that {engine.path} came from (id {wanted[:12]}…) does not lie beside it, whole{how}. "
+        f"Give it by --reference."
+    )

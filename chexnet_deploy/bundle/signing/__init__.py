@@ -1,0 +1,1 @@
+"""Who vouches for a manifest, whom this machine trusts, and which releases it has outgrown."""

@@ -1,0 +1,142 @@
+"""bench and evaluate."""
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from chexnet_deploy.cli.options import (
+    DataOption,
+    ImagesOption,
+    JsonFlag,
+    OnProvider,
+    ProviderName,
+    Threads,
+    TrustOption,
+    read_trust,
+)
+from chexnet_deploy.cli.printing import print_evaluation
+from chexnet_deploy.evaluation.bench_report import print_bench
+from chexnet_deploy.terminal import progress
+
+app = typer.Typer()
+
+
+class SplitName(str, Enum):
+    """Which patients."""
+
+    TRAIN = "train"
+    VAL = "val"
+    TEST = "test"
+
+
+@app.command()
+def bench(
+    engine: Annotated[list[Path], typer.Option(help="A bundle; give the option again to measure several in turns.")],
+    reference: Annotated[
+        Path | None, typer.Option(help="Its fp32 ancestor; default: found beside the first engine.")
+    ] = None,
+    data: DataOption = None,
+    split: Annotated[SplitName, typer.Option(help="Whose images.")] = SplitName.TEST,
+    images: ImagesOption = None,
+    spec: Annotated[str | None, typer.Option(help="A spec's name or .toml; default: that of the precision.")] = None,
+    out: Annotated[Path, typer.Option(help="New folder for report.json, report.html and the logits.")] = Path("bench"),
+    html: Annotated[bool, typer.Option(help="Write report.html too.")] = True,
+    min_runs: Annotated[int, typer.Option(min=1, help="Rounds at the least.")] = 100,
+    min_duration_s: Annotated[float, typer.Option(min=0.0, help="Seconds for each engine and scenario.")] = 3.0,
+    trust: TrustOption = None,
+    threads: Threads = None,
+    provider: OnProvider = ProviderName.AUTO,
+    as_json: JsonFlag = False,
+) -> None:
+    """Prove an engine on this machine: accuracy beside its fp32 model, and latency; PASS, FAIL or INCONCLUSIVE."""
+    from chexnet_deploy.evaluation.engines import Effort
+    from chexnet_deploy.evaluation.front import bench
+    from chexnet_deploy.evaluation.parity import EXIT_CODES
+
+    with progress() as on_phase:
+        report = bench(
+            engine,
+            reference,
+            data,
+            split.value,
+            images,
+            spec,
+            out,
+            effort=Effort(min_runs, min_duration_s),
+            trust=read_trust(trust),
+            threads=threads,
+            provider=provider.value,
+            with_html=html,
+            on_phase=on_phase,
+        )
+    if as_json:
+        typer.echo(report.model_dump_json())
+    else:
+        print_bench(report, out / ("report.html" if html else "report.json"))
+    raise typer.Exit(EXIT_CODES[report.verdict])
+
+
+@app.command()
+def evaluate(
+    bundle: Annotated[Path | None, typer.Argument(help="A bundle to run; or give --predictions.")] = None,
+    predictions: Annotated[
+        Path | None, typer.Option(help="Anyone's CSV: Image Index and a column a finding, or image, finding, score.")
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="Of the predictions: NIH's table, or a CSV of 0 and 1; default: that in --data.")
+    ] = None,
+    data: DataOption = None,
+    split: Annotated[
+        SplitName | None, typer.Option(help="Whose images; default: test of a bundle, all of predictions.")
+    ] = None,
+    images: ImagesOption = None,
+    readers: Annotated[
+        Path | None, typer.Option(help="Folder of expert labels: compare with radiologists by F1, in three protocols.")
+    ] = None,
+    thresholds: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON, finding to probability; default: a bundle's own, or by F1 on patients who are not tested on."
+        ),
+    ] = None,
+    localization: Annotated[
+        bool, typer.Option("--localization", help="Score activation maps against BBox_List_2017.csv.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="New folder for report.json and report.html.")] = None,
+    html: Annotated[bool, typer.Option(help="Write report.html too.")] = True,
+    trust: TrustOption = None,
+    threads: Threads = None,
+    provider: OnProvider = ProviderName.AUTO,
+    as_json: JsonFlag = False,
+) -> None:
+    """Measure a bundle, or anyone's predictions, on labelled images: AUROC with intervals clustered by patient.
+
+    Beside it AUPRC, calibration, decisions and subgroups; with --readers the reader study of the CheXNet paper.
+    """
+    from chexnet_deploy.evaluation.front import evaluate as run
+    from chexnet_deploy.evaluation.request import EvaluationRequest
+
+    request = EvaluationRequest(
+        bundle=bundle,
+        predictions=predictions,
+        labels=labels,
+        data=data,
+        split=None if split is None else split.value,
+        images=images,
+        readers=readers,
+        thresholds=thresholds,
+        has_localization=localization,
+        threads=threads,
+        provider=provider.value,
+        trust=read_trust(trust),
+    )
+    with progress() as on_phase:
+        result = run(request, out, with_html=html, on_phase=on_phase)
+    if as_json:
+        typer.echo(result.model_dump_json())
+        return
+    print_evaluation(result)
+    if out is not None:
+        typer.echo(str(out / ("report.html" if html else "report.json")))

@@ -1,0 +1,92 @@
+"""Results on the screen."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from chexnet_deploy.errors import ImageError
+from chexnet_deploy.terminal import print_table
+
+if TYPE_CHECKING:
+    from chexnet_deploy.evaluation.records import Evaluation
+    from chexnet_deploy.runtime.predictor import Prediction
+    from chexnet_deploy.serving.triton import TritonModel
+
+
+def print_repository(path: Path, models: "Sequence[TritonModel]") -> None:
+    """Print each model's versions, and what the server must bring along to answer rightly."""
+    from chexnet_deploy.bundle.manifest import FLOAT16_DIALECTS
+
+    for model in models:
+        for version, bundle in model.versions.items():
+            typer.echo(f"{path}  {model.name} {version}  on {model.device}  id {bundle.id[:12]}")
+            if bundle.manifest.dialect in FLOAT16_DIALECTS and bundle.manifest.engine is None:
+                typer.echo(
+                    f"warning: {model.name} answers wrongly in a Triton with an ONNX Runtime before 1.30", err=True
+                )
+
+
+def print_evaluation(evaluation: "Evaluation") -> None:
+    """Print the table, what is undefined, whose images these are, and one line for each further study."""
+    from chexnet_deploy.evaluation import words
+
+    shown = (
+        "finding",
+        "positives",
+        "positive patients",
+        "AUROC",
+        "95 % interval",
+        "AUPRC",
+        "sensitivity",
+        "specificity",
+    )
+    print_table([{k: row[k] for k in shown if k in row} for row in words.summary_rows(evaluation)])
+    typer.echo(f"{words.mean_line(evaluation)}; {evaluation.data}")
+    for line in (*words.undefined_lines(evaluation), *evaluation.whom, *evaluation.notes):
+        typer.echo(line)
+    if evaluation.readers is not None:
+        typer.echo(words.readers_line(evaluation.readers))
+        for study in evaluation.readers.studies:
+            typer.echo(words.study_line(study))
+    if evaluation.localization is not None:
+        typer.echo(words.localization_line(evaluation.localization))
+        print_table(words.localization_rows(evaluation.localization.summary))
+
+
+def print_answers(answers: "Iterable[tuple[str, Prediction | ImageError]]", points: Mapping[str, float]) -> int:
+    """Print each image's findings, the likeliest first, beside their operating points; return how many have none."""
+    from chexnet_deploy.images.listing import one_line
+
+    n_quarantined = 0
+    for name, answer in answers:
+        typer.echo(one_line(name))
+        if isinstance(answer, ImageError):
+            n_quarantined += 1
+            typer.echo(f"  quarantined: {one_line(str(answer))}")
+            continue
+        for finding, probability in sorted(answer.probabilities.items(), key=lambda item: -item[1]):
+            verdict = "no operating point"
+            if finding in points:
+                is_there = answer.present[finding]
+                verdict = f"{'>=' if is_there else '< '} {points[finding]:.4f}{'  present' if is_there else ''}"
+            typer.echo(f"  {finding:20} {probability:.4f} {verdict}")
+    return n_quarantined
+
+
+def print_json_answers(answers: "Iterable[tuple[str, Prediction | ImageError]]", points: Mapping[str, float]) -> int:
+    """Print one JSON object, an entry for each image as it comes; return how many have no findings."""
+    n_quarantined, opening = 0, "{\n"
+    for name, answer in answers:
+        entry: dict[str, object]
+        if isinstance(answer, ImageError):
+            n_quarantined += 1
+            entry = {"quarantined": str(answer)}
+        else:
+            entry = {"probabilities": answer.probabilities, "present": answer.present}
+        typer.echo(opening + json.dumps({name: entry}, indent=2)[2:-2], nl=False)
+        opening = ",\n"
+    typer.echo("\n}")
+    return n_quarantined

@@ -1,0 +1,118 @@
+"""The command that serves a bundle over HTTP."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from chexnet_deploy.cli.options import BundleArgument, JsonFlag, OnProvider, ProviderName, Threads, TrustOption
+from chexnet_deploy.errors import MissingPackageError
+from chexnet_deploy.terminal import print_json
+
+app = typer.Typer()
+
+
+@app.command()
+def serve(
+    bundle: BundleArgument,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on. There are no passwords and no TLS: beyond loopback use a proxy.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one and logs it.")] = 8000,
+    name: Annotated[str, typer.Option(help="The model's name in URLs.")] = "chexnet",
+    trust: TrustOption = None,
+    provider: OnProvider = ProviderName.AUTO,
+    threads: Threads = None,
+    max_batch: Annotated[int, typer.Option(help="Images in one request, and in one run.")] = 16,
+    window_ms: Annotated[float, typer.Option(help="How long a busy service waits to fill a batch.")] = 0.0,
+    queue: Annotated[int, typer.Option(help="Images admitted and not answered yet; beyond it 503.")] = 64,
+    deadline_s: Annotated[float, typer.Option(help="What waits longer for inference is dropped, with 503.")] = 5.0,
+    decoders: Annotated[int, typer.Option(help="Images decoded at once.")] = 2,
+    max_body_mib: Annotated[int, typer.Option(help="Of one request, counted after inflating.")] = 64,
+    max_held_mib: Annotated[int, typer.Option(help="Request bodies in memory, all together.")] = 512,
+    max_connections: Annotated[int, typer.Option(help="Open at once; beyond it the slowest gives way.")] = 512,
+    receive_s: Annotated[float, typer.Option(help="From a request's first byte to its last.")] = 10.0,
+    answer_s: Annotated[float, typer.Option(help="From a request's last byte to its answer's last.")] = 30.0,
+    drain_s: Annotated[float, typer.Option(help="After SIGTERM, for what was admitted.")] = 20.0,
+    saturation_s: Annotated[
+        float, typer.Option(help="Between two images whose int8 activations are looked at; 0 for never.")
+    ] = 10.0,
+    shadow_images: Annotated[int, typer.Option(help="Newest images kept in memory for a swap's comparison.")] = 16,
+    swap_tolerance: Annotated[
+        float, typer.Option(help="Largest |probability difference| to the running bundle that a swap allows.")
+    ] = 0.02,
+) -> None:
+    """Serve a bundle over HTTP until SIGTERM; SIGHUP takes the bundle that lies at its path then, if it proves itself."""
+    try:
+        from chexnet_deploy.serving.http import program
+    except ModuleNotFoundError as err:
+        raise MissingPackageError(f"{err.name} is not installed. Run: pip install 'chexnet-deploy[serve]'") from err
+    from chexnet_deploy.serving.http.config import ServeConfig
+
+    config = ServeConfig(
+        bundle=bundle,
+        host=host,
+        port=port,
+        name=name,
+        trust=trust,
+        provider=provider.value,
+        threads=threads,
+        max_batch=max_batch,
+        window_ms=window_ms,
+        queue_images=queue,
+        deadline_s=deadline_s,
+        decoders=decoders,
+        max_body_mib=max_body_mib,
+        max_held_mib=max_held_mib,
+        max_connections=max_connections,
+        receive_s=receive_s,
+        answer_s=answer_s,
+        drain_s=drain_s,
+        saturation_s=saturation_s,
+        shadow_images=shadow_images,
+        swap_tolerance=swap_tolerance,
+    )
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    raise typer.Exit(program.serve(config))
+
+
+@app.command()
+def node(
+    config: Annotated[Path, typer.Argument(help="The node's TOML file.")],
+    print_unit: Annotated[
+        bool, typer.Option("--print-unit", help="Print a hardened systemd unit for it, and do nothing else.")
+    ] = False,
+) -> None:
+    """Run a DICOM node: radiographs in by C-STORE, results out by C-STORE, until SIGTERM."""
+    try:
+        from chexnet_deploy.dicom.node import service
+    except ModuleNotFoundError as err:
+        raise MissingPackageError(f"{err.name} is not installed. Run: pip install 'chexnet-deploy[node]'") from err
+
+    if print_unit:
+        typer.echo(service.print_unit(config, Path(sys.argv[0]).absolute()), nl=False)
+        return
+    raise typer.Exit(service.run(config))
+
+
+audit_app = typer.Typer(no_args_is_help=True, help="Check a node's audit log.")
+
+
+@audit_app.command("verify")
+def verify_audit(
+    file: Annotated[Path, typer.Argument(help="The log, audit.jsonl in the node's folder.")],
+    head: Annotated[
+        str | None, typer.Option(help="The hash that its last line must have, as noted elsewhere; default: FILE.head.")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Detect every edit, deletion, changed order and, by its head, lines cut from the end; print the head."""
+    from chexnet_deploy.dicom.node.audit import verify_file
+
+    found = verify_file(file, head)
+    if as_json:
+        print_json({"lines": found.seq, "head": found.hash})
+        return
+    typer.echo(f"{file}  {found.seq} lines  head {found.hash}")

@@ -1,0 +1,217 @@
+"""The ChestX-ray14 data set on disk: its table, official split, patients and boxes (Wang et al. 2017, CVPR).
+
+Never reads an image's bytes, never repairs a table: what contradicts itself is refused with its row. The patient is the
+unit of every split. On disk, under one root:
+
+    Data_Entry_2017_v2020.csv    or Data_Entry_2017.csv; where both are there the corrected v2020 is read, the other not
+    train_val_list.txt, test_list.txt      the official split
+    BBox_List_2017.csv           boxes drawn by a radiologist; optional
+    images/, images_*/, images_*/images/   PNG files in any of them, as the archive's parts unpack
+
+Rows without an image are counted (`n_absent`), for few people keep all 42 GB. PNG files without a row are ignored.
+"""
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chexnet_deploy.datasets.findings import FINDINGS
+from chexnet_deploy.datasets.nih_tables import Radiograph, read_boxes, read_image_list, read_table
+from chexnet_deploy.errors import DatasetError
+from chexnet_deploy.inputs import name_some
+from chexnet_deploy.metrics.localization import Box
+
+Split: TypeAlias = Literal["train", "val", "test"]
+
+TABLES: Final = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")
+"""In the order of preference: NIH corrected labels, ages and sexes in 2020."""
+TRAIN_VAL_LIST: Final = "train_val_list.txt"
+TEST_LIST: Final = "test_list.txt"
+BOXES: Final = "BBox_List_2017.csv"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ChestXray14:
+    """The data set under one root; made by `ChestXray14.open`.
+
+    Attributes:
+        root: the folder.
+        table: the table that was read.
+        radiographs: every row, in the table's order.
+        n_absent: rows whose image is not on disk.
+        n_unlisted: rows in neither official list; they belong to no split.
+        boxes: image -> its boxes, in the list's order; empty without BBox_List_2017.csv.
+        listed: split -> every name it has, on disk or not, in list order.
+    """
+
+    root: Path
+    table: Path
+    radiographs: tuple[Radiograph, ...]
+    n_absent: int
+    n_unlisted: int
+    boxes: Mapping[str, tuple[Box, ...]]
+    listed: Mapping[str, tuple[str, ...]]
+    _by_image: Mapping[str, Radiograph]
+
+    @classmethod
+    def open(cls, root: Path) -> "ChestXray14":
+        """Read and cross-check the tables and find the images.
+
+        Args:
+            root: the folder that holds the table.
+
+        Raises:
+            DatasetError: a file is missing or wrong, or two files contradict each other.
+        """
+        table = _find_table(root)
+        by_image = read_table(table, _find_images(root))
+        listed = _read_split(root, by_image)
+        return cls(
+            root=root,
+            table=table,
+            radiographs=tuple(by_image.values()),
+            n_absent=sum(radiograph.path is None for radiograph in by_image.values()),
+            n_unlisted=len(by_image) - sum(len(names) for names in listed.values()),
+            boxes=read_boxes(root / BOXES, by_image),
+            listed=listed,
+            _by_image=MappingProxyType(by_image),
+        )
+
+    def split(self, name: Split) -> tuple[Radiograph, ...]:
+        """Return the images of one split that are on disk, in the order of the official list.
+
+        "test" is the official test list; "val" the `is_validation_patient` part of train_val; "train" the rest of it.
+        """
+        if name not in self.listed:
+            raise DatasetError(f"Found split {name!r}; needed train, val or test. Next: correct the name.")
+        radiographs = (self._by_image[image] for image in self.listed[name])
+        return tuple(radiograph for radiograph in radiographs if radiograph.path is not None)
+
+    def listed_patients(self, *names: Split) -> frozenset[int]:
+        """Return the patients of splits, whether their images are on disk or not."""
+        return frozenset(self._by_image[image].patient for name in names for image in self.listed[name])
+
+    def select(self, images: Sequence[str]) -> tuple[Radiograph, ...]:
+        """Return the named images in the order given.
+
+        Raises:
+            DatasetError: a name has no row, or its image is not on disk.
+        """
+        unknown = [image for image in images if image not in self._by_image]
+        if unknown:
+            raise DatasetError(
+                f"{self.table}: found no row for {name_some(unknown)}; needed a row for each of the {len(images)} names. "
+                f"Next: check that the list belongs to this data set."
+            )
+        chosen = tuple(self._by_image[image] for image in images)
+        absent = [radiograph.image for radiograph in chosen if radiograph.path is None]
+        if absent:
+            raise DatasetError(
+                f"{self.root}: found no file for {name_some(absent)}; needed all {len(images)} images. "
+                f"Next: unpack them into images/ or shorten the list."
+            )
+        return chosen
+
+    def split_sha256(self) -> str:
+        r"""Return the SHA-256 of the split as it stands on disk.
+
+        Hashed is one line "train 00000002_000.png\n" for each image of `split("train")`, then "val", then "test", in
+        their order, so a reordered list, another validation rule and an image more or less all change it.
+        """
+        digest = hashlib.sha256()
+        for name in ("train", "val", "test"):
+            for radiograph in self.split(name):
+                digest.update(f"{name} {radiograph.image}\n".encode("ascii"))
+        return digest.hexdigest()
+
+
+def truth(radiographs: Sequence[Radiograph]) -> NDArray[np.bool_]:
+    """Return [N, 14] bool, True where the finding is present; columns in FINDINGS order."""
+    present = [[finding in radiograph.findings for finding in FINDINGS] for radiograph in radiographs]
+    return np.array(present, np.bool_).reshape(len(radiographs), len(FINDINGS))
+
+
+def is_validation_patient(patient: int) -> bool:
+    """Say whether a train_val patient belongs to the validation split; one in ten does.
+
+    The rule never changes: the SHA-256 of the number in decimal ASCII digits, its first 8 bytes as a big-endian
+    integer, divisible by 10. It needs no seed and no list, and adding patients moves none.
+    """
+    return int.from_bytes(hashlib.sha256(str(patient).encode("ascii")).digest()[:8], "big") % 10 == 0
+
+
+def _find_table(root: Path) -> Path:
+    for name in TABLES:
+        if (root / name).is_file():
+            return root / name
+    raise DatasetError(
+        f"{root}: found none of {', '.join(TABLES)}; needed one of them directly in this folder. "
+        f"Next: give the folder that holds the ChestX-ray14 table."
+    )
+
+
+def _find_images(root: Path) -> dict[str, Path]:
+    """Return file name -> path over every image folder, without opening a file."""
+    folders = [root / "images"]
+    for part in sorted(root.glob("images_*")):
+        folders += [part, part / "images"]
+    paths: dict[str, Path] = {}
+    for folder in filter(Path.is_dir, folders):
+        try:
+            with os.scandir(folder) as entries:
+                # is_file: git-annex and DVC leave broken links where a file was not fetched.
+                names = [entry.name for entry in entries if entry.name.endswith(".png") and entry.is_file()]
+        except OSError as err:
+            raise DatasetError(
+                f"{folder}: found {err}; needed a readable folder. Next: check its permissions."
+            ) from err
+        for name in names:
+            if name in paths:
+                raise DatasetError(
+                    f"{folder / name}: found the same name in {paths[name].parent}; needed each image once. "
+                    f"Next: remove the wrong one."
+                )
+            paths[name] = folder / name
+    return paths
+
+
+def _read_split(root: Path, by_image: Mapping[str, Radiograph]) -> Mapping[str, tuple[str, ...]]:
+    """Return train, val and test names; the patients of any two are disjoint."""
+    lists = {name: read_image_list(root / name) for name in (TRAIN_VAL_LIST, TEST_LIST)}
+    for name, images in lists.items():
+        unknown = [image for image in images if image not in by_image]
+        if unknown:
+            raise DatasetError(
+                f"{root / name}: found {name_some(unknown)} without a row in the table; needed a row for every listed "
+                f"image. Next: take the list and the table from the same release."
+            )
+    train_val, test = lists[TRAIN_VAL_LIST], lists[TEST_LIST]
+    twice = sorted(set(train_val) & set(test))
+    if twice:
+        raise DatasetError(
+            f"{root / TEST_LIST}: found {name_some(twice)} in {TRAIN_VAL_LIST} too; needed each image in one list. "
+            f"Next: restore the official lists."
+        )
+    shared = sorted({by_image[image].patient for image in train_val} & {by_image[image].patient for image in test})
+    if shared:
+        raise DatasetError(
+            f"{root / TEST_LIST}: found patients {name_some(shared)} in {TRAIN_VAL_LIST} too; needed each patient in one "
+            f"list. Next: restore the official lists, which share none."
+        )
+    val_patients = {
+        number for number in {by_image[image].patient for image in train_val} if is_validation_patient(number)
+    }
+    return MappingProxyType(
+        {
+            "train": tuple(image for image in train_val if by_image[image].patient not in val_patients),
+            "val": tuple(image for image in train_val if by_image[image].patient in val_patients),
+            "test": test,
+        }
+    )

@@ -1,0 +1,1 @@
+"""A DICOM node: receives images, has them answered, sends the results, and loses none."""

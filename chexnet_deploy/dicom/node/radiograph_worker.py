@@ -1,0 +1,76 @@
+"""What answers in a node: a radiograph's DICOM file in, its structured report and pictures out.
+
+Joins the rooms that read DICOM, predict and write DICOM; decides nothing itself. Runs in the node's worker process:
+
+    python -m chexnet_deploy.dicom.node.radiograph_worker CONFIG
+"""
+
+import sys
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+
+from chexnet_deploy import __version__
+from chexnet_deploy.bundle.bundle import Bundle
+from chexnet_deploy.bundle.signing.trust import read_trust
+from chexnet_deploy.dicom.node.config import NodeConfig, read_config
+from chexnet_deploy.dicom.node.worker import Answer, serve
+from chexnet_deploy.dicom.results.reporter import Reporter
+from chexnet_deploy.dicom.results.result import Device
+from chexnet_deploy.errors import ImageError
+from chexnet_deploy.runtime.predictor import Predictor
+from chexnet_deploy.runtime.sessions.open import N_STARTUP_PROBES, check_known_answers, open_session
+
+
+class RadiographWork:
+    """The model with its decoder, loaded and proven; a node's Work.
+
+    Args:
+        config: the node's.
+
+    Attributes:
+        versions: what an audit line names.
+
+    Raises:
+        BundleError, TrustError, SessionError, MissingPackageError: as Predictor.open.
+    """
+
+    def __init__(self, config: NodeConfig) -> None:
+        model = config.model
+        self._bundle = Bundle.open(model.bundle, trust=read_trust(model.trust))
+        self._session = open_session(self._bundle, threads=model.threads, provider=model.provider)
+        self._predictor = Predictor(self._session, self._bundle.manifest)
+        device, max_pictures = Device(**config.device.model_dump()), config.results.max_pictures
+        self._reporter = Reporter(self._bundle, self._predictor, device, max_pictures=max_pictures)
+        self._reporter.warm_up()
+        self.versions: Mapping[str, str] = {
+            "bundle": self._bundle.id,
+            "precision": self._bundle.manifest.precision.value,
+            "chexnet-deploy": __version__,
+        }
+
+    def self_test(self) -> None:
+        """Answer the probes again.
+
+        Raises:
+            SessionError: otherwise than when the bundle was made.
+        """
+        check_known_answers(self._session, self._bundle, n_probes=N_STARTUP_PROBES)
+
+    def answer(self, path: Path) -> Answer:
+        """Return a report, and pictures of findings that are present; see Work."""
+        # The time of arrival, not of this moment: an image that is answered again after a kill gives the same bytes.
+        arrived_at = datetime.fromtimestamp(path.stat().st_mtime).astimezone()
+        try:
+            return Answer(tuple(self._reporter.report(path, arrived_at).files.values()))
+        except ImageError as err:
+            return Answer(refusal=err.reason.value)
+
+    def close(self) -> None:
+        """Free the model and end the decoding process."""
+        self._reporter.close()
+        self._predictor.close()
+
+
+if __name__ == "__main__":
+    serve(lambda: RadiographWork(read_config(Path(sys.argv[1]))))

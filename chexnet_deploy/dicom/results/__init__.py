@@ -1,0 +1,1 @@
+"""One image's answers as a structured report and as pictures."""

@@ -1,0 +1,144 @@
+"""What bench found, as report.json has it, and as rows on the screen and in a CSV."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from pydantic import computed_field
+
+from chexnet_deploy.bundle.manifest import EngineCard, Precision, Target
+from chexnet_deploy.datasets.labelled import LabelledImages
+from chexnet_deploy.evaluation.invariance import InvarianceReport
+from chexnet_deploy.evaluation.latency import LatencyReport
+from chexnet_deploy.evaluation.machine import Machine
+from chexnet_deploy.evaluation.parity import ParityReport, Verdict
+from chexnet_deploy.evaluation.spec import EngineSpec
+from chexnet_deploy.inputs import _Record
+from chexnet_deploy.runtime.sessions.base import Logits, Provider
+from chexnet_deploy.terminal import print_table
+
+
+def print_bench(report: "BenchReport", page: Path) -> None:
+    """Print the table, every reason why not PASS, and where the whole report lies."""
+    import typer
+
+    print_table(summary_rows(report))
+    for result in report.engines:
+        for reason in result.reasons:
+            typer.echo(f"{result.name}: {reason}")
+    typer.echo(f"{report.verdict}  {page}")
+
+
+class EngineResult(_Record):
+    """One engine.
+
+    Attributes:
+        conv_types: convolutions by the type they really ran in.
+        is_emulated: of those not meant to stay in floating point fewer than half ran in the engine's own precision, so its
+            speed says nothing of that precision.
+        known_answer_error: largest |logit difference| to the fp32 model on all 32 probes.
+        target: of a plan, the machine it was built on and for.
+        card: of a plan, what the builder made.
+        spec: what it had to pass, with every limit.
+        stage_times_ms: median times of one image in each stage, where the backend tells them apart.
+        invariance: how far one image's answers spread over slots, batch sizes and threads.
+        parity: None where no labelled images were given; the verdict is then never PASS.
+    """
+
+    name: str
+    bundle_id: str
+    model_sha256: str
+    precision: Precision
+    dialect: str
+    conv_types: dict[str, int]
+    is_emulated: bool
+    known_answer_error: float
+    target: Target | None = None
+    card: EngineCard | None = None
+    spec: EngineSpec
+    parity: ParityReport | None
+    invariance: InvarianceReport | None = None
+    single_stream: LatencyReport
+    offline: LatencyReport
+    stage_times_ms: dict[str, float] = {}
+    verdict: Verdict
+    reasons: tuple[str, ...]
+
+
+class BenchReport(_Record):
+    """All engines of one run, measured in turns on one machine.
+
+    Attributes:
+        finished_utc: when, ISO 8601.
+        data: what the images are, in words.
+        whom: whether the model was trained on their patients, in words.
+        provider: what ran the ONNX engines; the reference always runs on ONNX Runtime's CPU.
+        images_sha256: hash of the names of the images, one a line, in the order they were run; None without images.
+    """
+
+    schema_version: int = 1
+    finished_utc: str
+    machine: Machine
+    data: str
+    whom: str = ""
+    images_sha256: str | None
+    threads: int | None
+    provider: Provider = "cpu"
+    reference_id: str
+    findings: tuple[str, ...]
+    engines: tuple[EngineResult, ...]
+
+    @computed_field  # type: ignore[prop-decorator]  # pydantic's own advice for mypy
+    @property
+    def verdict(self) -> Verdict:
+        """The worst of the engines'."""
+        verdicts = {engine.verdict for engine in self.engines}
+        return "FAIL" if "FAIL" in verdicts else "INCONCLUSIVE" if "INCONCLUSIVE" in verdicts else "PASS"
+
+
+@dataclass(frozen=True, slots=True)
+class BenchRun:
+    """A report with the scores it was made from; `logits` are by engine name, beside "reference"."""
+
+    report: BenchReport
+    images: LabelledImages | None
+    logits: Mapping[str, Logits]
+
+
+def summary_rows(report: BenchReport) -> list[dict[str, str]]:
+    """Return one row an engine, as text: accuracy and speed side by side."""
+    rows = []
+    for engine in report.engines:
+        parity = engine.parity
+        mark = " emulated" if engine.is_emulated else ""
+        accuracy: tuple[str, str, str, str] = ("not measured", "not measured", "not measured", engine.verdict)
+        if parity is not None:
+            mean = "undefined" if parity.mean_auroc_candidate is None else f"{parity.mean_auroc_candidate:.4f}"
+            accuracy = (
+                f"{mean} over {parity.n_counted}",
+                f"{parity.max_abs_probability_difference:.4f}",
+                f"{parity.n_flips} of {parity.n_decisions}",
+                parity.summary if engine.verdict == parity.verdict else engine.verdict,
+            )
+        rows.append(
+            {
+                "engine": engine.name,
+                "mean AUROC": accuracy[0],
+                "max |Δp|": accuracy[1],
+                "flips": accuracy[2],
+                "p50 ms": f"{engine.single_stream.p50_ms:.2f}{mark}",
+                "p99 ms": f"{engine.single_stream.p99_ms:.2f}{mark}",
+                "images/s": f"{engine.offline.images_per_s:.1f}{mark}",
+                "verdict": accuracy[3],
+            }
+        )
+    return rows
+
+
+def write_predictions(path: Path, images: LabelledImages, findings: Sequence[str], logits: Logits) -> None:
+    """Write one row an image: its name and the logits, so that every statistic can be computed again."""
+    rows = [",".join(("Image Index", *(f"logit_{finding}" for finding in findings)))]
+    for name, row in zip(images.names, np.asarray(logits, np.float32), strict=True):
+        rows.append(",".join((name, *(repr(float(value)) for value in row))))
+    path.write_text("\n".join(rows) + "\n")

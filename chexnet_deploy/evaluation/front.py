@@ -1,0 +1,111 @@
+"""What `bench` and `evaluate` do: read, measure, judge, and write report.json and a page into a new folder."""
+
+import importlib
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import ModuleType
+from typing import Literal
+
+from chexnet_deploy.bundle.bundle import Bundle, find_reference
+from chexnet_deploy.bundle.signing.trust import Trust
+from chexnet_deploy.datasets.chestxray14 import ChestXray14, Split
+from chexnet_deploy.datasets.labelled import LabelledImages
+from chexnet_deploy.errors import MissingPackageError, OnPhase, SpecError
+from chexnet_deploy.evaluation.bench_report import BenchReport, write_predictions
+from chexnet_deploy.evaluation.engines import Effort, run_bench
+from chexnet_deploy.evaluation.records import Evaluation
+from chexnet_deploy.evaluation.request import EvaluationRequest
+from chexnet_deploy.evaluation.run import run_evaluation
+from chexnet_deploy.evaluation.sources import choose_images, say_who_is_known
+from chexnet_deploy.evaluation.spec import read_spec
+from chexnet_deploy.files import new_folder
+from chexnet_deploy.runtime.predictor import Predictor
+from chexnet_deploy.runtime.sessions.base import Provider
+
+
+def bench(
+    engine_paths: Sequence[Path],
+    reference_path: Path | None,
+    data_root: Path | None,
+    split: Split,
+    image_list: Path | None,
+    spec: str | None,
+    out: Path,
+    *,
+    effort: Effort,
+    trust: Trust | None = None,
+    threads: int | None,
+    provider: Provider,
+    with_html: bool,
+    on_phase: OnPhase,
+) -> BenchReport:
+    """Measure bundles, write report.json, report.html and the logits into `out`, return the report.
+
+    `image_list` narrows the split to the images it names.
+
+    Raises:
+        ChexnetError: a bundle, the data or the spec can't be used; or an engine refuses to run here.
+    """
+    pages = _open_pages("bench_page") if with_html else None
+    if image_list is not None and data_root is None:
+        raise SpecError("a list of images needs the data they are in. Give ChestX-ray14 by --data.")
+    bundles = [Bundle.open(path, trust=trust) for path in engine_paths]
+    reference = (
+        find_reference(bundles[0], trust=trust) if reference_path is None else Bundle.open(reference_path, trust=trust)
+    )
+    specs = [read_spec(bundle.manifest.precision.value if spec is None else spec) for bundle in bundles]
+    images, data, whom = None, "no labelled images", ""
+    if data_root is not None:
+        radiographs, data = choose_images(ChestXray14.open(data_root), split, image_list)
+        whom = say_who_is_known(reference, radiographs, split)
+        images = LabelledImages.of(radiographs, reference.manifest.findings)
+    # The folder is made first and shown last: a place that can't be written costs no measurement, and a report is whole.
+    with new_folder(out) as partial:
+        run = run_bench(
+            list(zip(bundles, specs, strict=True)),
+            reference,
+            images,
+            data=data,
+            whom=whom,
+            effort=effort,
+            threads=threads,
+            provider=provider,
+            on_phase=on_phase,
+        )
+        (partial / "report.json").write_text(run.report.model_dump_json(indent=1) + "\n")
+        if images is not None:
+            for name, logits in run.logits.items():
+                write_predictions(partial / f"logits-{name}.csv", images, reference.manifest.findings, logits)
+        if pages is not None:
+            with Predictor.open(engine_paths[-1], trust=trust, threads=threads, provider=provider) as predictor:
+                pages.write_html(partial / "report.html", run, predictor)
+    return run.report
+
+
+def evaluate(request: EvaluationRequest, out: Path | None, *, with_html: bool, on_phase: OnPhase) -> Evaluation:
+    """Evaluate a bundle or predictions; write report.json and report.html into `out` where one is given.
+
+    Raises:
+        ChexnetError: a file, the bundle or an image can't be used, or the options don't fit the data.
+    """
+    pages = _open_pages("evaluation_page") if out is not None and with_html else None
+    with ExitStack() as stack:
+        partial = None if out is None else stack.enter_context(new_folder(out))
+        run = run_evaluation(request, on_phase=on_phase)
+        if partial is not None:
+            (partial / "report.json").write_text(run.evaluation.model_dump_json(indent=1) + "\n")
+        if partial is not None and pages is not None:
+            on_phase("page", 0, 1)
+            pages.write_html(partial / "report.html", run)
+            on_phase("page", 1, 1)
+    return run.evaluation
+
+
+def _open_pages(name: Literal["bench_page", "evaluation_page"]) -> ModuleType:
+    try:
+        return importlib.import_module(f"chexnet_deploy.evaluation.pages.{name}")
+    except ModuleNotFoundError as err:
+        raise MissingPackageError(
+            f"{err.name} is not installed, so no HTML can be made. Run: pip install 'chexnet-deploy[report]', or give --no-html."
+        ) from err

@@ -1,0 +1,87 @@
+"""Does a session give an image the same answer in any slot of a batch, at any batch size, and from several threads?
+
+Plans have been published whose answers depend on the slot, and on what lies in the others.
+Knows no labels and no verdicts; the limit is in the spec's gate.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from chexnet_deploy.images.preprocessing import Pixels
+from chexnet_deploy.runtime.sessions.base import Logits, Session, sigmoid
+
+THREADS = 4
+EVERY_SIZE_TO = 8  # then doubled up to the session's largest: a fault of one kernel shows at a power of two
+
+
+class Spread(BaseModel):
+    """The largest differences between answers that should be the same."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_abs_logit_difference: float
+    max_abs_probability_difference: float
+
+
+class InvarianceReport(BaseModel):
+    """One session; each spread is against the same image alone in a batch of one.
+
+    Attributes:
+        slots: the image in every slot of batches of itself, of each of `batch_sizes`.
+        neighbours: images in a batch of each other, in several orders.
+        threads: images one by one, from several threads at once.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    batch_sizes: tuple[int, ...]
+    n_images: int
+    n_threads: int
+    slots: Spread
+    neighbours: Spread
+    threads: Spread
+
+    @property
+    def max_abs_probability_difference(self) -> float:
+        """The largest of the three."""
+        return max(each.max_abs_probability_difference for each in (self.slots, self.neighbours, self.threads))
+
+
+def measure_invariance(session: Session, pixels: Pixels, max_batch: int) -> InvarianceReport:
+    """Measure how far one image's answers spread.
+
+    Args:
+        session: open; takes batches of one.
+        pixels: uint8 [N, 1, S, S], several different images.
+        max_batch: largest batch to try, where the session takes it.
+
+    Raises:
+        SessionError: as Session.run.
+    """
+    largest = min(max_batch, session.batch_range[1])
+    sizes = [n for n in range(1, largest + 1) if n <= EVERY_SIZE_TO or n & (n - 1) == 0 or n == largest]
+    n = min(len(pixels), largest)
+    alone = np.concatenate([session.run(pixels[i : i + 1])[0] for i in range(n)])
+    copies = [session.run(np.repeat(pixels[:1], size, axis=0))[0] for size in sizes]
+    orders = [np.roll(np.arange(n), shift) for shift in (0, 1, n // 2)] + [np.arange(n)[::-1]]
+    mixed = [(session.run(pixels[order])[0], alone[order]) for order in orders]
+    with ThreadPoolExecutor(THREADS) as pool:
+        jobs = [pixels[i : i + 1] for i in range(n)]
+        threaded = np.concatenate([logits for logits, _ in pool.map(session.run, jobs)])
+    return InvarianceReport(
+        batch_sizes=tuple(sizes),
+        n_images=n,
+        n_threads=THREADS,
+        slots=_spread(np.concatenate(copies), alone[:1]),
+        neighbours=_spread(np.concatenate([got for got, _ in mixed]), np.concatenate([want for _, want in mixed])),
+        threads=_spread(threaded, alone),
+    )
+
+
+def _spread(got: Logits, wanted: Logits) -> Spread:
+    return Spread(
+        max_abs_logit_difference=float(np.abs(got - wanted).max()),
+        max_abs_probability_difference=float(np.abs(sigmoid(got) - sigmoid(wanted)).max()),
+    )

@@ -1,0 +1,1 @@
+"""HTML pages of bench and evaluate; matplotlib and jinja2 are imported here alone."""

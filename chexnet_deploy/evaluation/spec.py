@@ -1,0 +1,148 @@
+"""What an engine must be and what it must pass, read from engines/*.toml.
+
+A spec is written before anything is measured: margins chosen after looking at results prove nothing.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from chexnet_deploy.bundle.manifest import Precision
+from chexnet_deploy.datasets.findings import FINDINGS
+from chexnet_deploy.errors import SpecError
+from chexnet_deploy.inputs import describe, read_toml
+
+_PACKAGE = Path(__file__).parents[1]
+# In the wheel the specs lie inside the package; in a checkout beside it.
+SPEC_FOLDERS = (_PACKAGE / "engines", _PACKAGE.parent / "engines")
+
+Positive = Annotated[float, Field(gt=0.0)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class BatchProfile(_Record):
+    """The batch sizes an engine takes: smallest, the one it is tuned for, largest."""
+
+    min: Annotated[int, Field(ge=1)] = 1
+    opt: Annotated[int, Field(ge=1)] = 1
+    max: Annotated[int, Field(ge=1)] = 16
+
+    @model_validator(mode="after")
+    def _is_ordered(self) -> "BatchProfile":
+        if not self.min <= self.opt <= self.max:
+            raise ValueError(f"need min <= opt <= max, got {self.min}, {self.opt}, {self.max}")
+        return self
+
+
+class LatencyGate(_Record):
+    """Limits for batch 1, on the machine the spec was measured on."""
+
+    p50_ms: Positive
+    p99_ms: Positive
+
+
+class Gate(_Record):
+    """What a candidate must pass beside the fp32 model it came from.
+
+    Attributes:
+        auroc_margin: how much AUROC a finding may lose; per finding, `default` for the rest.
+        min_positive_patients: a finding with fewer is not assessable.
+        max_abs_probability_difference: on every image and finding.
+        p999_abs_probability_difference: 99.9 % quantile over images and findings.
+        logit_noise_share: root mean square logit difference of each finding as a share of the reference logits' standard
+            deviation; None does not gate it. A model that answers everyone alike can't pass by differing little.
+        invariance_abs_probability_difference: between an image's answers in any slot, batch size or thread.
+        latency: limits, "unproven" where nobody has measured this target yet (the verdict is then INCONCLUSIVE), or
+            "not gated" for specs that promise no speed.
+    """
+
+    auroc_margin: dict[str, Annotated[float, Field(gt=0.0, le=0.5)]]
+    min_positive_patients: Annotated[int, Field(ge=1)] = 20
+    max_abs_probability_difference: Annotated[float, Field(gt=0.0, le=1.0)]
+    p999_abs_probability_difference: Annotated[float, Field(gt=0.0, le=1.0)]
+    logit_noise_share: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    invariance_abs_probability_difference: Annotated[float, Field(gt=0.0, le=1.0)] = 0.02
+    latency: LatencyGate | Literal["unproven", "not gated"]
+
+    @model_validator(mode="after")
+    def _names_known_findings(self) -> "Gate":
+        unknown = sorted(set(self.auroc_margin) - {"default", *FINDINGS})
+        if unknown or "default" not in self.auroc_margin:
+            raise ValueError(f"auroc_margin needs `default` and known findings; unknown: {unknown}")
+        return self
+
+    def margin_of(self, finding: str) -> float:
+        """Return how much AUROC this finding may lose."""
+        return self.auroc_margin.get(finding, self.auroc_margin["default"])
+
+
+class BuildOptions(_Record):
+    """How TensorRT builds; ONNX Runtime has no use for it.
+
+    Attributes:
+        workspace_mib: scratch memory that one kernel may take; None is TensorRT's own limit, the whole GPU.
+        optimization_level: TensorRT's own scale of effort.
+        hardware_compatibility: "ampere_plus" gives a slower plan that runs on every GPU from Ampere on. Version
+            compatibility is not offered: such plans hold host code.
+    """
+
+    workspace_mib: Annotated[int, Field(ge=16, le=65536)] | None = None
+    optimization_level: Annotated[int, Field(ge=0, le=5)] = 3
+    hardware_compatibility: Literal["none", "ampere_plus"] = "none"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_no_dla(cls, fields: object) -> object:
+        if isinstance(fields, Mapping) and any("dla" in str(name).lower() for name in fields):
+            raise ValueError("DLA is not supported: it has no Q/DQ int8 and no uint8 input. Build for the GPU")
+        return fields
+
+
+class EngineSpec(_Record):
+    """One engine as promised: precision, batch sizes, how it is built and the gate it must pass.
+
+    Attributes:
+        gpu: substring that the GPU's name must contain, e.g. "L4"; None for any. A spec for ONNX Runtime names none.
+    """
+
+    description: str
+    precision: Precision
+    gpu: Annotated[str, StringConstraints(min_length=1)] | None = None
+    batch: BatchProfile = BatchProfile()
+    build: BuildOptions = BuildOptions()
+    gate: Gate
+
+    def is_for(self, gpu: str) -> bool:
+        """Say whether this spec may be used on a GPU of that full name."""
+        return self.gpu is None or self.gpu in gpu
+
+
+def spec_names() -> list[str]:
+    """Return the names of the specs that come with the package."""
+    return sorted(file.stem for folder in SPEC_FOLDERS if folder.is_dir() for file in folder.glob("*.toml"))
+
+
+def read_spec(name_or_path: str) -> EngineSpec:
+    """Read a spec by the name of one that comes with the package, or by path.
+
+    Raises:
+        SpecError: no such spec, not TOML, or a field is unknown, missing or out of range.
+    """
+    if name_or_path.endswith(".toml"):
+        return _parse(Path(name_or_path))
+    for folder in SPEC_FOLDERS:
+        if (folder / f"{name_or_path}.toml").is_file():
+            return _parse(folder / f"{name_or_path}.toml")
+    raise SpecError(f"no spec named {name_or_path!r}. There are {', '.join(spec_names())}; or give a path to a .toml.")
+
+
+def _parse(path: Path) -> EngineSpec:
+    try:
+        return EngineSpec.model_validate(read_toml(path))
+    except ValidationError as err:
+        raise SpecError(f"{path}: {describe(err)}. See engines/README.md for the fields.") from err

@@ -1,0 +1,200 @@
+"""What each command does, in one function a command: rooms put together, nothing computed here.
+
+The command line, the demo and the benchmarks call these.
+"""
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from chexnet_deploy.bundle.bundle import Bundle
+from chexnet_deploy.bundle.manifest import Dialect, Precision
+from chexnet_deploy.bundle.signing.releases import Release
+from chexnet_deploy.bundle.signing.trust import Trust
+from chexnet_deploy.datasets.chestxray14 import ChestXray14
+from chexnet_deploy.datasets.labelled import LabelledImages
+from chexnet_deploy.datasets.nih_tables import read_image_list
+from chexnet_deploy.errors import BundleError, CalibrationError, MissingPackageError, OnPhase
+from chexnet_deploy.evaluation.spec import read_spec
+from chexnet_deploy.files import write_file
+from chexnet_deploy.images.scope import ScopePolicy
+from chexnet_deploy.runtime.sessions.driver import open_driver
+from chexnet_deploy.runtime.sessions.trt_versions import Backend, open_tensorrt
+
+if TYPE_CHECKING:
+    from chexnet_deploy.export.from_torch.import_legacy import LegacyImport
+
+
+MAX_GATE_IMAGES = 512  # enough to catch a broken quantisation in a minute; `bench` is where the whole set is used
+CHOSEN_LIST = "calibration.txt"
+N_CONVOLUTIONS = 120  # of DenseNet-121 without its head
+
+
+def open_torch_room() -> ModuleType:
+    """Import export.to_onnx.
+
+    Raises:
+        MissingPackageError: torch, onnx or safetensors is not installed.
+    """
+    try:
+        from chexnet_deploy.export.from_torch import to_onnx
+    except ModuleNotFoundError as err:
+        raise MissingPackageError(f"{err.name} is not installed. Run: pip install 'chexnet-deploy[export]'") from err
+    return to_onnx
+
+
+def import_checkpoint(path: Path, out: Path, form: str | None, findings_file: Path | None) -> "LegacyImport":
+    """Convert a circulating CheXNet file into a new checkpoint.
+
+    Raises:
+        ChexnetError: torch is not installed, the file can't be converted exactly, or its findings aren't known.
+    """
+    open_torch_room()
+    from chexnet_deploy.export.from_torch.import_legacy import import_legacy, read_findings
+
+    findings = None if findings_file is None else read_findings(findings_file)
+    return import_legacy(path, out, form=form, findings=findings)
+
+
+def export_bundles(
+    checkpoint: Path,
+    out: Path,
+    precisions: Sequence[Precision],
+    *,
+    data_root: Path | None,
+    calibration_list: Path | None,
+    n_calibration_images: int,
+    dialects: Sequence[Dialect],
+    release: Release | None = None,
+    on_phase: OnPhase,
+    scope: ScopePolicy | None = None,
+) -> list[Bundle]:
+    """Make a bundle for each precision in `out`, fp32 first, all of the same release and scope; of int8 one for each dialect.
+
+    The only int8, and the typed one of several, is in `int8`; the others are in `int8-mixed`, `int8-trt8`, `int8-cpu`.
+
+    Raises:
+        ChexnetError: any step refused; what was kept before it stays.
+    """
+    to_onnx = open_torch_room()
+    if Precision.INT8 in precisions and data_root is None:
+        raise CalibrationError("int8 needs calibration images. Give ChestX-ray14 by --data.")
+    if Precision.INT8 not in precisions and calibration_list is not None:
+        raise CalibrationError(
+            "a calibration list is for int8 alone. Add it by --precision int8, or leave the list away."
+        )
+    int8_folders = {dialect: out / _int8_folder(dialect, dialects) for dialect in dialects}
+    folders = [out / precision.value for precision in precisions if precision is not Precision.INT8]
+    folders += int8_folders.values() if Precision.INT8 in precisions else []
+    taken = [folder for folder in folders if folder.exists()]
+    if taken:
+        raise BundleError(f"{taken[0]} is there already. Choose another --out, or delete it first.")
+    # The data are checked before any work is done: a wrong list should not cost minutes.
+    dataset = None if data_root is None else ChestXray14.open(data_root)
+    names: tuple[str, ...] | None = None
+    if dataset is not None and Precision.INT8 in precisions:
+        names = _calibration_names(dataset, calibration_list, n_calibration_images)
+    on_phase("export fp32", 0, 1)
+    fp32: Bundle = to_onnx.export_onnx(checkpoint, out / Precision.FP32.value, release=release, scope=scope)
+    if names is not None and calibration_list is None:
+        write_file(out / CHOSEN_LIST, "".join(f"{name}\n" for name in names).encode())
+    on_phase("export fp32", 1, 1)
+    bundles = [fp32]
+    if len(precisions) == 1:
+        return bundles
+    from chexnet_deploy.export.quantize.calibration import CalibrationSet
+    from chexnet_deploy.export.quantize.quantize import to_fp16, to_int8
+
+    validation = None
+    if dataset is not None:
+        validation = LabelledImages.of(dataset.split("val")[:MAX_GATE_IMAGES], fp32.manifest.findings)
+    if Precision.FP16 in precisions:
+        on_phase("quantise fp16", 0, 1)
+        bundles.append(to_fp16(fp32, out / Precision.FP16.value, read_spec("fp16").gate, validation))
+        on_phase("quantise fp16", 1, 1)
+    if dataset is not None and names is not None and validation is not None:
+        n_names = len(names)
+        calibration = CalibrationSet.read(
+            dataset,
+            names,
+            fp32.manifest.preprocessing,
+            on_images=lambda done: on_phase("read calibration images", done, n_names),
+        )
+        for dialect, folder in int8_folders.items():
+            # Measured only where the gate fails, so its length is not known before.
+            phases = (f"quantise {folder.name}", f"find what {folder.name} must leave in floating point")
+            bundles.append(
+                to_int8(
+                    fp32,
+                    calibration,
+                    folder,
+                    read_spec("int8").gate,
+                    validation,
+                    dialect=dialect,
+                    on_images=lambda done, phase=phases[0]: on_phase(phase, done, n_names),  # type: ignore[misc]
+                    on_layer=lambda done, phase=phases[1]: on_phase(phase, done, N_CONVOLUTIONS),  # type: ignore[misc]
+                )
+            )
+    return bundles
+
+
+def _int8_folder(dialect: str, dialects: Sequence[str]) -> str:
+    return "int8" if len(dialects) == 1 or dialect == "typed" else f"int8-{dialect}"
+
+
+def require_tensorrt(backend: Backend) -> None:
+    """Refuse before any work where plans can't be built.
+
+    Raises:
+        MissingPackageError, SessionError: no GPU, driver, binding to it, or TensorRT.
+    """
+    open_driver()
+    open_tensorrt(backend)
+
+
+def build_plan(
+    path: Path,
+    out: Path,
+    spec: str | None,
+    *,
+    backend: Backend = "tensorrt",
+    device: int = 0,
+    timing_cache: Path | None = None,
+    trust: Trust | None = None,
+    cancelled: threading.Event | None = None,
+    on_phase: OnPhase,
+) -> Bundle:
+    """Build a plan bundle; the spec is that of the bundle's precision where none is named.
+
+    The plan is of its bundle's release and isn't signed: whoever vouches for plans signs it once `bench` has passed.
+
+    Raises:
+        ChexnetError: no GPU or TensorRT, or a step refused; nothing is kept.
+    """
+    from chexnet_deploy.export.tensorrt.build import build_tensorrt_plan
+
+    bundle = Bundle.open(path, trust=trust)
+    chosen = read_spec(bundle.manifest.precision.value if spec is None else spec)
+    return build_tensorrt_plan(
+        bundle,
+        chosen,
+        out,
+        backend=backend,
+        device=device,
+        timing_cache=timing_cache,
+        cancelled=cancelled,
+        on_phase=on_phase,
+    )
+
+
+def _calibration_names(dataset: ChestXray14, given: Path | None, n_images: int) -> tuple[str, ...]:
+    """Return the names to calibrate on, checked against the data set; their pixels are checked when they are read."""
+    from chexnet_deploy.export.quantize.calibration import check_names, choose_calibration
+
+    if given is None:
+        return choose_calibration(dataset, n_images)
+    names = read_image_list(given)
+    check_names(dataset, names)
+    return names

@@ -1,0 +1,147 @@
+"""Small handles on ONNX graphs that the quantising rooms share.
+
+One concat of all its parts in place of a concat of a concat; the same numbers, for GPUs.
+
+A dense block grows by one concat a layer, each of the one before and the new part. TensorRT for RTX writes every one of them to
+memory once more before the BatchNorm that reads it; a concat of the parts themselves is read by the kernel of that BatchNorm.
+CPU runtimes copy the parts anew for each concat instead, which costs int8 a factor of two to three there.
+
+The first convolution on the gray picture itself, for CPUs: exact, with a third of the arithmetic, from uint8 pixels.
+
+The graph repeats the gray channel three times and normalises each with its own mean and deviation; the convolution
+sums them. That is one channel with the weighted sum of the weights, plus a constant that holds inside the picture but not
+in the zeros around it: a second channel, 255 inside and 0 around, carries it. Both are written twice, each with half the
+weight, so that the products of two neighbours fit into 16 bits (rounding.py); int8 kernels read channels in fours anyway.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+
+def weights_of(model: onnx.ModelProto) -> dict[str, NDArray[np.generic]]:
+    """Return the initialisers by name."""
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+
+
+def set_weights(model: onnx.ModelProto, arrays: dict[str, NDArray[np.generic]]) -> None:
+    """Replace all initialisers by those of `arrays` that a node still reads."""
+    used = {name for node in model.graph.node for name in node.input}
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(
+        numpy_helper.from_array(array, name) for name, array in arrays.items() if name in used
+    )
+
+
+def set_nodes(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> None:
+    """Replace all nodes; they may be the graph's own."""
+    copies = []
+    for node in nodes:
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        copies.append(copy)
+    del graph.node[:]
+    graph.node.extend(copies)
+
+
+def producers_of(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
+    """Return the node that makes each tensor."""
+    return {name: node for node in graph.node for name in node.output}
+
+
+def consumers_of(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
+    """Return the nodes that read each tensor."""
+    consumers: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            consumers.setdefault(name, []).append(node)
+    return consumers
+
+
+def integers(node: onnx.NodeProto, name: str, default: Sequence[int]) -> tuple[int, ...]:
+    """Return a list-valued attribute."""
+    return next((tuple(a.ints) for a in node.attribute if a.name == name), tuple(default))
+
+
+def copy_of(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a model of its own that can be changed."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    return copy
+
+
+def quantised_activations(model: onnx.ModelProto) -> tuple[str, ...]:
+    """Return the tensors that hold quantised activations, in the graph's order."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    return tuple(
+        node.output[0] for node in model.graph.node if node.op_type == "QuantizeLinear" and node.input[0] not in weights
+    )
+
+
+def flatten_concats(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the graph with each Concat reading no other Concat; those that nothing reads any more are dropped."""
+    flat = copy_of(model)
+    graph, producers = flat.graph, producers_of(flat.graph)
+    # In the graph's order, so what a concat reads is flat already.
+    for node in graph.node:
+        if node.op_type == "Concat":
+            parts = [leaf for name in node.input for leaf in _parts(producers.get(name), name)]
+            del node.input[:]
+            node.input.extend(parts)
+    read = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
+    set_nodes(graph, [node for node in graph.node if node.op_type != "Concat" or node.output[0] in read])
+    return flat
+
+
+def _parts(producer: onnx.NodeProto | None, name: str) -> list[str]:
+    return list(producer.input) if producer is not None and producer.op_type == "Concat" else [name]
+
+
+_INSIDE = 255
+
+
+def to_gray_stem(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the graph with its normalisation folded into the first convolution, which reads uint8 pixels by a DQ of scale 1.
+
+    Args:
+        model: float32, as exported: Cast, Mul, Sub, Conv with a bias.
+    """
+    gray = copy_of(model)
+    graph, arrays, producers = gray.graph, weights_of(gray), producers_of(gray.graph)
+    conv = next(node for node in graph.node if node.op_type == "Conv")
+    subtract = producers[conv.input[0]]
+    multiply = producers[subtract.input[0]]
+    cast = producers[multiply.input[0]]
+    assert [node.op_type for node in (subtract, multiply, cast)] == ["Sub", "Mul", "Cast"]
+    factor, offset = (
+        _constant(producers[node.input[1]]).astype(np.float64).reshape(1, -1, 1, 1) for node in (multiply, subtract)
+    )
+    weight = arrays[conv.input[1]].astype(np.float64)
+    on_gray = (weight * factor).sum(axis=1, keepdims=True)
+    on_inside = (-weight * offset).sum(axis=1, keepdims=True) / _INSIDE
+    arrays[conv.input[1]] = np.concatenate([on_gray, on_gray, on_inside, on_inside], axis=1).astype(np.float32) / 2
+    arrays["stem_pads"] = np.array([0, 0, 0, 0, 0, 2, 0, 0], np.int64)
+    arrays["stem_inside"] = np.array(_INSIDE, np.uint8)
+    arrays["stem_scale"], arrays["stem_zero_point"] = np.array(1.0, np.float32), np.array(0, np.uint8)
+    stem = [
+        helper.make_node("Concat", ["pixels", "pixels"], ["stem_twice"], "stem/Concat", axis=1),
+        helper.make_node("Pad", ["stem_twice", "stem_pads", "stem_inside"], ["stem_channels"], "stem/Pad"),
+        helper.make_node(
+            "DequantizeLinear", ["stem_channels", "stem_scale", "stem_zero_point"], ["stem_dq"], "stem/Dequantise"
+        ),
+    ]
+    conv.input[0] = "stem_dq"
+    dropped = {node.name for node in (cast, multiply, subtract)}
+    constants = {multiply.input[1], subtract.input[1]}
+    kept = [node for node in graph.node if node.name not in dropped and node.output[0] not in constants]
+    set_nodes(graph, [*stem, *kept])
+    set_weights(gray, arrays)
+    return gray
+
+
+def _constant(node: onnx.NodeProto) -> np.ndarray:
+    assert node.op_type == "Constant"
+    return numpy_helper.to_array(node.attribute[0].t)

@@ -1,0 +1,188 @@
+"""The four int8 forms ("dialects") of one fp32 graph, from what was observed on the calibration images.
+
+- `typed`: float16 around signed int8, opset 19, for TensorRT 10 and later.
+- `mixed`: the same with the 3x3 convolutions in float16, and one scale for each weight of the 1x1 ones. With that, TensorRT for
+  RTX adds the bias and the ReLU inside the int8 kernel and writes float16, where it otherwise writes float32.
+- `trt8`: float32 around signed int8, opset 17, for TensorRT 8.6.
+- `cpu`: float32 around int8 for OpenVINO and ONNX Runtime on CPUs. Activations are unsigned, which doubles their steps, the
+  concats are integers too, the first convolution reads the gray pixels, and weights are such that CPUs without VNNI
+  don't saturate.
+
+docs/quantisation.md holds what each step is worth.
+"""
+
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+
+from chexnet_deploy.bundle.manifest import FLOAT16_DIALECTS, Dialect
+from chexnet_deploy.export.quantize.equalise import ConcatParts, equalise_inputs, equalise_outputs, normalise_parts
+from chexnet_deploy.export.quantize.gptq import INT8_MAX, PAIR_MAX, largest_pairs, round_weights
+from chexnet_deploy.export.quantize.graph_edits import integers, to_gray_stem, weights_of
+from chexnet_deploy.export.quantize.observe import Observed, observe
+from chexnet_deploy.export.quantize.qdq import (
+    Quantised,
+    convolutions,
+    fold_batch_norms,
+    insert_qdq,
+    round_up_to_half,
+    to_float16,
+)
+from chexnet_deploy.images.preprocessing import Pixels
+
+UINT8_MAX = 255
+ESTIMATOR = (
+    "largest value of each channel, equalised, with a margin by their number; weights by GPTQ; head bias corrected"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A float graph and all that makes it int8, so that single convolutions can be left in floating point.
+
+    Attributes:
+        graph: float32 or float16; computes what the fp32 graph does.
+        convs: node names of the convolutions that can run in int8, in the graph's order, each with the name of its weight
+            and the activation that is quantised for it alone, None where there is no such.
+        activations: by tensor.
+        weights: by weight.
+    """
+
+    dialect: Dialect
+    graph: onnx.ModelProto
+    convs: Mapping[str, tuple[str, str | None]]
+    activations: Mapping[str, Quantised]
+    weights: Mapping[str, Quantised]
+
+    def build(self, float_convs: Collection[str] = ()) -> onnx.ModelProto:
+        """Return the int8 graph, with these convolutions in floating point."""
+        left = [self.convs[name] for name in float_convs]
+        weights = {name: how for name, how in self.weights.items() if name not in {weight for weight, _ in left}}
+        inputs = {tensor for _, tensor in left}
+        activations = {name: how for name, how in self.activations.items() if name not in inputs}
+        return insert_qdq(self.graph, activations, weights, holds_float_weights=self.dialect == "trt8")
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """A float graph and what the calibration images did in it, before any scale is chosen.
+
+    Attributes:
+        graph: float32, BatchNorms folded.
+        convs: outputs of the convolutions that become int8, in the graph's order.
+        body: the same without the network's first, whose input is the pixels.
+        parts: of the concats.
+        seen: ranges and moments on the calibration images.
+        margin: see range_margin.
+    """
+
+    dialect: Dialect
+    graph: onnx.ModelProto
+    convs: tuple[str, ...]
+    body: tuple[str, ...]
+    parts: ConcatParts
+    seen: Observed
+    margin: float
+
+
+def range_margin(n_images: int) -> float:
+    """Return what ranges seen on so many images are multiplied by: other images reach further, the more so the fewer were seen.
+
+    1.15 of 256 images and 1.3 of 64, each the best of those tried on unseen images of training and validation patients. With
+    less it clips, which costs most in single images; with more its steps are coarser.
+    """
+    return 1.0 + 2.4 / math.sqrt(n_images)
+
+
+def prepare(
+    model: onnx.ModelProto, dialect: Dialect, pixels: Pixels, *, on_images: Callable[[int], None] | None = None
+) -> Prepared:
+    """Observe the calibration images and choose scales and integers.
+
+    Args:
+        model: fp32 graph as exported.
+        dialect: see the module.
+        pixels: uint8 [N, 1, S, S] of the calibration images.
+        on_images: called with the images done.
+
+    Raises:
+        CalibrationError: a tensor has no range on these images.
+        ExportError: a weight is beyond float16.
+    """
+    return choose_integers(calibrate(model, dialect, pixels, on_images=on_images))
+
+
+def calibrate(
+    model: onnx.ModelProto, dialect: Dialect, pixels: Pixels, *, on_images: Callable[[int], None] | None = None
+) -> Calibrated:
+    """Run the calibration images; arguments and errors as `prepare`."""
+    is_for_cpu = dialect == "cpu"
+    graph = fold_batch_norms(to_gray_stem(model) if is_for_cpu else model)
+    # TensorRT's forms leave the first convolution alone: its input is already an eighth of its output.
+    convs = convolutions(graph)[0 if is_for_cpu else 1 :]
+    if dialect == "mixed":
+        convs = [conv for conv in convs if integers(conv, "kernel_shape", ()) == (1, 1)]
+    body = [conv for conv in convs if conv is not convolutions(graph)[0]]
+    parts = ConcatParts.of(model)
+    tensors = {node.output[0] for node in graph.graph.node if node.op_type == "Relu"}
+    tensors |= {conv.input[0] for conv in body} | set(parts.others)
+    seen = observe(graph, sorted(tensors), convs, pixels, on_images=on_images)
+    return Calibrated(dialect, graph, _outputs(convs), _outputs(body), parts, seen, range_margin(len(pixels)))
+
+
+def choose_integers(calibrated: Calibrated) -> Prepared:
+    """Equalise channels, then choose scales and round the weights.
+
+    Raises:
+        ExportError: a weight is beyond float16.
+    """
+    is_for_cpu = calibrated.dialect == "cpu"
+    body = [conv for conv in convolutions(calibrated.graph) if conv.output[0] in calibrated.body]
+    graph, seen = equalise_inputs(calibrated.graph, body, calibrated.seen)
+    margin = calibrated.margin
+    activations = {conv.input[0]: _of_input(seen, conv.input[0], margin, calibrated.dialect) for conv in body}
+    if is_for_cpu:
+        graph = normalise_parts(graph, calibrated.parts, seen)
+        activations |= _of_parts(calibrated.parts, margin)
+    if calibrated.dialect == "mixed":
+        graph = equalise_outputs(graph, body, calibrated.parts)
+    convs = [node for node in convolutions(graph) if node.output[0] in calibrated.convs]
+    weights = {conv.input[1]: _round(graph, conv, seen, calibrated.dialect) for conv in convs}
+    inputs = {conv.name: (conv.input[1], conv.input[0] if conv.input[0] in activations else None) for conv in convs}
+    graph = to_float16(graph) if calibrated.dialect in FLOAT16_DIALECTS else graph
+    return Prepared(calibrated.dialect, graph, inputs, activations, weights)
+
+
+def _outputs(nodes: Iterable[onnx.NodeProto]) -> tuple[str, ...]:
+    return tuple(node.output[0] for node in nodes)
+
+
+def _of_input(seen: Observed, tensor: str, margin: float, dialect: Dialect) -> Quantised:
+    largest = float(np.maximum(seen.high[tensor], -seen.low[tensor]).max()) * margin
+    is_unsigned, is_centred = dialect == "cpu", dialect == "mixed"
+    n_steps = UINT8_MAX if is_unsigned else 2 * INT8_MAX if is_centred else INT8_MAX
+    scale = np.float16(round_up_to_half(np.float64(largest / n_steps)))
+    return Quantised(scale, is_unsigned=is_unsigned, is_centred=is_centred)
+
+
+def _of_parts(parts: ConcatParts, margin: float) -> dict[str, Quantised]:
+    """Every part has been brought to -1..1, the first one to 0..1."""
+    signed = Quantised(np.float16(round_up_to_half(np.float64(margin / INT8_MAX))))
+    unsigned = Quantised(np.float16(round_up_to_half(np.float64(margin / UINT8_MAX))), is_unsigned=True)
+    return {**dict.fromkeys(parts.others, signed), parts.first: unsigned}
+
+
+def _round(graph: onnx.ModelProto, conv: onnx.NodeProto, seen: Observed, dialect: Dialect) -> Quantised:
+    fits_avx2 = dialect == "cpu"
+    weight = weights_of(graph)[conv.input[1]].astype(np.float64)
+    largest = np.abs(weight).reshape(len(weight), -1).max(axis=1) / INT8_MAX
+    if fits_avx2:
+        largest = np.maximum(largest, largest_pairs(weight) / PAIR_MAX)
+    if dialect == "mixed":
+        largest = np.full_like(largest, largest.max())
+    scales = round_up_to_half(largest)
+    steps = round_weights(weight, scales.astype(np.float64), seen.moments[conv.input[1]], fits_avx2=fits_avx2)
+    return Quantised(np.float16(scales[0]) if dialect == "mixed" else scales, steps)

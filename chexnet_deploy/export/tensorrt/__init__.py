@@ -1,0 +1,1 @@
+"""ONNX bundle -> plan, on the GPU it will run on."""

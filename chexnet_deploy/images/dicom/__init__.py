@@ -1,0 +1,1 @@
+"""Reading DICOM: bytes -> elements -> grayscale pipeline -> gray, decoded in a process of its own."""

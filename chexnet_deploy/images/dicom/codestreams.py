@@ -1,0 +1,157 @@
+"""Compare the pixel data with the header before a codec sees it: lengths, and the codestream's own header.
+
+A codec trusts the codestream: one that says 65535 x 65535 gets its memory, whatever Rows and Columns say.
+"""
+
+import struct
+from typing import Final, NamedTuple
+
+from chexnet_deploy.errors import ImageRefusedError, RefusalReason
+from chexnet_deploy.images.dicom.elements import Element, Values
+from chexnet_deploy.images.dicom.grayscale import Grayscale
+
+JPEG_BASELINE: Final = "1.2.840.10008.1.2.4.50"
+JPEG_LOSSLESS: Final = frozenset({"1.2.840.10008.1.2.4.57", "1.2.840.10008.1.2.4.70"})
+JPEG_LS: Final = frozenset({"1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.4.81"})
+JPEG_2000: Final = frozenset({"1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.91"})
+RLE: Final = "1.2.840.10008.1.2.5"
+
+# Start-of-frame marker of each process (ITU-T T.81 table B.1; ITU-T T.87 section C.1.1).
+_FRAME_MARKERS: Final = {JPEG_BASELINE: 0xC0} | dict.fromkeys(JPEG_LOSSLESS, 0xC3) | dict.fromkeys(JPEG_LS, 0xF7)
+_WITHOUT_LENGTH: Final = frozenset({0x01, *range(0xD0, 0xD9)})  # TEM, RSTn, SOI
+_END_OF_IMAGE: Final = b"\xff\xd9"  # JPEG and JPEG-LS: EOI; JPEG 2000: EOC, the same bytes
+_RLE_HEADER_BYTES: Final = 64
+_RLE_MOST_PIXELS_A_BYTE: Final = 64  # a run of 128 equal bytes takes two (PS3.5 annex G.3.1)
+
+
+class _Frame(NamedTuple):
+    columns: int
+    rows: int
+    components: int
+    bits: int
+    is_signed: bool
+
+
+def check_pixel_data(
+    values: Values, transfer_syntax_uid: str, pixel_data: Element, rows: int, columns: int, grayscale: Grayscale
+) -> None:
+    """Refuse pixel data that can't hold the picture that the header describes.
+
+    Args:
+        values: the header's, for messages.
+        transfer_syntax_uid: an accepted one.
+        pixel_data: as in the file.
+        rows: H.
+        columns: W.
+        grayscale: for the bits of a pixel.
+
+    Raises:
+        ImageRefusedError: TRUNCATED, MULTI_FRAME, COLOUR, BIT_DEPTH or CONTRADICTION.
+    """
+    pixel_bytes = grayscale.bits_allocated // 8
+    if transfer_syntax_uid in _FRAME_MARKERS or transfer_syntax_uid in JPEG_2000 or transfer_syntax_uid == RLE:
+        if not pixel_data.fragments:
+            raise _contradiction(values, "a compressed transfer syntax, but pixel data without fragments", "fragments")
+        if grayscale.high_bit != grayscale.bits_stored - 1:
+            raise _contradiction(values, "compressed pixels with a shifted High Bit", "High Bit = Bits Stored - 1")
+        if transfer_syntax_uid == RLE:
+            _check_rle(values, pixel_data.fragments, rows * columns, pixel_bytes)
+        else:
+            _check_codestream(values, transfer_syntax_uid, pixel_data.fragments, rows, columns, grayscale)
+        return
+    if pixel_data.fragments is not None:
+        raise _contradiction(values, "fragments in an uncompressed transfer syntax", "plain pixel data")
+    needed = rows * columns * pixel_bytes
+    found = len(pixel_data.value)
+    if found < needed:
+        raise values.refuse(RefusalReason.TRUNCATED, f"{found:,} bytes of pixels", f"{needed:,}", "send it again")
+    if found > needed + needed % 2:  # an odd length is padded with one byte
+        raise _contradiction(values, f"{found:,} bytes of pixels", f"{needed:,}")
+
+
+def _contradiction(values: Values, found: str, needed: str) -> ImageRefusedError:
+    return values.refuse(RefusalReason.CONTRADICTION, found, needed, "send or export it again")
+
+
+def _check_rle(values: Values, fragments: tuple[memoryview, ...], n_pixels: int, pixel_bytes: int) -> None:
+    """Check the segment offsets (PS3.5 annex G.5), one segment for each byte of a pixel, and their least lengths."""
+    if len(fragments) != 1:
+        raise values.refuse(RefusalReason.MULTI_FRAME, f"{len(fragments)} RLE fragments", "one", "send one frame")
+    stream = fragments[0]
+    if len(stream) < _RLE_HEADER_BYTES:
+        raise values.refuse(RefusalReason.TRUNCATED, f"{len(stream)} bytes of RLE", "its header of 64", "send it again")
+    n_segments, *offsets = struct.unpack_from("<16I", stream)
+    if n_segments != pixel_bytes:
+        raise _contradiction(values, f"{n_segments} RLE segments", f"{pixel_bytes}, one for each byte of a pixel")
+    ends = [*offsets[1:n_segments], len(stream)]
+    for start, end in zip(offsets[:n_segments], ends, strict=True):
+        if not _RLE_HEADER_BYTES <= start <= end <= len(stream):
+            raise values.refuse(RefusalReason.TRUNCATED, "RLE segments beyond the data", "all of it", "send it again")
+        if (end - start) * _RLE_MOST_PIXELS_A_BYTE < n_pixels:
+            found, needed = f"an RLE segment of {end - start:,} bytes", f"enough for {n_pixels:,} pixels"
+            raise values.refuse(RefusalReason.TRUNCATED, found, needed, "send it again")
+
+
+def _check_codestream(
+    values: Values,
+    transfer_syntax_uid: str,
+    fragments: tuple[memoryview, ...],
+    rows: int,
+    columns: int,
+    grayscale: Grayscale,
+) -> None:
+    stream = bytes(fragments[0]) if len(fragments) == 1 else b"".join(fragments)
+    # A fragment is padded to an even length: with one byte, which need not be 0, or by some writers with many zeros.
+    if not (stream.rstrip(b"\0").endswith(_END_OF_IMAGE) or stream[-3:-1] == _END_OF_IMAGE):
+        raise values.refuse(RefusalReason.TRUNCATED, "a codestream without its end mark", "all of it", "send it again")
+    try:
+        if transfer_syntax_uid in JPEG_2000:
+            frame = _read_jpeg_2000(stream)
+        else:
+            frame = _read_jpeg(stream, _FRAME_MARKERS[transfer_syntax_uid])
+    except (struct.error, IndexError):
+        frame = None
+    if frame is None:
+        raise _contradiction(values, "no codestream of the kind the transfer syntax names", "one")
+    if frame.components != 1:
+        raise values.refuse(RefusalReason.COLOUR, f"{frame.components} components", "1", "send the radiograph itself")
+    if (frame.columns, frame.rows) != (columns, rows):
+        found, needed = f"a codestream of {frame.columns} x {frame.rows} px", f"{columns} x {rows} as the header says"
+        raise _contradiction(values, found, needed)
+    if not grayscale.bits_stored <= frame.bits <= grayscale.bits_allocated:
+        needed = f"{grayscale.bits_stored} to {grayscale.bits_allocated} as the header says"
+        raise _contradiction(values, f"a codestream of {frame.bits} bits a pixel", needed)
+    if transfer_syntax_uid in JPEG_2000 and frame.is_signed != grayscale.is_signed:
+        raise _contradiction(values, "signed values in one of header and codestream", "both or none")
+
+
+def _read_jpeg(stream: bytes, marker: int) -> _Frame | None:
+    """Return what the first frame header says (ITU-T T.81 section B.2.2), where it is of the process asked for."""
+    if stream[:2] != b"\xff\xd8":
+        return None
+    at = 2
+    while stream[at] == 0xFF:
+        kind = stream[at + 1]
+        if kind == 0xFF:  # fill byte
+            at += 1
+        elif kind in _WITHOUT_LENGTH:
+            at += 2
+        elif kind == marker:
+            bits, rows, columns, components = struct.unpack_from(">BHHB", stream, at + 4)
+            return _Frame(columns, rows, components, bits, is_signed=False)
+        elif kind in (0xDA, 0xD9):  # the scan, before any frame header
+            return None
+        else:
+            at += 2 + struct.unpack_from(">H", stream, at + 2)[0]
+    return None
+
+
+def _read_jpeg_2000(stream: bytes) -> _Frame | None:
+    """Return what the SIZ marker says (ISO/IEC 15444-1 section A.5.1); DICOM holds the bare codestream, no JP2 file."""
+    if stream[:4] != b"\xff\x4f\xff\x51":
+        return None
+    right, bottom, left, top = struct.unpack_from(">4I", stream, 8)
+    components, precision, step_x, step_y = struct.unpack_from(">H3B", stream, 40)
+    if (step_x, step_y) != (1, 1):
+        return None
+    return _Frame(right - left, bottom - top, components, (precision & 0x7F) + 1, is_signed=precision >= 0x80)

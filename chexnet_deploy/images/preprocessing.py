@@ -1,0 +1,71 @@
+"""Turn one gray picture into the pixels every graph and every engine takes: the only definition of it.
+
+Never reads files (images.py does) and never normalises: casting, gray to three channels and mean/std are the first
+nodes of the exported graph. They are recorded here because a bundle's manifest embeds this model.
+"""
+
+import hashlib
+import json
+from typing import Annotated, Final, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field
+
+from chexnet_deploy.errors import ImageError
+from chexnet_deploy.images.gray import Gray
+
+Pixels: TypeAlias = NDArray[np.uint8]
+"""[N, 1, S, S] uint8; what every graph and every engine takes."""
+
+IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)
+IMAGENET_STD: Final = (0.229, 0.224, 0.225)
+
+_Mean: TypeAlias = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+_Std: TypeAlias = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+
+
+class Preprocessing(BaseModel):
+    """How a gray picture becomes pixels (Rajpurkar et al. 2017, section 3.1: 224 x 224, ImageNet mean and deviation).
+
+    Attributes:
+        resize_px: S, the side of the square; a multiple of 32, DenseNet's stride.
+        resample: Pillow's bilinear filter on 8-bit data. Its support grows with the reduction, so it averages
+            (antialiases), and it sums in 22-bit fixed point, so its result is bit-equal on every machine.
+        geometry: the whole picture is squashed to S x S, whatever its sides, as the paper does.
+        mean: per channel of pixel / 255, applied inside the exported graph.
+        std: per channel of pixel / 255, applied inside the exported graph.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    resize_px: int = Field(default=224, ge=32, le=1024, multiple_of=32)
+    resample: Literal["pillow-bilinear-8bit"] = "pillow-bilinear-8bit"
+    geometry: Literal["squash"] = "squash"
+    mean: tuple[_Mean, _Mean, _Mean] = IMAGENET_MEAN
+    std: tuple[_Std, _Std, _Std] = IMAGENET_STD
+
+    def __call__(self, gray: Gray) -> Pixels:
+        """Return the pixels of one picture.
+
+        Args:
+            gray: [H, W] uint8, as `read_image` gives it.
+
+        Returns:
+            [1, 1, S, S] uint8.
+
+        Raises:
+            ImageError: gray is not a uint8 array of two dimensions with at least one pixel.
+        """
+        if not isinstance(gray, np.ndarray) or gray.dtype != np.uint8 or gray.ndim != 2 or gray.size == 0:
+            found = f"{gray.dtype} {list(gray.shape)}" if isinstance(gray, np.ndarray) else type(gray).__name__
+            raise ImageError(f"Found {found}; needed a gray picture, uint8 [H, W]. Next: read it with read_image.")
+        resized = Image.fromarray(gray).resize((self.resize_px, self.resize_px), Image.Resampling.BILINEAR)
+        return np.array(resized)[np.newaxis, np.newaxis]
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the settings as JSON with sorted keys and no spaces; caches of pixels are keyed on it."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(canonical.encode("ascii")).hexdigest()

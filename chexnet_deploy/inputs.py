@@ -1,0 +1,66 @@
+"""Small text inputs and the words that errors about them share: text, TOML, lists of names, records that check themselves."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from chexnet_deploy.errors import DatasetError, SpecError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # the same parser, before it moved into the standard library
+    import tomli as tomllib
+
+
+def read_text(path: Path) -> str:
+    """Return a file's text; a byte order mark is left out.
+
+    Raises:
+        DatasetError: there is no such regular file (a pipe would be waited for), or it is not readable UTF-8.
+    """
+    try:
+        if not path.is_file():
+            found = "a folder" if path.is_dir() else "no such file"
+            raise DatasetError(f"{path}: found {found}; needed a text file. Next: check the path.")
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as err:
+        raise DatasetError(f"{path}: found {err}; needed readable UTF-8 text. Next: copy the file again.") from err
+
+
+def quote_some(names: Sequence[str]) -> str:
+    """Return the first few names for a message, and how many more there are."""
+    return name_some([repr(name[:60]) for name in names])
+
+
+def name_some(names: Sequence[object]) -> str:
+    """Return the first few names as they are, and how many more there are."""
+    shown = ", ".join(str(name) for name in names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5:,} more"
+
+
+def read_toml(path: Path) -> Mapping[str, object]:
+    """Read a TOML file.
+
+    Raises:
+        SpecError: missing, unreadable or not TOML.
+    """
+    try:
+        content: Mapping[str, object] = tomllib.loads(path.read_text(encoding="utf-8"))
+        return content
+    except OSError as err:
+        raise SpecError(f"{path} can't be read: {err.strerror}. Check the path.") from err
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
+        raise SpecError(f"{path} is not TOML: {err}. Correct that line.") from err
+
+
+def describe(err: ValidationError) -> str:
+    """Return pydantic's complaints as `field: reason`, the first three of them."""
+    complaints = [f"{'.'.join(map(str, error['loc'])) or 'file'}: {error['msg']}" for error in err.errors()]
+    return "; ".join(complaints[:3]) + (f"; and {len(complaints) - 3} more" if len(complaints) > 3 else "")
+
+
+class _Record(BaseModel):
+    # "ignore", as computed fields are written too and must not stop a report from being read again.
+    model_config = ConfigDict(frozen=True, extra="ignore")

@@ -1,0 +1,222 @@
+"""From a radiograph to named probabilities and a picture of where the model looked.
+
+Knows bundles and sessions; reads no labels and computes no statistics.
+"""
+
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Semaphore
+from types import MappingProxyType
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from chexnet_deploy.bundle.bundle import Bundle
+from chexnet_deploy.bundle.manifest import Manifest
+from chexnet_deploy.bundle.signing.trust import Trust
+from chexnet_deploy.errors import ImageError, ImageRefusedError, SessionError
+from chexnet_deploy.images.content_check import check_image
+from chexnet_deploy.images.gray import Gray
+from chexnet_deploy.images.preprocessing import Pixels
+from chexnet_deploy.images.reader import ImageReader
+from chexnet_deploy.images.scope import ScopePolicy
+from chexnet_deploy.runtime.sessions.base import Logits, Provider, Session, run_padded, sigmoid
+from chexnet_deploy.runtime.sessions.open import open_session
+from chexnet_deploy.runtime.streaming import Flow, choose_flow, in_order, iter_lists, usable_cores
+
+ImageSource: TypeAlias = Path | str | Gray
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What the model says of one radiograph.
+
+    Attributes:
+        probabilities: by finding, 0..1.
+        present: by finding, True at and above its operating point; findings without one are left out.
+        maps: by finding, class activation map float32 [S/32, S/32] in logits; its mean + the head's bias is the logit.
+            Empty where they were not asked for.
+    """
+
+    probabilities: dict[str, float]
+    present: dict[str, bool]
+    maps: dict[str, NDArray[np.float32]]
+
+    @classmethod
+    def of(cls, logits: Logits, maps: NDArray[np.float32] | None, manifest: Manifest) -> "Prediction":
+        """Name one image's logits float32 [C] and maps float32 [C, S/32, S/32], in manifest order."""
+        probabilities = dict(zip(manifest.findings, sigmoid(logits).tolist(), strict=True))
+        present = {name: probabilities[name] >= point for name, point in manifest.operating_points.items()}
+        by_finding = {} if maps is None else dict(zip(manifest.findings, maps, strict=True))
+        return cls(probabilities, present, by_finding)
+
+
+class Predictor:
+    """A session with the preprocessing and the names that belong to it.
+
+    Args:
+        session: open.
+        manifest: of the bundle the session was opened from.
+        flow: how `predict_stream` moves images through the session.
+    """
+
+    def __init__(self, session: Session, manifest: Manifest, flow: Flow = Flow()) -> None:  # noqa: B008 - frozen
+        self._session = session
+        self._flow = flow
+        self._manifest = manifest
+        self._preprocessing = manifest.preprocessing
+        self._scope = manifest.scope or ScopePolicy()
+        self._reader = ImageReader(processes=max(1, flow.workers - 1))  # started as compressed DICOM asks for them
+
+    @classmethod
+    def open(
+        cls,
+        path: Path | str,
+        *,
+        trust: Trust | None = None,
+        threads: int | None = None,
+        provider: Provider = "auto",
+    ) -> "Predictor":
+        """Verify a bundle, load it and check its known answers; see Bundle.open and open_session for the arguments.
+
+        For one image at a time, all cores at work on it (threads=None) answer soonest. For many, `predict_stream` is fastest
+        with threads=1: each core then carries images of its own.
+
+        Raises:
+            BundleError, TrustError, SessionError, MissingPackageError: see Bundle.open and open_session.
+        """
+        return cls.of(Bundle.open(Path(path), trust=trust), threads=threads, provider=provider)
+
+    @classmethod
+    def of(cls, bundle: Bundle, *, threads: int | None = None, provider: Provider = "auto") -> "Predictor":
+        """Load a verified bundle, as `open` does."""
+        flow = choose_flow(bundle.manifest, threads=threads, provider=provider, cores=usable_cores())
+        return cls(open_session(bundle, threads=threads, provider=provider), bundle.manifest, flow)
+
+    @property
+    def flow(self) -> Flow:
+        """How `predict_stream` moves images through the session."""
+        return self._flow
+
+    @property
+    def operating_points(self) -> Mapping[str, float]:
+        """Probability at and above which a finding is called present; findings without one are left out."""
+        return MappingProxyType(self._manifest.operating_points)
+
+    def predict(self, image: ImageSource) -> Prediction:
+        """Return the findings in one radiograph.
+
+        Args:
+            image: a PNG, JPEG or DICOM file, or gray uint8 [H, W] with bone bright.
+
+        Raises:
+            ImageError: the image can't be read without guessing, or is out of the model's scope.
+        """
+        return self.predict_batch([image])[0]
+
+    def predict_batch(self, images: Sequence[ImageSource]) -> list[Prediction]:
+        """Return the findings in several radiographs, in order, run as one batch.
+
+        Raises:
+            ImageError: an image can't be read without guessing, or is out of the model's scope.
+            SessionError: none or more images than the session takes.
+        """
+        if isinstance(images, str | Path | np.ndarray):
+            raise SessionError(f"got one {type(images).__name__}, needed a list of images. For one image: predict.")
+        if not images:
+            raise SessionError("got no images, needed at least one.")
+        pixels = [self._preprocessing(self.read(image)) for image in images]
+        logits, maps = self._session.run(pixels[0] if len(pixels) == 1 else np.concatenate(pixels))
+        return [Prediction.of(*row, self._manifest) for row in zip(logits, maps, strict=True)]
+
+    def read(self, image: ImageSource) -> Gray:
+        """Return the gray picture that `predict` would look at.
+
+        Raises:
+            ImageError: see predict.
+        """
+        gray = self._reader.read(Path(image), scope=self._scope) if isinstance(image, str | Path) else image
+        check_image(gray, self._scope.picture)
+        return gray
+
+    def predict_stream(
+        self, paths: Iterable[Path | str], *, with_maps: bool = False
+    ) -> Generator[tuple[Path, Prediction | ImageError]]:
+        """Yield (path, findings) for each file, in order; for a file that can't be read, the ImageError that says why.
+
+        Lazy, in constant memory for any number of files: paths are taken a few ahead while answers are asked for. Files are
+        decoded while others are computed. Batches are cut by place, every `flow.batch_size` paths: the same list gives the
+        same bits, from any multiple of it on.
+
+        Args:
+            paths: files.
+            with_maps: keep the activation maps.
+
+        Raises:
+            SessionError: the session failed; nothing more is begun.
+        """
+        turns = Semaphore(self._flow.calls)
+
+        def answer(batch: list[Path | str]) -> list[tuple[Path, Prediction | ImageError]]:
+            loaded = [self._load(Path(path)) for path in batch]
+            pixels = [each for each in loaded if not isinstance(each, ImageError)]
+            with turns:
+                named = iter(self._run_batch(pixels, with_maps=with_maps)) if pixels else iter(())
+            return [
+                (Path(path), each if isinstance(each, ImageError) else next(named))
+                for path, each in zip(batch, loaded, strict=True)
+            ]
+
+        workers = self._flow.workers
+        batches = iter_lists(paths, self._flow.batch_size)
+        with closing(in_order(answer, batches, workers=workers, ahead=2 * workers)) as answered:
+            for answers in answered:
+                yield from answers
+
+    def close(self) -> None:
+        """Free the model, and end the process that decodes DICOM."""
+        self._reader.close()
+        self._session.close()
+
+    def __enter__(self) -> "Predictor":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _load(self, path: Path) -> Pixels | ImageError:
+        try:
+            return self._preprocessing(self.read(path))
+        except ImageRefusedError as err:
+            # A new one: the first one's traceback would keep the damaged file's bytes for as long as it is kept.
+            return ImageRefusedError(err.reason, str(err))
+        except ImageError as err:
+            return ImageError(str(err))
+
+    def _run_batch(self, pixels: list[Pixels], *, with_maps: bool) -> list[Prediction]:
+        logits, maps = run_padded(self._session, np.concatenate(pixels))
+        rows = zip(logits, maps, strict=True)
+        return [Prediction.of(row, row_maps if with_maps else None, self._manifest) for row, row_maps in rows]
+
+
+def draw_cam(gray: Gray, cam: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Return RGB uint8 [H, W, 3]: the radiograph with one finding's activation map over it, as the paper shows it.
+
+    Only evidence *for* the finding is shown, red where it is strongest; a map without any leaves the image gray.
+
+    Args:
+        gray: uint8 [H, W].
+        cam: float32 [h, w], stretched bilinearly over the whole image: preprocessing squashes, so cells do too.
+    """
+    height, width = gray.shape
+    evidence = np.maximum(cam, 0.0) / max(float(cam.max()), 1e-6)
+    stretched = Image.fromarray(evidence.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR)
+    heat = np.clip(np.asarray(stretched), 0.0, 1.0)[..., None]
+    colour = np.concatenate([heat, np.maximum(0.0, 1.0 - np.abs(2.0 * heat - 1.0)), 1.0 - heat], axis=2) * 255.0
+    opacity = 0.5 * heat
+    blended: NDArray[np.uint8] = (gray[..., None] * (1.0 - opacity) + colour * opacity).round().astype(np.uint8)
+    return blended

@@ -1,0 +1,99 @@
+"""Open a bundle on a backend: the only place that picks one. It checks known answers before it hands a session out."""
+
+import importlib.util
+
+import numpy as np
+
+from chexnet_deploy.bundle.bundle import Bundle
+from chexnet_deploy.errors import MissingPackageError, SessionError
+from chexnet_deploy.runtime.sessions.base import Provider, Session, run_in_batches
+
+N_STARTUP_PROBES = 4  # enough to catch a wrong file or backend, few enough for a scanner's start-up
+# What two machines may differ by beyond the error measured when the bundle was kept: other instruction sets round
+# other ways. Fp32 logits of the same graph differ by about 1e-5 between AVX2 and AVX-512.
+LOGIT_SLACK = 2e-3
+CAM_IDENTITY_TOLERANCE = 1e-4
+
+
+def open_session(
+    bundle: Bundle, *, threads: int | None = None, provider: Provider = "auto", lanes: int = 1, device: int = 0
+) -> Session:
+    """Load a bundle on the backend it was made for and check its known answers.
+
+    Args:
+        bundle: verified; if it was opened with trust, its release is the oldest that runs here from now on.
+        threads: CPU threads for one call, for ONNX bundles; None takes all cores.
+        provider: what runs an ONNX bundle.
+        lanes: calls that a plan answers at a time; each takes a stream and memory of its own.
+        device: the GPU's number, for plans.
+
+    Raises:
+        MissingPackageError: the backend is not installed.
+        SessionError: the plan is for another machine, the backend refuses the model, or it answers otherwise than when
+            the bundle was made.
+        TrustError: a newer release has run since the bundle was opened, or that it ran can't be kept.
+    """
+    session: Session
+    if bundle.manifest.target is not None:
+        from chexnet_deploy.runtime.sessions.trt import TrtSession
+
+        session = TrtSession.open(bundle, lanes=lanes, device=device)
+    else:
+        session = _open_onnx(bundle, threads, provider)
+    try:
+        check_known_answers(session, bundle, n_probes=N_STARTUP_PROBES)
+        bundle.keep_release()
+    except BaseException:
+        session.close()
+        raise
+    return session
+
+
+def resolve_provider(provider: Provider) -> Provider:
+    """Return what `provider` means here: "auto" is OpenVINO where it is installed, and else ONNX Runtime on the CPU."""
+    if provider != "auto":
+        return provider
+    return "cpu" if importlib.util.find_spec("openvino") is None else "openvino"
+
+
+def _open_onnx(bundle: Bundle, threads: int | None, provider: Provider) -> Session:
+    if resolve_provider(provider) == "openvino":
+        try:
+            from chexnet_deploy.runtime.sessions.openvino import OpenvinoSession
+        except ModuleNotFoundError as err:
+            raise MissingPackageError("openvino is not installed. Run: pip install 'chexnet-deploy[openvino]'") from err
+        return OpenvinoSession.open(bundle, threads=threads)
+    try:
+        from chexnet_deploy.runtime.sessions.ort import OrtSession
+    except ModuleNotFoundError as err:
+        raise MissingPackageError(
+            "neither openvino nor onnxruntime is installed. Run: pip install 'chexnet-deploy[cpu]'"
+        ) from err
+    return OrtSession.open(bundle, threads=threads, provider="cuda" if provider == "cuda" else "cpu")
+
+
+def check_known_answers(session: Session, bundle: Bundle, *, n_probes: int) -> float:
+    """Run the first probes and return the largest |logit difference| to the fp32 model's answers.
+
+    Raises:
+        SessionError: the answers differ by more than when the bundle was kept, or maps and logits disagree.
+    """
+    manifest, probe = bundle.manifest, bundle.read_probe()
+    logits, maps = run_in_batches(session, probe.pixels[:n_probes])
+    if logits.shape != probe.logits[:n_probes].shape or maps.shape != probe.cam[:n_probes].shape:
+        raise SessionError(
+            f"{bundle.path}: the model answers {logits.shape} and {maps.shape}, not as its manifest says."
+        )
+    error = float(np.abs(logits - probe.logits[:n_probes]).max())
+    # Twice, because int8 rounds to another step when fp32 sums differ in the last bit.
+    allowed = 2.0 * manifest.probe_max_abs_logit_error + LOGIT_SLACK
+    if error > allowed:
+        raise SessionError(
+            f"{bundle.path}: known answers differ by {error:.4f} logits, {allowed:.4f} is allowed. "
+            f"This backend does not run this model as it was proven; don't use it here. Run: chexnet-deploy doctor"
+        )
+    from_maps = maps.mean(axis=(2, 3), dtype=np.float64) + np.asarray(manifest.head_bias)
+    gap = float((np.abs(from_maps - logits) / np.maximum(1.0, np.abs(logits))).max())
+    if gap > CAM_IDENTITY_TOLERANCE:
+        raise SessionError(f"{bundle.path}: maps and logits disagree by {gap:.1e}, 1e-4 is allowed. Export it again.")
+    return error

@@ -1,0 +1,1 @@
+"""A bundle over HTTP: Open Inference Protocol v2, /predict, a page and metrics."""

@@ -1,0 +1,1 @@
+"""One table from a Ray cluster."""

@@ -1,0 +1,180 @@
+import time
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from chexnet_deploy.bundle.bundle import Bundle, find_reference
+from chexnet_deploy.datasets.chestxray14 import ChestXray14
+from chexnet_deploy.datasets.labelled import LabelledImages
+from chexnet_deploy.errors import BundleError, SpecError
+from chexnet_deploy.evaluation.bench_report import BenchReport, summary_rows
+from chexnet_deploy.evaluation.engines import Effort, run_bench
+from chexnet_deploy.evaluation.latency import WARMUP_RUNS, LatencyReport, measure_latency
+from chexnet_deploy.evaluation.machine import describe_machine
+from chexnet_deploy.evaluation.spec import EngineSpec, LatencyGate, read_spec
+from chexnet_deploy.images.preprocessing import Pixels
+from chexnet_deploy.runtime.sessions.base import Logits, Maps
+
+PIXELS = np.zeros((4, 1, 32, 32), np.uint8)
+QUICK = Effort(min_runs=2, min_duration_s=0.0)
+
+
+class FakeSession:
+    batch_range = (1, 16)
+
+    def __init__(self, name: str, calls: list[str], seconds: float = 0.0) -> None:
+        self.name, self.calls, self.seconds = name, calls, seconds
+
+    def run(self, pixels: Pixels) -> tuple[Logits, Maps]:
+        self.calls.append(self.name)
+        time.sleep(self.seconds)
+        return np.zeros((len(pixels), 1), np.float32), np.zeros((len(pixels), 1, 1, 1), np.float32)
+
+    def conv_types(self) -> Mapping[str, int]:
+        return {"float32": 1}
+
+    def close(self) -> None:
+        self.calls.append(f"close {self.name}")
+
+
+def test_sessions_warm_up_and_then_take_turns() -> None:
+    calls: list[str] = []
+    sessions = {name: FakeSession(name, calls) for name in "ab"}
+    rounds: list[int] = []
+    reports = measure_latency(sessions, PIXELS, "offline", min_runs=5, min_duration_s=0.0, on_round=rounds.append)
+    assert calls == ["a"] * WARMUP_RUNS + ["b"] * WARMUP_RUNS + ["a", "b"] * 5
+    assert rounds == [1, 2, 3, 4, 5]
+    for report in reports.values():
+        assert (len(report.samples_ms), report.batch_size, report.warmup_runs) == (5, 4, WARMUP_RUNS)
+        assert report.scenario == "offline"
+
+
+def test_the_fastest_session_gets_enough_time_too() -> None:
+    calls: list[str] = []
+    sessions = {"slow": FakeSession("slow", calls, 0.01), "fast": FakeSession("fast", calls, 0.002)}
+    reports = measure_latency(sessions, PIXELS[:1], "single_stream", min_runs=1, min_duration_s=0.02)
+    assert len(reports["slow"].samples_ms) == len(reports["fast"].samples_ms) >= 2
+    assert all(sum(report.samples_ms) >= 20.0 for report in reports.values())
+    assert min(reports["slow"].samples_ms) >= 10.0 > 2.0
+
+
+def test_percentiles_and_throughput_by_hand() -> None:
+    report = LatencyReport(
+        scenario="offline", batch_size=8, warmup_runs=3, samples_ms=tuple(float(i) for i in range(101))
+    )
+    # 0..100 ms: the q-th percentile is q. 101 runs of 8 images in 5050 ms.
+    assert (report.p50_ms, report.p90_ms, report.p99_ms) == pytest.approx((50.0, 90.0, 99.0))
+    assert report.images_per_s == pytest.approx(808 / 5.05)
+
+
+def test_a_percentile_between_two_samples_is_interpolated() -> None:
+    report = LatencyReport(scenario="single_stream", batch_size=1, warmup_runs=3, samples_ms=(30.0, 10.0))
+    assert (report.p50_ms, report.p90_ms) == pytest.approx((20.0, 28.0))
+    assert report.images_per_s == pytest.approx(50.0)
+
+
+def test_a_report_without_samples_is_refused() -> None:
+    with pytest.raises(ValidationError):
+        LatencyReport(scenario="offline", batch_size=1, warmup_runs=3, samples_ms=())
+
+
+@pytest.fixture(scope="module")
+def images(phantom: ChestXray14, bundles: dict[str, Bundle]) -> LabelledImages:
+    return LabelledImages.of(phantom.split("test"), bundles["fp32"].manifest.findings)
+
+
+def with_gate(precision: str, **changes: object) -> EngineSpec:
+    spec = read_spec(precision)
+    return spec.model_copy(update={"gate": spec.gate.model_copy(update=changes)})
+
+
+def bench(engine: Bundle, spec: EngineSpec, reference: Bundle, images: LabelledImages | None = None) -> BenchReport:
+    return run_bench([(engine, spec)], reference, images, data="phantom", effort=QUICK).report
+
+
+def test_three_engines_side_by_side(bundles: dict[str, Bundle], images: LabelledImages) -> None:
+    phases: set[str] = set()
+    run = run_bench(
+        [(bundle, with_gate(bundle.manifest.precision.value, min_positive_patients=1)) for bundle in bundles.values()],
+        bundles["fp32"],
+        images,
+        data="phantom",
+        effort=QUICK,
+        on_phase=lambda phase, done, total: phases.add(phase),
+    )
+    engines = {engine.name: engine for engine in run.report.engines}
+    assert list(engines) == ["fp32", "fp16", "int8", "int8-cpu"]
+    assert phases == {"accuracy", "batch 1", "batch 16"}
+    assert {name: engine.is_emulated for name, engine in engines.items()} == {
+        "fp32": False,
+        "fp16": True,
+        "int8": False,
+        "int8-cpu": False,
+    }
+    assert engines["fp32"].verdict == "PASS"
+    assert engines["fp32"].parity is not None
+    assert engines["fp32"].parity.max_abs_logit_difference < 1e-4
+    assert run.report.verdict == ("FAIL" if "FAIL" in {e.verdict for e in engines.values()} else "PASS")
+    assert set(run.logits) == {"reference", *engines}
+    assert all(logits.shape == (len(images.names), 14) for logits in run.logits.values())
+    assert [row["engine"] for row in summary_rows(run.report)] == list(engines)
+    assert [" emulated" in row["p50 ms"] for row in summary_rows(run.report)] == [False, True, False, False]
+    assert BenchReport.model_validate_json(run.report.model_dump_json()) == run.report
+
+
+def test_without_images_nothing_passes(bundles: dict[str, Bundle]) -> None:
+    report = bench(bundles["fp32"], read_spec("fp32"), bundles["fp32"])
+    assert report.verdict == "INCONCLUSIVE"
+    assert "accuracy was not measured" in report.engines[0].reasons[0]
+    assert summary_rows(report)[0]["mean AUROC"] == "not measured"
+
+
+def test_an_unproven_latency_is_inconclusive(bundles: dict[str, Bundle], images: LabelledImages) -> None:
+    spec = with_gate("fp32", min_positive_patients=1, latency="unproven")
+    report = bench(bundles["fp32"], spec, bundles["fp32"], images)
+    assert (report.verdict, len(report.engines[0].reasons)) == ("INCONCLUSIVE", 1)
+    assert "have not been measured" in report.engines[0].reasons[0]
+
+
+def test_too_slow_fails_by_percentile(bundles: dict[str, Bundle], images: LabelledImages) -> None:
+    spec = with_gate("fp32", min_positive_patients=1, latency=LatencyGate(p50_ms=1e-6, p99_ms=1e6))
+    report = bench(bundles["fp32"], spec, bundles["fp32"], images)
+    assert report.verdict == "FAIL"
+    failure, doubt = report.engines[0].reasons
+    assert failure.startswith("p50")
+    # A 99th percentile of so few runs proves nothing; it is said even where it is within its limit.
+    assert doubt.startswith("p99 of ")
+
+
+def test_fast_enough_passes(bundles: dict[str, Bundle], images: LabelledImages) -> None:
+    spec = with_gate("fp32", min_positive_patients=1, latency=LatencyGate(p50_ms=1e6, p99_ms=1e6))
+    effort = Effort(min_runs=100, min_duration_s=0.0)
+    run = run_bench([(bundles["fp32"], spec)], bundles["fp32"], images, data="phantom", effort=effort)
+    assert (run.report.verdict, run.report.engines[0].reasons) == ("PASS", ())
+
+
+def test_a_stranger_is_no_reference(bundles: dict[str, Bundle]) -> None:
+    with pytest.raises(BundleError, match="not in the ancestry"):
+        bench(bundles["int8"], read_spec("int8"), bundles["fp16"])
+
+
+def test_a_spec_of_another_precision_is_refused(bundles: dict[str, Bundle]) -> None:
+    with pytest.raises(SpecError, match="the spec is for int8"):
+        bench(bundles["fp16"], read_spec("int8"), bundles["fp32"])
+
+
+def test_a_spec_of_a_gpu_is_refused_on_a_cpu(bundles: dict[str, Bundle]) -> None:
+    with pytest.raises(SpecError, match=r"H200, but .* OpenVINO \(cpu\)"):
+        bench(bundles["int8"], read_spec("h200-int8"), bundles["fp32"])
+
+
+def test_the_reference_is_found_beside_its_engine(bundles: dict[str, Bundle]) -> None:
+    assert {find_reference(bundle).id for bundle in bundles.values()} == {bundles["fp32"].id}
+
+
+def test_the_machine_is_described() -> None:
+    machine = describe_machine()
+    assert machine.cores >= 1
+    assert {"numpy", "onnxruntime"} <= set(machine.packages)

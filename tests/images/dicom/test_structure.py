@@ -1,0 +1,199 @@
+"""Elements that lie about their size are refused before anything else reads them; every byte is written by hand here."""
+
+import struct
+import zlib
+
+import pytest
+
+from benchmarks.rigs.synthetic_dicom import make_dicom
+from chexnet_deploy.errors import ImageRefusedError, RefusalReason
+from chexnet_deploy.images.dicom.elements import MAX_DEPTH, MAX_ELEMENT_BYTES, MAX_ELEMENTS, Structure, read_structure
+from chexnet_deploy.images.dicom.header import TRANSFER_SYNTAXES
+
+UNDEFINED = 0xFFFFFFFF
+
+
+def element(tag: int, vr: bytes, value: bytes, length: int | None = None) -> bytes:
+    length = len(value) if length is None else length
+    head = struct.pack("<HH2s", tag >> 16, tag & 0xFFFF, vr)
+    is_long = vr in (b"OB", b"OW", b"SQ", b"UN", b"UT")
+    return head + (struct.pack("<2xI", length) if is_long else struct.pack("<H", length)) + value
+
+
+def mark(tag: int, length: int = 0) -> bytes:
+    return struct.pack("<HHI", tag >> 16, tag & 0xFFFF, length)
+
+
+def item(content: bytes, length: int | None = None) -> bytes:
+    return mark(0xFFFEE000, len(content) if length is None else length) + content
+
+
+ITEM_END, SEQUENCE_END = mark(0xFFFEE00D), mark(0xFFFEE0DD)
+
+
+def dicom(*elements: bytes, syntax: bytes = b"1.2.840.10008.1.2.1\0") -> bytes:
+    return bytes(128) + b"DICM" + element(0x00020010, b"UI", syntax) + b"".join(elements)
+
+
+def read(content: bytes) -> Structure:
+    return read_structure("x", content, TRANSFER_SYNTAXES)
+
+
+def refused(content: bytes) -> tuple[RefusalReason, str]:
+    with pytest.raises(ImageRefusedError) as caught:
+        read(content)
+    return caught.value.reason, str(caught.value)
+
+
+ROWS = element(0x00280010, b"US", b"\x07\0")
+
+
+def test_values_are_where_they_lie() -> None:
+    structure = read(dicom(ROWS, element(0x7FE00010, b"OW", b"pixels")))
+    assert {tag: bytes(found.value) for tag, found in structure.elements.items()} == {
+        0x00280010: b"\7\0",
+        0x7FE00010: b"pixels",
+    }
+    assert structure.header_bytes == 128 + 4 + 8 + 20 + 10  # preamble, mark, transfer syntax, Rows
+
+
+@pytest.mark.parametrize(
+    "sequence",
+    [
+        element(0x00082218, b"SQ", item(ROWS)),
+        element(0x00082218, b"SQ", item(ROWS, UNDEFINED) + ITEM_END),
+        element(0x00082218, b"SQ", item(ROWS) + SEQUENCE_END, UNDEFINED),
+        element(0x00082218, b"SQ", item(ROWS, UNDEFINED) + ITEM_END + SEQUENCE_END, UNDEFINED),
+        # UN of undefined length: implicit VR inside.
+        element(0x00082218, b"UN", item(struct.pack("<HHI", 0x28, 0x10, 2) + b"\7\0") + SEQUENCE_END, UNDEFINED),
+    ],
+)
+def test_the_same_sequence_in_every_form(sequence: bytes) -> None:
+    found = read(dicom(sequence, element(0x00280011, b"US", b"\x08\0"))).elements
+    assert [bytes(inner[0x00280010].value) for inner in found[0x00082218].items] == [b"\7\0"]
+    assert bytes(found[0x00280011].value) == b"\x08\0"
+
+
+def test_implicit_vr_knows_sequences_from_the_dictionary() -> None:
+    inner = struct.pack("<HHI", 0x28, 0x10, 2) + b"\7\0"
+    outer = struct.pack("<HHI", 0x0008, 0x2218, len(inner) + 8) + item(inner)
+    found = read(dicom(outer, syntax=b"1.2.840.10008.1.2\0")).elements
+    assert found[0x00082218].items[0][0x00280010].vr == "US"
+
+
+def test_fragments_without_their_offset_table() -> None:
+    pixels = element(0x7FE00010, b"OB", item(b"") + item(b"ab") + item(b"cd") + SEQUENCE_END, UNDEFINED)
+    fragments = read(dicom(pixels, syntax=b"1.2.840.10008.1.2.4.50")).elements[0x7FE00010].fragments
+    assert fragments is not None
+    assert [bytes(fragment) for fragment in fragments] == [b"ab", b"cd"]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason", "found"),
+    [
+        (b"", RefusalReason.NOT_DICOM, "no DICM mark"),
+        (dicom(ROWS)[132:], RefusalReason.NOT_DICOM, "no DICM mark"),
+        (dicom(ROWS, syntax=b"1.2.840.10008.1.2.1.99"), RefusalReason.TRANSFER_SYNTAX, "1.2.840.10008.1.2.1.99"),
+        (dicom(ROWS, syntax=b"1.2.840.10008.1.2.2\0"), RefusalReason.TRANSFER_SYNTAX, "transfer syntax 1.2.840"),
+        (dicom(ROWS, syntax=b"CANARY"), RefusalReason.TRANSFER_SYNTAX, "no valid UID"),
+        (bytes(128) + b"DICM" + ROWS, RefusalReason.TRANSFER_SYNTAX, "no valid UID"),
+        (dicom(element(0x00080060, b"CS", b"CR", 40)), RefusalReason.TRUNCATED, "declares 40 bytes where 2 are left"),
+        (dicom(element(0x7FE00010, b"OW", b"abc", 0xFFFFFFF0)), RefusalReason.TRUNCATED, "4,294,967,280 bytes where 3"),
+        (dicom(ROWS)[:-1], RefusalReason.TRUNCATED, "declares 2 bytes where 1 are left"),
+        (dicom(ROWS) + b"\0", RefusalReason.TRUNCATED, "1 bytes where an element must begin"),
+        (dicom(element(0x00082218, b"SQ", item(ROWS, 90))), RefusalReason.TRUNCATED, "an item that declares 90"),
+        (
+            dicom(element(0x00082218, b"SQ", item(ROWS), UNDEFINED)),
+            RefusalReason.TRUNCATED,
+            "a sequence without an end",
+        ),
+        (dicom(element(0x00082218, b"SQ", item(ROWS, UNDEFINED))), RefusalReason.TRUNCATED, "an item without an end"),
+        (
+            dicom(element(0x7FE00010, b"OB", item(b"")[:-1], UNDEFINED)),
+            RefusalReason.TRUNCATED,
+            "where an element must",
+        ),
+        (dicom(element(0x7FE00010, b"OB", item(b""), UNDEFINED)), RefusalReason.TRUNCATED, "pixel data without an end"),
+        (
+            dicom(element(0x7FE00010, b"OB", item(b"a", 9), UNDEFINED)),
+            RefusalReason.TRUNCATED,
+            "a fragment that declares",
+        ),
+        (dicom(ROWS, ROWS), RefusalReason.DAMAGED_HEADER, "(0028,0010) twice"),
+        (dicom(ROWS.replace(b"US", b"XX")), RefusalReason.DAMAGED_HEADER, "(0028,0010) without a VR"),
+        (dicom(ITEM_END), RefusalReason.DAMAGED_HEADER, "where it can't be"),
+        (
+            dicom(ROWS, element(0x00020010, b"UI", b"1.2\0")),
+            RefusalReason.DAMAGED_HEADER,
+            "(0002,0010) where it can't be",
+        ),
+        (
+            dicom(element(0x00280010, b"OB", b"", UNDEFINED)),
+            RefusalReason.DAMAGED_HEADER,
+            "of VR OB with undefined length",
+        ),
+        (dicom(element(0x00082218, b"SQ", ROWS)), RefusalReason.DAMAGED_HEADER, "where an item must begin"),
+        (dicom(element(0x7FE00010, b"OB", ROWS, UNDEFINED)), RefusalReason.DAMAGED_HEADER, "among the fragments"),
+        (
+            dicom(element(0x00082218, b"SQ", mark(0xFFFEE0DD, 4), UNDEFINED)),
+            RefusalReason.DAMAGED_HEADER,
+            "an end mark with a length",
+        ),
+        (
+            dicom(element(0x00091001, b"OB", bytes(MAX_ELEMENT_BYTES + 2))),
+            RefusalReason.TOO_LARGE,
+            "element (0009,1001) of 16,777,218 bytes",
+        ),
+    ],
+)
+def test_refused(content: bytes, reason: RefusalReason, found: str) -> None:
+    got, message = refused(content)
+    assert got is reason
+    assert message.startswith("x: found ")
+    assert found in message
+    assert "CANARY" not in message
+
+
+def nested(depth: int, length: int | None) -> bytes:
+    inside = ROWS
+    for _ in range(depth):
+        ends = (ITEM_END, SEQUENCE_END) if length else (b"", b"")
+        inside = element(0x00082218, b"SQ", item(inside + ends[0], length) + ends[1], length)
+    return inside
+
+
+@pytest.mark.parametrize("length", [None, UNDEFINED])
+def test_nesting_has_a_limit(length: int | None) -> None:
+    assert read(dicom(nested(MAX_DEPTH, length))).elements
+    assert refused(dicom(nested(MAX_DEPTH + 1, length)))[0] is RefusalReason.TOO_LARGE
+    assert refused(dicom(nested(400, length)))[0] is RefusalReason.TOO_LARGE  # pydicom: RecursionError
+
+
+def test_the_number_of_elements_has_a_limit() -> None:
+    def some(n: int) -> bytes:
+        return dicom(*(element(0x00091000 + i, b"US", b"\0\0") for i in range(n - 1)))
+
+    assert read(some(MAX_ELEMENTS)).elements  # the transfer syntax is one of them
+    assert refused(some(MAX_ELEMENTS + 1))[0] is RefusalReason.TOO_LARGE
+    items = element(0x00082218, b"SQ", item(b"") * MAX_ELEMENTS)
+    assert refused(dicom(items))[0] is RefusalReason.TOO_LARGE
+    fragments = element(0x7FE00010, b"OB", item(b"") * MAX_ELEMENTS + SEQUENCE_END, UNDEFINED)
+    assert refused(dicom(fragments))[0] is RefusalReason.TOO_LARGE
+
+
+def test_a_deflate_bomb_is_not_inflated() -> None:
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15)
+    bomb = packer.compress(bytes(2**26)) + packer.flush()
+    content = dicom(syntax=b"1.2.840.10008.1.2.1.99") + bomb
+    assert refused(content)[0] is RefusalReason.TRANSFER_SYNTAX
+
+
+def test_every_truncation_of_a_file_is_refused() -> None:
+    content = make_dicom()
+    for length in range(len(content)):
+        try:
+            structure = read(content[:length])
+        except ImageRefusedError:
+            continue
+        # What ends between two elements is a shorter file, without its pixels.
+        assert 0x7FE00010 not in structure.elements

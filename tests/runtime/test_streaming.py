@@ -1,0 +1,266 @@
+import threading
+import time
+from collections.abc import Iterator
+from itertools import count, islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chexnet_deploy.bundle.bundle import Bundle
+from chexnet_deploy.bundle.manifest import EngineCard
+from chexnet_deploy.datasets.chestxray14 import ChestXray14
+from chexnet_deploy.errors import ImageError, SessionError
+from chexnet_deploy.images.preprocessing import Pixels
+from chexnet_deploy.runtime.predictor import Prediction, Predictor
+from chexnet_deploy.runtime.sessions.base import Session
+from chexnet_deploy.runtime.sessions.open import open_session
+from chexnet_deploy.runtime.streaming import Flow, choose_flow, in_order, iter_lists
+
+MEMORY_GROWTH_LIMIT_MIB = 8.0
+
+
+class Counting:
+    """A real session that counts how it is called; the sizes it takes may be narrowed."""
+
+    def __init__(self, session: Session, batch_range: tuple[int, int] = (1, 256)) -> None:
+        self.batch_range = batch_range
+        self.batches: list[int] = []
+        self.most_at_a_time = 0
+        self._session, self._at_work, self._lock = session, 0, threading.Lock()
+
+    def run(self, pixels: Pixels) -> tuple[np.ndarray, np.ndarray]:
+        with self._lock:
+            self.batches.append(len(pixels))
+            self._at_work += 1
+            self.most_at_a_time = max(self.most_at_a_time, self._at_work)
+        time.sleep(0.002)
+        try:
+            return self._session.run(pixels)
+        finally:
+            with self._lock:
+                self._at_work -= 1
+
+
+@pytest.fixture(scope="module")
+def session(bundles: dict[str, Bundle]) -> Iterator[Session]:
+    opened = open_session(bundles["fp32"], threads=1)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def paths(phantom: ChestXray14, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Eleven images; the third and the last can't be read."""
+    bad = tmp_path_factory.mktemp("bad") / "bad.png"
+    bad.write_bytes(b"no picture")
+    good = [radiograph.path for radiograph in phantom.split("test")[:9] if radiograph.path is not None]
+    return [*good[:2], bad, *good[2:], bad.with_name("absent.png")]
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    delays=st.lists(st.sampled_from([0.0, 0.0, 0.001, 0.003]), max_size=20),
+    workers=st.integers(1, 4),
+    ahead=st.integers(1, 6),
+)
+def test_answers_come_in_order_and_no_more_is_begun_than_allowed(delays: list[float], workers: int, ahead: int) -> None:
+    n_taken = n_answered = 0
+    most_open = 0
+
+    def items() -> Iterator[tuple[int, float]]:
+        nonlocal n_taken, most_open
+        for item in enumerate(delays):
+            n_taken += 1
+            most_open = max(most_open, n_taken - n_answered)
+            yield item
+
+    def work(item: tuple[int, float]) -> int:
+        time.sleep(item[1])
+        return item[0]
+
+    answers = []
+    for answer in in_order(work, items(), workers=workers, ahead=ahead):
+        answers.append(answer)
+        n_answered += 1
+    assert answers == list(range(len(delays)))
+    assert most_open <= ahead
+
+
+def test_items_are_worked_on_side_by_side() -> None:
+    # Each waits for two others: one after another, they would never end.
+    together = threading.Barrier(3, timeout=20)
+    assert len(list(in_order(lambda _: together.wait(), range(6), workers=3, ahead=3))) == 6
+
+
+def test_an_error_comes_in_its_turn_and_ends_the_work() -> None:
+    begun = []
+
+    def work(item: int) -> int:
+        begun.append(item)
+        if item == 3:
+            raise SessionError("broken")
+        return item
+
+    answers = in_order(work, count(), workers=2, ahead=4)
+    assert list(islice(answers, 3)) == [0, 1, 2]
+    with pytest.raises(SessionError, match="broken"):
+        next(answers)
+    assert max(begun) <= 6
+
+
+def test_who_stops_early_leaves_no_thread_behind() -> None:
+    before = threading.active_count()
+    answers = in_order(lambda item: item, count(), workers=3, ahead=6)
+    assert next(answers) == 0
+    answers.close()
+    assert threading.active_count() == before
+
+
+def test_lists_of_n() -> None:
+    assert list(iter_lists(range(7), 3)) == [[0, 1, 2], [3, 4, 5], [6]]
+    assert list(iter_lists([], 3)) == []
+
+
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"calls": 0}, {"calls": 3, "workers": 2}])
+def test_a_flow_checks_itself(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="calls <= workers"):
+        Flow(**wrong)
+
+
+def test_the_flow_fits_the_session(bundles: dict[str, Bundle]) -> None:
+    manifest = bundles["fp32"].manifest
+    # Four cores: a call on each, two calls of two threads, or one call on all; and one worker more, which may wait.
+    assert choose_flow(manifest, threads=1, provider="cpu", cores=4) == Flow(1, calls=4, workers=5)
+    assert choose_flow(manifest, threads=2, provider="cpu", cores=4) == Flow(1, calls=2, workers=5)
+    assert choose_flow(manifest, threads=None, provider="cpu", cores=4) == Flow(1, calls=1, workers=5)
+    assert choose_flow(manifest, threads=None, provider="cuda", cores=4) == Flow(16, calls=1, workers=5)
+    card = EngineCard(
+        build_s=1.0, plan_bytes=1, batch=(1, 4, 8), conv_types={}, fallbacks=(), n_kernels=1, n_reformats=0, bytes_per_image=None,
+        activation_bytes=1, warnings=(),
+    )  # fmt: skip
+    plan = manifest.model_copy(update={"engine": card})
+    assert choose_flow(plan, threads=None, provider="cpu", cores=4) == Flow(8, calls=1, workers=5)
+
+
+def test_a_stream_gives_what_predict_gives_to_the_last_bit(
+    bundles: dict[str, Bundle], session: Session, paths: list[Path]
+) -> None:
+    predictor = Predictor(session, bundles["fp32"].manifest, Flow(calls=2, workers=3))
+    answers = list(predictor.predict_stream(paths))
+    assert [path for path, _ in answers] == paths
+    for path, answer in answers:
+        if isinstance(answer, ImageError):
+            assert path.name in ("bad.png", "absent.png")
+        else:
+            alone = predictor.predict(path)
+            assert (answer.probabilities, answer.present) == (alone.probabilities, alone.present)
+            assert answer.maps == {}
+
+
+def test_maps_are_kept_where_they_are_asked_for(
+    bundles: dict[str, Bundle], session: Session, paths: list[Path]
+) -> None:
+    predictor = Predictor(session, bundles["fp32"].manifest, Flow())
+    (_, answer), *_ = predictor.predict_stream(paths[:1], with_maps=True)
+    assert isinstance(answer, Prediction)
+    alone = predictor.predict(paths[0])
+    assert all(np.array_equal(answer.maps[finding], alone.maps[finding]) for finding in alone.maps)
+
+
+def test_a_bad_file_says_why_and_keeps_nothing_alive(
+    bundles: dict[str, Bundle], session: Session, paths: list[Path]
+) -> None:
+    predictor = Predictor(session, bundles["fp32"].manifest, Flow())
+    answers = [answer for _, answer in predictor.predict_stream(paths)]
+    bad, absent = answers[2], answers[10]
+    assert isinstance(bad, ImageError)
+    assert isinstance(absent, ImageError)
+    assert "neither a PNG nor a JPEG" in str(bad)
+    assert "no such file" in str(absent)
+    # Frames of a traceback would hold the file's bytes and pixels.
+    assert (bad.__traceback__, bad.__cause__) == (None, None)
+
+
+def test_batches_are_cut_by_place_so_that_a_tail_gives_the_same_bits(
+    bundles: dict[str, Bundle], session: Session, paths: list[Path]
+) -> None:
+    counting = Counting(session)
+    predictor = Predictor(counting, bundles["fp32"].manifest, Flow(batch_size=4, calls=1, workers=2))  # type: ignore[arg-type]
+
+    def shown(start: int) -> list[object]:
+        return [getattr(answer, "probabilities", str(answer)) for _, answer in predictor.predict_stream(paths[start:])]
+
+    whole = shown(0)
+    assert sorted(counting.batches) == [2, 3, 4]  # places 0-3 and 8-10 hold one bad file each
+    assert shown(4) == whole[4:]
+    assert shown(8) == whole[8:]
+
+
+def test_a_small_batch_is_filled_up_for_a_session_that_takes_no_smaller(
+    bundles: dict[str, Bundle], session: Session, paths: list[Path]
+) -> None:
+    counting = Counting(session, batch_range=(4, 8))
+    predictor = Predictor(counting, bundles["fp32"].manifest, Flow(batch_size=8))  # type: ignore[arg-type]
+    answers = list(predictor.predict_stream(paths))
+    assert len(answers) == len(paths)
+    assert sorted(counting.batches) == [4, 7]  # 8 with one bad file, and 2 filled up to 4
+    last = answers[9][1]
+    assert isinstance(last, Prediction)
+    assert last.probabilities == pytest.approx(predictor_alone(bundles, session, paths[9]), abs=1e-5)
+
+
+def predictor_alone(bundles: dict[str, Bundle], session: Session, path: Path) -> dict[str, float]:
+    return Predictor(session, bundles["fp32"].manifest).predict(path).probabilities
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_no_more_calls_at_a_time_than_the_flow_says(
+    bundles: dict[str, Bundle], session: Session, paths: list[Path], calls: int
+) -> None:
+    counting = Counting(session)
+    predictor = Predictor(counting, bundles["fp32"].manifest, Flow(calls=calls, workers=4))  # type: ignore[arg-type]
+    list(predictor.predict_stream(paths * 3))
+    assert counting.most_at_a_time == calls
+
+
+def test_a_closed_session_stops_the_stream(bundles: dict[str, Bundle], paths: list[Path]) -> None:
+    with Predictor.open(bundles["fp32"].path, threads=1) as predictor:
+        pass
+    with pytest.raises(SessionError, match="closed"):
+        next(predictor.predict_stream(paths))
+
+
+def test_an_endless_stream_takes_a_few_paths_ahead(
+    bundles: dict[str, Bundle], session: Session, paths: list[Path]
+) -> None:
+    taken = 0
+
+    def endless() -> Iterator[Path]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield paths[0]
+
+    predictor = Predictor(session, bundles["fp32"].manifest, Flow(batch_size=2, calls=1, workers=3))
+    assert len(list(islice(predictor.predict_stream(endless()), 10))) == 10
+    assert taken <= 10 + 2 * 2 * 3
+
+
+def test_memory_stays_flat(bundles: dict[str, Bundle], session: Session, phantom_root: Path) -> None:
+    images = sorted((phantom_root / "images").iterdir()) * 5
+    assert len(images) > 1000
+    predictor = Predictor(session, bundles["fp32"].manifest, Flow(calls=2, workers=3))
+    settled_mib = 0.0
+    for place, (_, answer) in enumerate(predictor.predict_stream(images)):
+        assert isinstance(answer, Prediction)
+        if place == 100:
+            settled_mib = resident_mib()
+    assert resident_mib() - settled_mib <= MEMORY_GROWTH_LIMIT_MIB
+
+
+def resident_mib() -> float:
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return float(status["VmRSS"].split()[0]) / 1024.0
