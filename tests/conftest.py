@@ -117,7 +117,7 @@ def checkpoint_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def bundles(checkpoint_path: Path, phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
-    """Fp32, fp16 and each int8 form of the checkpoint, made as `chexnet-deploy export` makes them. Copy before you change one."""
+    """Fp32, fp16, int8 and int8-cpu of the checkpoint, made as `chexnet-deploy export` makes them. Copy before you change one."""
     from chexnet_deploy.bundle.manifest import Precision
     from chexnet_deploy.export.chain import export_bundles
 
@@ -134,11 +134,11 @@ def bundles(checkpoint_path: Path, phantom_root: Path, tmp_path_factory: pytest.
                 data_root=phantom_root,
                 calibration_list=None,
                 n_calibration_images=100,
-                dialects=("typed", "trt8", "cpu"),
+                dialects=("typed", "cpu"),
                 on_phase=lambda phase, done, total: None,
             )
             (folder / "bundles.done").touch()
-    names = ("fp32", "fp16", "int8", "int8-trt8", "int8-cpu")
+    names = ("fp32", "fp16", "int8", "int8-cpu")
     return {name: Bundle.open(folder / "bundles" / name) for name in names}
 
 

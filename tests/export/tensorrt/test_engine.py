@@ -72,26 +72,23 @@ def test_each_tensorrt_takes_its_own_dialect(bundles: dict[str, Bundle]) -> None
 
 
 @pytest.mark.parametrize(
-    ("backend", "version", "chosen"),
+    ("backend", "version", "forms"),
     [
-        ("tensorrt", "8.6.0", {"fp32": "fp32", "fp16": "fp16", "int8-trt8": "int8"}),
-        ("tensorrt", "10.13.3.9", {"fp32": "fp32", "fp16": "fp16", "int8": "int8"}),
-        ("tensorrt", "11.4.0.106", {"fp32": "fp32", "fp16": "fp16", "int8": "int8"}),
-        ("tensorrt_rtx", "1.7.1", {"fp32": "fp32", "fp16": "fp16", "int8": "int8"}),
+        ("tensorrt", "8.6.0", {"trt8"}),
+        ("tensorrt", "10.13.3.9", {"typed", "mixed"}),
+        ("tensorrt", "11.4.0.106", {"typed", "mixed"}),
+        ("tensorrt_rtx", "1.7.1", {"typed", "mixed"}),
     ],
 )
 def test_what_each_tensorrt_builds_and_by_which_spec(
-    bundles: dict[str, Bundle], backend: Backend, version: str, chosen: dict[str, str]
+    bundles: dict[str, Bundle], backend: Backend, version: str, forms: set[str]
 ) -> None:
-    family = family_of(backend, version)
-    specs = {
-        name: bundle.manifest.precision.value
-        for name, bundle in bundles.items()
-        if is_buildable(bundle.manifest, family)
-    }
-    assert specs == chosen
-    for name, spec in specs.items():
-        assert read_spec(spec).precision is bundles[name].manifest.precision
+    family, int8 = family_of(backend, version), bundles["int8"].manifest
+    manifests = [int8.model_copy(update={"dialect": form}) for form in ("typed", "mixed", "trt8", "cpu")]
+    assert {manifest.dialect for manifest in manifests if is_buildable(manifest, family)} == forms
+    assert all(is_buildable(bundles[name].manifest, family) for name in ("fp32", "fp16"))
+    for bundle in bundles.values():  # a spec is named after the precision, whatever the form
+        assert read_spec(bundle.manifest.precision.value).precision is bundle.manifest.precision
 
 
 def test_a_gpus_spec_is_for_that_gpu() -> None:
