@@ -22,7 +22,7 @@ from chexnet_deploy.evaluation.spec import EngineSpec, read_spec
 from chexnet_deploy.export.from_torch.model import CheXNet
 
 CHECKOUT = Path(__file__).parents[2]
-FORMS = ("fp16", "fp32", "int8", "int8-trt8")  # of those that the fixture makes, what a GPU takes
+FORMS = ("fp16", "fp32", "int8")  # of those that the fixture makes, what a GPU takes
 
 
 def command(*arguments: object) -> list[str]:
