@@ -2,7 +2,8 @@
 
 - `typed`: float16 around signed int8, opset 19, for TensorRT 10 and later.
 - `mixed`: the same with the 3x3 convolutions in float16, and one scale for each weight of the 1x1 ones. With that, TensorRT for
-  RTX adds the bias and the ReLU inside the int8 kernel and writes float16, where it otherwise writes float32.
+  RTX adds the bias and the ReLU inside the int8 kernel and writes float16, where it otherwise writes float32. Activations are
+  lowered by 127 steps, which doubles their steps: a 1x1 convolution pads nothing, so its bias can take that back.
 - `trt8`: float32 around signed int8, opset 17, for TensorRT 8.6.
 - `cpu`: float32 around int8 for OpenVINO and ONNX Runtime on CPUs. Activations are unsigned, which doubles their steps, the
   concats are integers too, the first convolution reads the gray pixels, and weights are such that CPUs without VNNI
