@@ -1,21 +1,21 @@
-"""Which radiographs a model is meant for, as data: part of a bundle's manifest.
+"""Which radiographs a model is meant for, as data in a bundle's manifest, and whether a DICOM header is of one of them.
 
-Says nothing of how a DICOM header is read; dicom/scope_check.py compares the two.
-
-Compare a DICOM header with the radiographs that a model is meant for.
+Reads no header, and needs no DICOM library.
 """
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from chexnet_deploy.errors import ImageRefusedError, RefusalReason, SpecError
 from chexnet_deploy.images.content_check import ImageGuardPolicy
-from chexnet_deploy.images.dicom.header import DicomHeader
 from chexnet_deploy.images.gray import refusal
 from chexnet_deploy.inputs import describe, read_toml
+
+if TYPE_CHECKING:
+    from chexnet_deploy.images.dicom.header import DicomHeader
 
 _Code = Annotated[str, StringConstraints(pattern=r"^[A-Z0-9_ ]{1,16}$")]  # DICOM's code string, PS3.5 section 6.2
 _Years = Annotated[int, Field(ge=0, le=150)]
@@ -60,7 +60,7 @@ class ScopePolicy(BaseModel):
         return self
 
 
-def find_scope_faults(header: DicomHeader, scope: ScopePolicy) -> dict[RefusalReason, str]:
+def find_scope_faults(header: "DicomHeader", scope: ScopePolicy) -> dict[RefusalReason, str]:
     """Return what is out of scope, most telling first, each with what was found; empty where the model may be asked.
 
     An age is not repeated: it belongs to the patient.
@@ -85,7 +85,7 @@ def find_scope_faults(header: DicomHeader, scope: ScopePolicy) -> dict[RefusalRe
     return faults
 
 
-def check_scope(name: object, header: DicomHeader, scope: ScopePolicy) -> None:
+def check_scope(name: object, header: "DicomHeader", scope: ScopePolicy) -> None:
     """Refuse a radiograph that the model is not meant for.
 
     Args:

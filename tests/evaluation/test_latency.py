@@ -16,6 +16,7 @@ from chexnet_deploy.evaluation.machine import describe_machine
 from chexnet_deploy.evaluation.spec import EngineSpec, LatencyGate, read_spec
 from chexnet_deploy.images.preprocessing import Pixels
 from chexnet_deploy.runtime.sessions.base import Logits, Maps
+from chexnet_deploy.runtime.sessions.ort import OrtSession
 
 PIXELS = np.zeros((4, 1, 32, 32), np.uint8)
 QUICK = Effort(min_runs=2, min_duration_s=0.0)
@@ -129,6 +130,22 @@ def test_without_images_nothing_passes(bundles: dict[str, Bundle]) -> None:
     assert report.verdict == "INCONCLUSIVE"
     assert "accuracy was not measured" in report.engines[0].reasons[0]
     assert summary_rows(report)[0]["mean AUROC"] == "not measured"
+
+
+def test_a_precision_that_the_layer_table_does_not_show_is_inconclusive(
+    bundles: dict[str, Bundle], images: LabelledImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OrtSession, "conv_types", lambda session: {"float32": 118, "unknown": 3})
+    report = run_bench(
+        [(bundles["fp32"], with_gate("fp32", min_positive_patients=1))],
+        bundles["fp32"],
+        images,
+        data="phantom",
+        effort=QUICK,
+        provider="cpu",
+    ).report
+    assert report.verdict == "INCONCLUSIVE"
+    assert report.engines[0].reasons == ("precision: the layer table does not show which type 3 convolutions run in",)
 
 
 def test_an_unproven_latency_is_inconclusive(bundles: dict[str, Bundle], images: LabelledImages) -> None:

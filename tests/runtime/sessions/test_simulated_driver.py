@@ -129,3 +129,21 @@ def test_a_bare_clone(libraries: Path, tmp_path: Path) -> None:
             (tmp_path / libs.name).symlink_to(libs)
     paths = os.pathsep.join(map(str, (tmp_path, CHECKOUT, SIMULATED)))
     run(libraries, "cuda-bindings", "life_of_a_session", ("-S", "-W", "error"), PYTHONPATH=paths, PATH="")
+
+
+@pytest.mark.parametrize(("cuda", "extra"), [("12040", "gpu-cu12"), ("13000", "gpu-cu13")])
+def test_doctor_asks_the_driver_and_names_the_one_line_that_is_missing(
+    libraries: Path, tmp_path: Path, cuda: str, extra: str
+) -> None:
+    code = (
+        "import sys; sys.modules['pycuda'] = None; from chexnet_deploy.cli import inspect; "
+        "inspect._version = {'cuda-bindings': '13.0'}.get; inspect.find_spec = lambda name: None; "
+        "ability = inspect._tensorrt(); print(ability.found, '|', ability.next_step)"
+    )
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(libraries), "SIM_CUDA_VERSION": cuda}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=CHECKOUT, env=environment, capture_output=True, text=True, check=True
+    )
+    found, step = done.stdout.strip().split(" | ")
+    assert found == f"Simulated GPU (driver for CUDA {cuda[:2]}.{cuda[3]}, by cuda-bindings), cuda-bindings 13.0"
+    assert step == f"needs pip install 'chexnet-deploy[{extra}]'"
