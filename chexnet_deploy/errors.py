@@ -21,10 +21,10 @@
     ├── TableError            a table of findings is of another run, was changed, or can't be written
     └── TrustError            nobody trusted has signed a bundle, it is too old, or a key or trust file can't be used
 
-A message says what was found, what was needed, and the next step. Errors of other libraries are translated at the
-door of the room that uses them, `from err`. Anything else that escapes is a bug: the command line exits 70.
+A message says what was found, what was needed, and the next step. Errors of other libraries are translated in
+the module that uses them, `from err`. Anything else that escapes is a bug: the command line exits 70.
 
-How long work says where it is: no progress bar below the command line, one signature for all who are told.
+OnPhase is how long work reports progress: one signature for all, and no progress bar below the command line.
 """
 
 from collections.abc import Callable

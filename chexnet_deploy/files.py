@@ -1,11 +1,8 @@
-"""Put bytes on disk so that a reader sees all of them or none: hashes and atomic writes.
+"""Hash files, write them atomically, and read files that somebody else may have laid out.
 
-Knows nothing of what the bytes mean. Raises OSError as the system does; callers say what was being written.
-
-Read files that somebody else may have laid out: no link, pipe or device is followed, and no size is believed.
-
-What a path names is opened once; its kind, links and size are read from the open file, so nothing can be swapped between
-looking and reading. Knows nothing of what the bytes mean; the caller says which error is its own.
+Knows nothing of what the bytes mean. Writing raises OSError as the system does; callers say what was being written. Reading
+follows no link, pipe or device and believes no size: what a path names is opened once, and its kind, links and size are read
+from the open file, so nothing can be swapped between looking and reading.
 """
 
 import contextlib

@@ -1,17 +1,11 @@
-"""Read anyone's labels: NIH's table, or a CSV with an image column, one of 0 and 1 for each finding, and patients.
+"""Read anyone's labels and predictions: CSV files in, scores and truth in one order out.
 
-Repairs nothing: an image without a patient, or with another than its name says, is refused. Columns are found by name;
-capitals, blanks and underscores don't matter.
-
-Read anyone's predictions beside anyone's labels: two CSV files in, scores and truth in one order out.
-
-Computes no statistics and repairs nothing: a score that is no number, a hole or an image without a label is refused.
-Two shapes of predictions are understood, by the names in the header; capitals, blanks and underscores don't matter:
+Computes no statistics and repairs nothing: a score that is no number, a hole, an image without a label or a patient is refused.
+Columns are found by name; capitals, blanks and underscores don't matter. Labels are NIH's Data_Entry_2017*.csv, or wide: an
+image column, one column of 0 and 1 for each finding, and patients. Predictions have one of two shapes:
 
     wide    Image Index, prob_Atelectasis, prob_Cardiomegaly, ...     a prefix or suffix out of SCORE_WORDS, or none
     long    image, finding, score                                     every image with every finding, once
-
-Labels are NIH's Data_Entry_2017*.csv, or wide: an image column, one column of 0 and 1 for each finding, and patients.
 """
 
 import hashlib

@@ -1,9 +1,8 @@
 """An evaluation as text: rows and sentences that the command line and the page both print. Computes nothing.
 
-What was published, for a table beside ours: Rajpurkar et al. 2017 (arXiv 1711.05225 v3), tables 1 and 2.
-
-Their patients were split at random and the lists never released, and their readers read 420 other images: nothing here can be
-compared number by number, and the page says so.
+PAPER is what was published, for a table beside ours: Rajpurkar et al. 2017 (arXiv 1711.05225 v3), tables 1 and 2. Their patients
+were split at random and the lists never released, and their readers read 420 other images: nothing here can be compared number
+by number, and the page says so.
 """
 
 from collections.abc import Sequence

@@ -2,9 +2,8 @@
 
 Takes areas and variances from delong.py; computes none. benchmarks/statistics/coverage.py measures how often the intervals hold.
 
-Student's t distribution without SciPy, which a scanner does not carry; tested against it.
-
-A share of images, such as sensitivity, with an interval that knows which images are of one patient.
+Student's t is computed here without SciPy, which a scanner does not carry, and tested against it. A share of images, such as
+sensitivity, has an interval that knows which images are of one patient.
 
 Images of one patient are alike, so a share of n images is as certain as one of fewer independent ones: the variance
 between patients says how many (Rao & Scott 1992, Biometrics 48:577), and Wilson's interval (1927) is taken at that number.

@@ -1,10 +1,7 @@
-"""Area under the ROC curve: exact, with ties counted one half, undefined where it is undefined.
+"""Areas under ROC curves, and the curve itself: exact, with ties counted one half, undefined where it is undefined.
 
-Patient-clustered variance is not here yet: a difference of two areas is reported as a point.
-
-An ROC curve at fixed false-positive rates, with a pointwise confidence band from resampled patients.
-
-Pointwise: at each rate 95 % of such bands hold the true sensitivity; the whole curve lies in the band less often.
+The band around a curve is pointwise, from resampled patients: at each rate 95 % of such bands hold the true sensitivity; the
+whole curve lies in the band less often. Variances of areas are delong.py's.
 """
 
 import math

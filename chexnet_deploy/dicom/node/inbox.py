@@ -1,21 +1,16 @@
-"""Names that only this node can lead back to an image.
-
-A plain SHA-256 of an image, or of its SOP Instance UID, is no secret: whoever has the image, or a public data set it came
-from, can look it up in a log. Under a key that never leaves the node (HMAC, RFC 2104) a log alone says nothing, while the
-hospital, which has both the key and the image, can still prove which image a line is about.
-
-An object on its way from the network to disk, and what can become of it.
-
-Writes a DICOM file (PS3.10) piece by piece; a disk that fails refuses the object, never the connection.
-
-Images that were received: on disk for good before they are acknowledged, each once, in the order they came.
+"""Received images, durable: on disk before they are acknowledged, each once, in the order they came.
 
     incoming/   what is being received; emptied at start, nobody was told it is here
     received/   acknowledged, not answered yet
     done/       empty markers of what was answered, so that it is known when it is sent again
 
 A name is NUMBER-INSTANCE-PIXELS: the order of arrival, and pseudonyms of SOP Instance UID and pixel data. A power failure
-or SIGKILL at any moment leaves an image in exactly one of these states (write, fsync, rename, fsync of the folder).
+or SIGKILL at any moment leaves an image in exactly one of these states (write, fsync, rename, fsync of the folder). A disk
+that fails refuses the object, never the connection.
+
+Pseudonyms are HMACs (RFC 2104) under a key that never leaves the node. A plain SHA-256 of an image or of its SOP Instance UID
+is no secret: whoever has the image can look it up in a log. The hospital, which has both the key and the image, can still
+prove which image a line is about.
 """
 
 import contextlib

@@ -1,7 +1,4 @@
-"""The node as one process: put its rooms together, run until told to stop, stop in order.
-
-What `chexnet-deploy node` does: read the configuration, then run the node, or print its unit.
-"""
+"""The node as one process: read the configuration, put the parts together, run until told to stop, stop in order."""
 
 import fcntl
 import os

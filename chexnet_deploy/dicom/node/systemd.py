@@ -1,9 +1,7 @@
-"""A systemd unit for a node: started, watched, restarted, and able to reach nothing that it has no use for.
+"""A systemd unit for a node, made from its configuration, and the notify protocol of sd_notify(3), which is one datagram.
 
-The unit is made from the configuration, so that its deadlines, addresses and ceilings are the node's own. Nothing here
-talks to systemd.
-
-Tell systemd how the service is: the protocol of sd_notify(3), which is one datagram.
+The unit's deadlines, addresses and ceilings are the node's own. The service is started, watched and restarted, and can reach
+nothing that it has no use for.
 """
 
 import contextlib

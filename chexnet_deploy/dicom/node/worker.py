@@ -1,11 +1,8 @@
-"""The seam between the node and what answers: an image's file in, DICOM files or a reason out.
+"""The worker process: requests and replies on two pipes, and what answers behind them.
 
-The node knows nothing of pixels or models; what answers knows nothing of networks, queues or logs.
-
-The worker's side: open the work, then answer one request after another on two pipes until the first one ends.
-
-Requests come as lines of JSON on standard input. A reply is a line of JSON and the documents it announces. Standard output
-carries replies alone: whatever a library prints goes nowhere, as it may quote an image's header.
+The node knows nothing of pixels or models; what answers knows nothing of networks, queues or logs. Requests come as lines of
+JSON on standard input. A reply is a line of JSON and the documents it announces. Standard output carries replies alone:
+whatever a library prints goes nowhere, as it may quote an image's header.
 """
 
 import ctypes

@@ -1,17 +1,14 @@
-"""Small handles on ONNX graphs that the quantising rooms share.
+"""Edits of ONNX graphs that the quantiser's modules share: reading and replacing nodes, flat concats, the gray first convolution.
 
-One concat of all its parts in place of a concat of a concat; the same numbers, for GPUs.
+Flat concats are for GPUs. A dense block grows by one concat a layer, each of the one before and the new part. TensorRT for RTX
+writes every one of them to memory once more before the BatchNorm that reads it; a concat of the parts themselves is read by
+the kernel of that BatchNorm. CPU runtimes copy the parts anew for each concat, which costs int8 a factor of two to three.
 
-A dense block grows by one concat a layer, each of the one before and the new part. TensorRT for RTX writes every one of them to
-memory once more before the BatchNorm that reads it; a concat of the parts themselves is read by the kernel of that BatchNorm.
-CPU runtimes copy the parts anew for each concat instead, which costs int8 a factor of two to three there.
-
-The first convolution on the gray picture itself, for CPUs: exact, with a third of the arithmetic, from uint8 pixels.
-
-The graph repeats the gray channel three times and normalises each with its own mean and deviation; the convolution
-sums them. That is one channel with the weighted sum of the weights, plus a constant that holds inside the picture but not
-in the zeros around it: a second channel, 255 inside and 0 around, carries it. Both are written twice, each with half the
-weight, so that the products of two neighbours fit into 16 bits (rounding.py); int8 kernels read channels in fours anyway.
+The gray first convolution is for CPUs: exact, with a third of the arithmetic, from uint8 pixels. The graph repeats the gray
+channel three times and normalises each with its own mean and deviation; the convolution sums them. That is one channel with
+the weighted sum of the weights, plus a constant that holds inside the picture but not in the zeros around it: a second
+channel, 255 inside and 0 around, carries it. Both are written twice, each with half the weight, so that the products of two
+neighbours fit into 16 bits (gptq.py); int8 kernels read channels in fours anyway.
 """
 
 from collections.abc import Iterable, Sequence

@@ -1,12 +1,9 @@
-"""Walk the elements of a DICOM file and refuse what lies about its own size.
+"""Walk the elements of a DICOM file, refuse what lies about its own size, and read a value as its VR says (PS3.5 section 6.2).
 
-Bytes only: what the elements mean is header.py's business. pydicom reads a file whose last element declares 4 GB and has
-3 bytes, inflates whatever it is given and follows nesting until Python's stack ends; a file that passed here does none
-of this to it. References: PS3.5 section 7 (data set), PS3.10 section 7.1 (preamble and meta information).
-
-Read an element's bytes as the value its VR says, or refuse (PS3.5 section 6.2).
-
-pydicom converts too, but warns with the patient's value in the warning, and by a setting of the whole process.
+What the elements mean is header.py's business. pydicom reads a file whose last element declares 4 GB and has 3 bytes,
+inflates whatever it is given and follows nesting until Python's stack ends; a file that passed here does none of this to
+it. pydicom converts values too, but warns with the patient's value in the warning, and by a setting of the whole process.
+References: PS3.5 section 7 (data set), PS3.10 section 7.1 (preamble and meta information).
 """
 
 import math

@@ -5,10 +5,7 @@
 A stored value has at most 16 bits, so the whole pipeline is one table, computed in float64 over every word there can be
 and applied by looking up: exact, and whatever a decoder returns has an entry. pydicom's `apply_voi` keeps an index in the
 look-up table's own type, so that 8-bit tables of more than 256 entries wrap, and its `apply_windowing` turns the picture
-round where the rescale slope is negative; hence these lines. grayscale_header.py reads
-the pipeline out of a header.
-
-Read out of a header which grayscale pipeline the image asks for, and refuse one that means nothing.
+round where the rescale slope is negative; hence these lines. A header that asks for a pipeline without meaning is refused.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,7 @@
-"""POST /predict: one image file in, named probabilities out, and where asked for the picture of where the model looked.
+"""POST /predict: one image file in, named probabilities out, and where asked for the activation map over the image.
 
-Read a request's body: whole, bounded after inflating too, and never onto a disk.
-
-A limit of N bytes lets N through and refuses N + 1, whether they came plain or compressed.
+A request's body is read whole, bounded after inflating too, and never onto a disk: a limit of N bytes lets N through and
+refuses N + 1, whether they came plain or compressed.
 """
 
 import base64

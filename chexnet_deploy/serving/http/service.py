@@ -1,6 +1,4 @@
-"""How many images may be in the house: admitted and not answered yet.
-
-What every route shares: the engine that runs now, who may use it, and how another one takes its place.
+"""What every route shares: the loaded model, the limit of images in flight, and how another model takes its place.
 
 Everything but opening, decoding and inference happens on one event loop, so nothing here needs a lock.
 """
