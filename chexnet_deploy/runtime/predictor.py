@@ -66,16 +66,9 @@ class Predictor:
 
     _bundle: Bundle | None = None
 
-    def __init__(
-        self,
-        session: Session,
-        manifest: Manifest,
-        flow: Flow = Flow(),  # noqa: B008 - frozen
-        *,
-        checks: bool = True,
-    ) -> None:
+    def __init__(self, session: Session, manifest: Manifest, flow: Flow | None = None, *, checks: bool = True) -> None:
         self._session = session
-        self._flow = flow
+        self._flow = flow = flow or Flow()
         self._manifest = manifest
         # Processes are started as compressed DICOM asks for them.
         self.loader = PixelLoader.of(manifest, ImageReader(processes=max(1, flow.workers - 1)), checks=checks)
@@ -151,14 +144,6 @@ class Predictor:
         pixels = [self.loader.load(image).pixels for image in images]
         logits, maps = self._session.run(pixels[0] if len(pixels) == 1 else np.concatenate(pixels))
         return [Prediction.of(*row, self._manifest) for row in zip(logits, maps, strict=True)]
-
-    def read(self, image: ImageSource) -> Gray:
-        """Return the gray picture that `predict` runs on.
-
-        Raises:
-            ImageError: see predict.
-        """
-        return self.loader.read(image)
 
     def self_test(self) -> None:
         """Check the known answers again.
