@@ -90,7 +90,7 @@ def main(
             "epochs": _lines(folder / RUN / METRICS),
             "throughput": _lines(folder / RUN / THROUGHPUT),
             "data": evaluation.data,
-            "whom": evaluation.whom,
+            "patients_note": evaluation.patients_note,
             "mean_auroc": evaluation.mean_auroc,
             "mean_auroc_interval": evaluation.mean_auroc_interval,
             "findings": {

@@ -152,9 +152,10 @@ class Bundle:
         return self._read_verified(self.manifest.model_name)
 
     def keep_release(self) -> None:
-        """Let nothing older run here from now on, where the trust it was opened with remembers releases.
+        """Raise the release floor, durably: nothing older runs here from now on. Without trust or floor it does nothing.
 
-        Called by open_session once the known answers hold: a release that doesn't run must not lock out the one that does.
+        Call it once the known answers hold, as `predict`, `serve` and `node` do: a release that doesn't run must not lock out
+        the one that does. Opening a session, `bench` and `evaluate` leave the floor as it is.
 
         Raises:
             TrustError: a newer one has run meanwhile, or the floor file can't be written.

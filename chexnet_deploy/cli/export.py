@@ -1,4 +1,4 @@
-"""export, import and build: a checkpoint becomes bundles, and a bundle a plan."""
+"""Commands export, import and build: checkpoint -> bundles, bundle -> TensorRT plan."""
 
 from enum import Enum
 from pathlib import Path
@@ -19,7 +19,7 @@ app = typer.Typer()
 
 
 class TritonDevice(str, Enum):
-    """What runs ONNX bundles in Triton."""
+    """Where Triton runs ONNX bundles."""
 
     CPU = "cpu"
     GPU = "gpu"
@@ -51,9 +51,7 @@ def export(
     scope: Annotated[
         Path | None, typer.Option(help="TOML: modalities, body parts, views and ages the model is meant for.")
     ] = None,
-    engine: Annotated[
-        bool, typer.Option("--engine", help="Build a TensorRT plan of each too, on the GPU here.")
-    ] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Build a TensorRT plan of each too, on the GPU here.")] = False,
     line: Annotated[str | None, typer.Option(help="The model line this is a release of, e.g. chexnet-adult.")] = None,
     release: Annotated[
         int | None, typer.Option(min=1, help="Its number, greater than every one before; needs --line.")
@@ -84,7 +82,7 @@ def export(
     else:
         assert out is not None  # _check_export
         policy = None if scope is None else read_scope(scope)
-        if engine:
+        if plan:
             require_tensorrt("tensorrt")
         with progress() as on_phase:
             bundles = export_bundles(
@@ -99,7 +97,7 @@ def export(
                 on_phase=on_phase,
                 scope=policy,
             )
-            if engine:
+            if plan:
                 with cancellation() as cancelled:
                     bundles += [
                         build_plan(b.path, out / f"{b.path.name}-plan", None, cancelled=cancelled, on_phase=on_phase)
@@ -126,7 +124,7 @@ def _check_export(
     """Refuse options that don't go together, before any work.
 
     Raises:
-        SpecError: says which, and what to leave away or to give.
+        SpecError: says which, and what to omit or to give.
     """
     given = {
         name.replace("_", "-")
@@ -139,16 +137,16 @@ def _check_export(
                 "found bundles and no --triton; export makes bundles of a checkpoint. Give a .safetensors file."
             )
         if makes := sorted(given - {"sources", "triton", "triton-device", "trust", "as-json"}):
-            raise SpecError(f"--{', --'.join(makes)}: for a checkpoint, and bundles are there already. Leave it away.")
+            raise SpecError(f"--{', --'.join(makes)}: for a checkpoint, and bundles are there already. Omit it.")
         return
     if n_sources != 1:
         raise SpecError(f"found {n_sources} paths that are not all bundles; needed one checkpoint, or bundles alone.")
     if out is None:
         raise SpecError("found no --out, needed a folder for the bundles. Give it.")
     if "trust" in given:
-        raise SpecError("checkpoints aren't signed, and --trust is for bundles. Leave it away.")
+        raise SpecError("checkpoints aren't signed, and --trust is for bundles. Omit it.")
     if triton is None and "triton-device" in given:
-        raise SpecError("--triton-device is for a model repository. Give --triton, or leave it away.")
+        raise SpecError("--triton-device is for a model repository. Give --triton, or omit it.")
     if triton is not None and triton.exists():
         raise SpecError(f"{triton} is there already. Choose another --triton, or delete it first.")
 
@@ -165,7 +163,7 @@ def import_checkpoint(
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Convert a circulating CheXNet file into a checkpoint; what doesn't fit exactly is refused."""
+    """Convert a published CheXNet file into a checkpoint; what doesn't fit exactly is refused."""
     from chexnet_deploy.export.chain import import_checkpoint as run
 
     made = run(file, out, form, findings)
@@ -178,7 +176,7 @@ def import_checkpoint(
 
 
 class BackendName(str, Enum):
-    """Which TensorRT."""
+    """The TensorRT flavours."""
 
     TENSORRT = "tensorrt"
     TENSORRT_RTX = "tensorrt_rtx"

@@ -1,4 +1,4 @@
-"""Results on the screen."""
+"""Print results of commands on the terminal."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -45,7 +45,7 @@ def print_evaluation(evaluation: "Evaluation") -> None:
     )
     print_table([{k: row[k] for k in shown if k in row} for row in words.summary_rows(evaluation)])
     typer.echo(f"{words.mean_line(evaluation)}; {evaluation.data}")
-    for line in (*words.undefined_lines(evaluation), *evaluation.whom, *evaluation.notes):
+    for line in (*words.undefined_lines(evaluation), *evaluation.patients_note, *evaluation.notes):
         typer.echo(line)
     if evaluation.readers is not None:
         typer.echo(words.readers_line(evaluation.readers))

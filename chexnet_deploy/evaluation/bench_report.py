@@ -1,4 +1,4 @@
-"""What bench found, as report.json has it, and as rows on the screen and in a CSV."""
+"""Results of bench: the schema of report.json, rows for the screen, and the CSV of logits."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -72,7 +72,7 @@ class BenchReport(_Record):
     Attributes:
         finished_utc: when, ISO 8601.
         data: what the images are, in words.
-        whom: whether the model was trained on their patients, in words.
+        patients_note: a sentence on their overlap with the training patients.
         provider: what ran the ONNX engines; the reference always runs on ONNX Runtime's CPU.
         images_sha256: hash of the names of the images, one a line, in the order they were run; None without images.
     """
@@ -81,7 +81,7 @@ class BenchReport(_Record):
     finished_utc: str
     machine: Machine
     data: str
-    whom: str = ""
+    patients_note: str = ""
     images_sha256: str | None
     threads: int | None
     provider: Provider = "cpu"

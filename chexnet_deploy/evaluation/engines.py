@@ -1,6 +1,6 @@
-"""Prove an engine on this machine: parity with the fp32 model it came from, and latency, in one report with one verdict.
+"""Bench engines on this machine: parity with the fp32 model they came from, and latency, in one report with one verdict.
 
-Draws no pages: see report.py. A speed is never reported without the accuracy of the same artefact beside it.
+Draws no pages: see pages/bench_page.py. A speed is never reported without the accuracy of the same artefact beside it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -52,7 +52,7 @@ def run_bench(
     images: LabelledImages | None,
     *,
     data: str,
-    whom: str = "",
+    patients_note: str = "",
     effort: Effort,
     threads: int | None = None,
     provider: Provider = "auto",
@@ -65,7 +65,7 @@ def run_bench(
         reference: their fp32 ancestor.
         images: labelled images, or None to measure speed alone.
         data: what the images are, for the report.
-        whom: whether the model was trained on their patients, likewise.
+        patients_note: on their overlap with the training patients, for the report.
         effort: how long to measure.
         threads: CPU threads for one call; None takes all cores.
         provider: what runs the ONNX engines; the reference always runs on ONNX Runtime's CPU.
@@ -121,7 +121,7 @@ def run_bench(
         images_sha256=None if images is None else sha256_hex("".join(f"{n}\n" for n in images.names).encode()),
         machine=describe_machine(),
         data=data,
-        whom=whom,
+        patients_note=patients_note,
         threads=threads,
         provider=provider,
         reference_id=reference.id,
@@ -140,7 +140,7 @@ def _distinct_names(bundles: Sequence[Bundle]) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class _Answers:
-    """What the sessions said of the labelled images, by name; map correlations are with the reference."""
+    """Outputs on the labelled images by session name; map correlations are with the reference."""
 
     logits: Mapping[str, Logits]
     map_correlation: Mapping[str, NDArray[np.float32]]

@@ -1,4 +1,4 @@
-"""What `bench` and `evaluate` do: read, measure, judge, and write report.json and a page into a new folder."""
+"""Entry points of `bench` and `evaluate`: measure, judge, and write report.json and a page into a new folder."""
 
 import importlib
 from collections.abc import Sequence
@@ -22,6 +22,7 @@ from chexnet_deploy.evaluation.spec import read_spec
 from chexnet_deploy.files import new_folder
 from chexnet_deploy.runtime.predictor import Predictor
 from chexnet_deploy.runtime.sessions.base import Provider
+from chexnet_deploy.runtime.sessions.open import open_session
 
 
 def bench(
@@ -42,7 +43,8 @@ def bench(
 ) -> BenchReport:
     """Measure bundles, write report.json, report.html and the logits into `out`, return the report.
 
-    `image_list` narrows the split to the images it names.
+    `image_list` narrows the split to the images it names. Every readable image is measured, also one that `predict` refuses by the
+    model's scope or the content check.
 
     Raises:
         ChexnetError: a bundle, the data or the spec can't be used; or an engine refuses to run here.
@@ -55,10 +57,10 @@ def bench(
         find_reference(bundles[0], trust=trust) if reference_path is None else Bundle.open(reference_path, trust=trust)
     )
     specs = [read_spec(bundle.manifest.precision.value if spec is None else spec) for bundle in bundles]
-    images, data, whom = None, "no labelled images", ""
+    images, data, patients_note = None, "no labelled images", ""
     if data_root is not None:
         radiographs, data = choose_images(ChestXray14.open(data_root), split, image_list)
-        whom = say_who_is_known(reference, radiographs, split)
+        patients_note = say_who_is_known(reference, radiographs, split)
         images = LabelledImages.of(radiographs, reference.manifest.findings)
     # The folder is made first and shown last: a place that can't be written costs no measurement, and a report is whole.
     with new_folder(out) as partial:
@@ -67,7 +69,7 @@ def bench(
             reference,
             images,
             data=data,
-            whom=whom,
+            patients_note=patients_note,
             effort=effort,
             threads=threads,
             provider=provider,
@@ -78,13 +80,16 @@ def bench(
             for name, logits in run.logits.items():
                 write_predictions(partial / f"logits-{name}.csv", images, reference.manifest.findings, logits)
         if pages is not None:
-            with Predictor.open(engine_paths[-1], trust=trust, threads=threads, provider=provider) as predictor:
+            session = open_session(bundles[-1], threads=threads, provider=provider)
+            with Predictor(session, bundles[-1].manifest, checks=False) as predictor:
                 pages.write_html(partial / "report.html", run, predictor)
     return run.report
 
 
 def evaluate(request: EvaluationRequest, out: Path | None, *, with_html: bool, on_phase: OnPhase) -> Evaluation:
     """Evaluate a bundle or predictions; write report.json and report.html into `out` where one is given.
+
+    Every readable image is measured, also one that `predict` refuses by the model's scope or the content check.
 
     Raises:
         ChexnetError: a file, the bundle or an image can't be used, or the options don't fit the data.

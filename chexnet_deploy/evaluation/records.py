@@ -1,4 +1,4 @@
-"""What an evaluation found: frozen records, written as report.json; every figure on the page is read off them.
+"""Results of an evaluation: frozen records, the schema of report.json; the page shows nothing else.
 
 A figure that is undefined is None and named with its reason in the `undefined` beside it.
 """
@@ -223,7 +223,7 @@ class Evaluation(_Record):
         inputs_sha256: name of each file that was read beside images -> its hash.
         kind: of the scores; a logit's probability is its sigmoid.
         data: what the images are, in words.
-        whom: sentences on which patients these are, and whether the model knew them.
+        patients_note: sentences on which patients these are, and on their overlap with the training patients.
         notes: sentences on what was left aside.
         mean_auroc: over the findings whose AUROC is defined, `n_counted` of them.
         left_out: finding -> why it is not in the mean.
@@ -242,7 +242,7 @@ class Evaluation(_Record):
     data: str
     n_images: int
     n_patients: int
-    whom: tuple[str, ...]
+    patients_note: tuple[str, ...]
     notes: tuple[str, ...]
     findings: tuple[FindingScore, ...]
     mean_auroc: float | None

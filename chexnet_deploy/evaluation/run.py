@@ -1,4 +1,4 @@
-"""A request -> one Evaluation: read, score, compare with readers, and say what was done."""
+"""EvaluationRequest -> Evaluation: read, score, compare with radiologists, and record the methods."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class EvaluationRun:
 
 
 def run_evaluation(request: EvaluationRequest, *, on_phase: OnPhase) -> EvaluationRun:
-    """Evaluate what was asked for.
+    """Run an evaluation request.
 
     Raises:
         ChexnetError: a file, the bundle or an image can't be used, or options don't fit the data.
@@ -93,7 +93,7 @@ def _record(
         data=material.data,
         n_images=len(labelled.names),
         n_patients=np.unique(labelled.patients).size,
-        whom=material.whom,
+        patients_note=material.patients_note,
         notes=material.notes,
         findings=scored.findings,
         mean_auroc=scored.mean_auroc,

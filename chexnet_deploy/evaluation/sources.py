@@ -1,4 +1,4 @@
-"""Where scores and labels come from: a bundle run on a data set's images, or anyone's CSV; both end in one Material."""
+"""Scores and labels to evaluate: from a bundle run on a data set's images, or from a CSV of predictions."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +25,7 @@ from chexnet_deploy.runtime.sessions.open import open_session
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Material:
-    """What is evaluated; words and sentences as in records.Evaluation.
+    """Input of an evaluation; words and sentences as in records.Evaluation.
 
     Attributes:
         labelled: the images evaluated.
@@ -40,7 +40,7 @@ class Material:
     bundle_id: str | None
     operating_points: Mapping[str, float]
     data: str
-    whom: tuple[str, ...]
+    patients_note: tuple[str, ...]
     notes: tuple[str, ...]
     files: tuple[Path, ...]
     localization: Localization | None = None
@@ -84,7 +84,10 @@ def run_bundle(bundle: Bundle, request: EvaluationRequest, on_phase: OnPhase) ->
     dataset, manifest = ChestXray14.open(request.data), bundle.manifest
     split: Split = request.split or "test"
     radiographs, words = choose_images(dataset, split, request.images)
-    whom = (say_who_is_known(bundle, radiographs, split), *_whose(np.array([r.patient for r in radiographs]), dataset))
+    patients_note = (
+        say_who_is_known(bundle, radiographs, split),
+        *_whose(np.array([r.patient for r in radiographs]), dataset),
+    )
     images = LabelledImages.of(radiographs, manifest.findings)
     session = open_session(bundle, threads=request.threads, provider=request.provider)
     localization: Localization | None = None
@@ -92,7 +95,7 @@ def run_bundle(bundle: Bundle, request: EvaluationRequest, on_phase: OnPhase) ->
     try:
         if request.has_localization:  # first: what is missing for it should not cost the whole run
             localization, maps = localize(
-                Predictor(session, manifest),
+                Predictor(session, manifest, checks=False),
                 radiographs,
                 dataset.boxes,
                 manifest.findings,
@@ -114,7 +117,7 @@ def run_bundle(bundle: Bundle, request: EvaluationRequest, on_phase: OnPhase) ->
         bundle_id=bundle.id,
         operating_points=dict(manifest.operating_points),
         data=words,
-        whom=whom,
+        patients_note=patients_note,
         notes=(),
         files=(dataset.table, bundle.path / "manifest.json"),
         localization=localization,
@@ -166,7 +169,7 @@ def read_material(request: EvaluationRequest) -> Material:
     if not labelled.names:
         raise DatasetError(
             f"{request.predictions} has no {request.split} image of {request.data}; needed at least one. "
-            f"Next: choose another --split, or leave it away."
+            f"Next: choose another --split, or omit it."
         )
     n_patients = np.unique(labelled.patients).size
     return Material(
@@ -176,7 +179,7 @@ def read_material(request: EvaluationRequest) -> Material:
         bundle_id=None,
         operating_points={},
         data=f"{len(labelled.names):,} predicted images of {n_patients:,} patients{narrowed}; labels of {labels.name}",
-        whom=(
+        patients_note=(
             "Predictions don't say whom their model was trained on: nothing shows that these patients are new to it.",
             *_whose(labelled.patients, dataset),
         ),

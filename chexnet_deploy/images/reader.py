@@ -1,4 +1,4 @@
-"""Read an image file as one gray picture, uint8 [H, W], 0 = black, bone bright: PNG and JPEG here, DICOM in its own room.
+"""Read a PNG, JPEG or DICOM file as one gray picture, uint8 [H, W], 0 = black, bone bright.
 
 Never guesses: what would need a guess (true colour, translucent pixels, a rotation tag, several frames, a damaged file)
 is refused with an ImageError. Never looks at what the picture shows, never resizes (preprocessing.py does), and can't
@@ -99,7 +99,7 @@ class ImageReader:
         if content.startswith(_JPEG_SIGNATURE):
             return _gray(name, _decode(name, content, JpegImageFile))
         if content[128:132] == b"DICM":
-            return self._open_decoder().decode(content, scope=scope, name=name).gray
+            return self.decoder.decode(content, scope=scope, name=name).gray
         raise ImageError(_unknown_format(name, content))
 
     def close(self) -> None:
@@ -114,7 +114,13 @@ class ImageReader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _open_decoder(self) -> "Decoder":
+    @property
+    def decoder(self) -> "Decoder":
+        """The DICOM decoder, opened on first use.
+
+        Raises:
+            MissingPackageError: pydicom is not installed.
+        """
         with self._lock:
             if self._decoder is None:
                 try:
@@ -150,7 +156,7 @@ def _read_png(name: object, content: bytes) -> Gray:
 
 
 def _unknown_format(name: object, content: bytes) -> str:
-    """Say what the file begins with."""
+    """Return the refusal of an unknown format, with the file's first bytes."""
     return refusal(
         name,
         f"neither a PNG nor a JPEG nor a DICOM file (it begins with {content[:8]!r})",

@@ -125,7 +125,7 @@ def _refuse_lone(images: ImageFiles, answer: Prediction | ImageError) -> None:
 
 
 def _draw_cams(folder: Path, predictor: Predictor, path: Path, prediction: Prediction) -> None:
-    gray = predictor.read(path)
+    gray = predictor.loader.read(path)
     likeliest = max(prediction.probabilities, key=prediction.probabilities.__getitem__)
     for finding in [name for name, is_there in prediction.present.items() if is_there] or [likeliest]:
         Image.fromarray(draw_cam(gray, prediction.maps[finding])).save(folder / f"{path.stem}_{finding}.png")

@@ -1,4 +1,4 @@
-"""From a radiograph to named probabilities and a picture of where the model looked.
+"""Predict: a radiograph -> its findings' probabilities and class activation maps.
 
 Knows bundles and sessions; reads no labels and computes no statistics.
 """
@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Semaphore
 from types import MappingProxyType
-from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,25 +18,22 @@ from chexnet_deploy.bundle.bundle import Bundle
 from chexnet_deploy.bundle.manifest import Manifest
 from chexnet_deploy.bundle.signing.trust import Trust
 from chexnet_deploy.errors import ImageError, ImageRefusedError, SessionError
-from chexnet_deploy.images.content_check import check_image
 from chexnet_deploy.images.gray import Gray
 from chexnet_deploy.images.preprocessing import Pixels
 from chexnet_deploy.images.reader import ImageReader
-from chexnet_deploy.images.scope import ScopePolicy
+from chexnet_deploy.runtime.loading import ImageSource, PixelLoader
 from chexnet_deploy.runtime.sessions.base import Logits, Provider, Session, run_padded, sigmoid
-from chexnet_deploy.runtime.sessions.open import open_session
+from chexnet_deploy.runtime.sessions.open import N_STARTUP_PROBES, check_known_answers, open_session
 from chexnet_deploy.runtime.streaming import Flow, choose_flow, in_order, iter_lists, usable_cores
-
-ImageSource: TypeAlias = Path | str | Gray
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What the model says of one radiograph.
+    """The model's output for one radiograph.
 
     Attributes:
         probabilities: by finding, 0..1.
-        present: by finding, True at and above its operating point; findings without one are left out.
+        present: by finding, True at and above its operating point; findings without one are omitted.
         maps: by finding, class activation map float32 [S/32, S/32] in logits; its mean + the head's bias is the logit.
             Empty where they were not asked for.
     """
@@ -48,7 +44,7 @@ class Prediction:
 
     @classmethod
     def of(cls, logits: Logits, maps: NDArray[np.float32] | None, manifest: Manifest) -> "Prediction":
-        """Name one image's logits float32 [C] and maps float32 [C, S/32, S/32], in manifest order."""
+        """Return a Prediction of one image's logits float32 [C] and maps float32 [C, S/32, S/32], in manifest order."""
         probabilities = dict(zip(manifest.findings, sigmoid(logits).tolist(), strict=True))
         present = {name: probabilities[name] >= point for name, point in manifest.operating_points.items()}
         by_finding = {} if maps is None else dict(zip(manifest.findings, maps, strict=True))
@@ -56,21 +52,26 @@ class Prediction:
 
 
 class Predictor:
-    """A session with the preprocessing and the names that belong to it.
+    """A session with its model's loader and findings; use it as a context manager, or call `close`.
 
     Args:
         session: open.
         manifest: of the bundle the session was opened from.
         flow: how `predict_stream` moves images through the session.
+        checks: whether images out of scope are refused; see PixelLoader.of.
+
+    Attributes:
+        loader: of its images.
     """
 
-    def __init__(self, session: Session, manifest: Manifest, flow: Flow = Flow()) -> None:  # noqa: B008 - frozen
+    _bundle: Bundle | None = None
+
+    def __init__(self, session: Session, manifest: Manifest, flow: Flow | None = None, *, checks: bool = True) -> None:
         self._session = session
-        self._flow = flow
+        self._flow = flow = flow or Flow()
         self._manifest = manifest
-        self._preprocessing = manifest.preprocessing
-        self._scope = manifest.scope or ScopePolicy()
-        self._reader = ImageReader(processes=max(1, flow.workers - 1))  # started as compressed DICOM asks for them
+        # Processes are started as compressed DICOM asks for them.
+        self.loader = PixelLoader.of(manifest, ImageReader(processes=max(1, flow.workers - 1)), checks=checks)
 
     @classmethod
     def open(
@@ -83,6 +84,8 @@ class Predictor:
     ) -> "Predictor":
         """Verify a bundle, load it and check its known answers; see Bundle.open and open_session for the arguments.
 
+        With trust, its release then becomes the oldest that runs here; see Bundle.keep_release.
+
         For one image at a time, all cores at work on it (threads=None) answer soonest. For many, `predict_stream` is fastest
         with threads=1: each core then carries images of its own.
 
@@ -92,10 +95,19 @@ class Predictor:
         return cls.of(Bundle.open(Path(path), trust=trust), threads=threads, provider=provider)
 
     @classmethod
-    def of(cls, bundle: Bundle, *, threads: int | None = None, provider: Provider = "auto") -> "Predictor":
-        """Load a verified bundle, as `open` does."""
-        flow = choose_flow(bundle.manifest, threads=threads, provider=provider, cores=usable_cores())
-        return cls(open_session(bundle, threads=threads, provider=provider), bundle.manifest, flow)
+    def of(
+        cls, bundle: Bundle, *, threads: int | None = None, provider: Provider = "auto", flow: Flow | None = None
+    ) -> "Predictor":
+        """Load a verified bundle, as `open` does; flow None chooses one for this machine."""
+        flow = flow or choose_flow(bundle.manifest, threads=threads, provider=provider, cores=usable_cores())
+        predictor = cls(open_session(bundle, threads=threads, provider=provider), bundle.manifest, flow)
+        predictor._bundle = bundle
+        try:
+            bundle.keep_release()
+        except BaseException:
+            predictor.close()
+            raise
+        return predictor
 
     @property
     def flow(self) -> Flow:
@@ -104,14 +116,14 @@ class Predictor:
 
     @property
     def operating_points(self) -> Mapping[str, float]:
-        """Probability at and above which a finding is called present; findings without one are left out."""
+        """Probability at and above which a finding is called present; findings without one are omitted."""
         return MappingProxyType(self._manifest.operating_points)
 
     def predict(self, image: ImageSource) -> Prediction:
         """Return the findings in one radiograph.
 
         Args:
-            image: a PNG, JPEG or DICOM file, or gray uint8 [H, W] with bone bright.
+            image: a PNG, JPEG or DICOM file, by path or as bytes; or gray uint8 [H, W] with bone bright.
 
         Raises:
             ImageError: the image can't be read without guessing, or is out of the model's scope.
@@ -125,23 +137,23 @@ class Predictor:
             ImageError: an image can't be read without guessing, or is out of the model's scope.
             SessionError: none or more images than the session takes.
         """
-        if isinstance(images, str | Path | np.ndarray):
+        if isinstance(images, str | bytes | Path | np.ndarray):
             raise SessionError(f"got one {type(images).__name__}, needed a list of images. For one image: predict.")
         if not images:
             raise SessionError("got no images, needed at least one.")
-        pixels = [self._preprocessing(self.read(image)) for image in images]
+        pixels = [self.loader.load(image).pixels for image in images]
         logits, maps = self._session.run(pixels[0] if len(pixels) == 1 else np.concatenate(pixels))
         return [Prediction.of(*row, self._manifest) for row in zip(logits, maps, strict=True)]
 
-    def read(self, image: ImageSource) -> Gray:
-        """Return the gray picture that `predict` would look at.
+    def self_test(self) -> None:
+        """Check the known answers again.
 
         Raises:
-            ImageError: see predict.
+            SessionError: they differ from those of the bundle, or the predictor wasn't opened from one.
         """
-        gray = self._reader.read(Path(image), scope=self._scope) if isinstance(image, str | Path) else image
-        check_image(gray, self._scope.picture)
-        return gray
+        if self._bundle is None:
+            raise SessionError("found no bundle, needed its known answers. Next: open the predictor from a bundle.")
+        check_known_answers(self._session, self._bundle, n_probes=N_STARTUP_PROBES)
 
     def predict_stream(
         self, paths: Iterable[Path | str], *, with_maps: bool = False
@@ -179,7 +191,7 @@ class Predictor:
 
     def close(self) -> None:
         """Free the model, and end the process that decodes DICOM."""
-        self._reader.close()
+        self.loader.reader.close()
         self._session.close()
 
     def __enter__(self) -> "Predictor":
@@ -190,7 +202,7 @@ class Predictor:
 
     def _load(self, path: Path) -> Pixels | ImageError:
         try:
-            return self._preprocessing(self.read(path))
+            return self.loader.load(path).pixels
         except ImageRefusedError as err:
             # A new one: the first one's traceback would keep the damaged file's bytes for as long as it is kept.
             return ImageRefusedError(err.reason, str(err))

@@ -1,4 +1,4 @@
-"""Run sessions over image files: paths in, logits out, in the order given.
+"""Run sessions over image files: paths -> logits, in order, without the scope and content checks of `predict`.
 
 Decodes in worker threads while the sessions run, and keeps no more than a few batches in memory. Carries labels beside
 the paths, but computes no statistics.
@@ -11,6 +11,7 @@ import numpy as np
 
 from chexnet_deploy.images.preprocessing import Pixels, Preprocessing
 from chexnet_deploy.images.reader import ImageReader
+from chexnet_deploy.runtime.loading import PixelLoader
 from chexnet_deploy.runtime.sessions.base import Logits, Maps, Session, run_padded
 from chexnet_deploy.runtime.streaming import in_order, iter_lists
 
@@ -19,13 +20,14 @@ BATCH_SIZE = 16
 
 
 def iter_pixels(paths: Iterable[Path], preprocessing: Preprocessing) -> Iterator[Pixels]:
-    """Yield uint8 [1, 1, S, S] for each file, in order, decoding a little ahead.
+    """Yield uint8 [1, 1, S, S] for each file, in order, decoding a little ahead; scope and content are not checked.
 
     Raises:
         ImageError: a file can't be read without guessing.
     """
     with ImageReader(processes=READERS) as reader:
-        yield from in_order(lambda path: preprocessing(reader.read(path)), paths, workers=READERS, ahead=2 * BATCH_SIZE)
+        loader = PixelLoader(preprocessing, None, reader)
+        yield from in_order(lambda path: loader.load(path).pixels, paths, workers=READERS, ahead=2 * BATCH_SIZE)
 
 
 def iter_batches(pixels: Iterable[Pixels], batch_size: int = BATCH_SIZE) -> Iterator[Pixels]:

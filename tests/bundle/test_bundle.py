@@ -5,12 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
-import chexnet_deploy.sessions.ort as ort_room
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import chexnet_deploy.runtime.sessions.ort as ort_room
 from chexnet_deploy.bundle.bundle import MAX_MANIFEST_BYTES, Bundle
 from chexnet_deploy.bundle.manifest import (
     MANIFEST,

@@ -13,12 +13,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import chexnet_deploy.sessions.ort as ort_room
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+import chexnet_deploy.runtime.sessions.ort as ort_room
 from chexnet_deploy.bundle.bundle import Bundle
 from chexnet_deploy.bundle.manifest import MANIFEST, MANIFEST_SHA256, ONNX_MODEL, PROBE, Manifest, Precision, hash_files
 from chexnet_deploy.bundle.signing import releases as release_room
@@ -438,7 +438,20 @@ def test_a_release_that_does_not_run_locks_nobody_out(
     Predictor.open(old, trust=floored).close()
 
 
-def test_a_session_is_not_handed_out_where_a_newer_release_has_run_meanwhile(
+def test_opening_a_session_leaves_the_floor_alone(
+    bundles: dict[str, Bundle], keys: dict[str, Ed25519PrivateKey], floored: Trust, tmp_path: Path
+) -> None:
+    old, new = (as_release(bundles["int8"], tmp_path / f"{n}", n, keys["release"]) for n in (1, 2))
+    admit_first(old, floored)
+    opened = Bundle.open(new, trust=floored)
+    open_session(opened).close()
+    assert floored.floor_file is not None
+    assert read_floor(floored.floor_file).number == 1
+    opened.keep_release()
+    assert read_floor(floored.floor_file).number == 2
+
+
+def test_a_predictor_is_not_handed_out_where_a_newer_release_has_run_meanwhile(
     bundles: dict[str, Bundle], keys: dict[str, Ed25519PrivateKey], floored: Trust, tmp_path: Path
 ) -> None:
     path = as_release(bundles["int8"], tmp_path / "1", 1, keys["release"])
@@ -447,7 +460,7 @@ def test_a_session_is_not_handed_out_where_a_newer_release_has_run_meanwhile(
     assert floored.floor_file is not None
     raise_floor(floored.floor_file, Release(line=RELEASE.line, number=2))
     with pytest.raises(TrustError, match="older"):
-        open_session(bundle)
+        Predictor.of(bundle)
 
 
 def test_a_floor_only_rises_whoever_writes_it(tmp_path: Path) -> None:

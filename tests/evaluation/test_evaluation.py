@@ -158,7 +158,7 @@ def test_published_predictions_equal_scikit_learn(real_root: Path) -> None:
         assert row.auprc == pytest.approx(average_precision_score(truth, scores), abs=1e-12)
         assert row.brier == pytest.approx(brier_score_loss(truth, scores), abs=1e-12)
     assert result.n_images == 11_627
-    assert any("reproduce-chexnet's test list" in sentence for sentence in result.whom)
+    assert any("reproduce-chexnet's test list" in sentence for sentence in result.patients_note)
 
 
 def test_a_bundle_and_its_logits_in_a_csv_give_the_same_figures(
@@ -199,9 +199,9 @@ def test_training_patients_are_refused_and_train_is_said(phantom: ChestXray14, p
 
 def test_the_training_split_is_said_to_be_known(bundles: dict[str, Bundle], phantom_root: Path) -> None:
     train = run(bundle=bundles["fp32"].path, data=phantom_root, split="train").evaluation
-    assert "the model was trained on such patients" in train.whom[0]
+    assert "the model was trained on such patients" in train.patients_note[0]
     val = run(bundle=bundles["fp32"].path, data=phantom_root, split="val").evaluation
-    assert "chosen on validation patients" in val.whom[0]
+    assert "chosen on validation patients" in val.patients_note[0]
 
 
 def test_predictions_are_narrowed_by_split_and_list(
@@ -211,7 +211,7 @@ def test_predictions_are_narrowed_by_split_and_list(
     assert run(**options).evaluation.n_images == len(phantom.radiographs)
     test = run(**options, split="test").evaluation
     assert test.n_images == len(phantom.split("test"))
-    assert any(sentence.startswith("All ") for sentence in test.whom)
+    assert any(sentence.startswith("All ") for sentence in test.patients_note)
     names = [radiograph.image for radiograph in phantom.split("test")]
     few = write(tmp_path / "few.txt", "\n".join(names[:5]))
     assert run(**options, split="test", images=few).evaluation.n_images == 5

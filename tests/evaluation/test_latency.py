@@ -1,5 +1,6 @@
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,13 +9,18 @@ from pydantic import ValidationError
 from chexnet_deploy.bundle.bundle import Bundle, find_reference
 from chexnet_deploy.datasets.chestxray14 import ChestXray14
 from chexnet_deploy.datasets.labelled import LabelledImages
-from chexnet_deploy.errors import BundleError, SpecError
+from chexnet_deploy.errors import BundleError, ImageRefusedError, RefusalReason, SpecError
+from chexnet_deploy.evaluation import front
 from chexnet_deploy.evaluation.bench_report import BenchReport, summary_rows
 from chexnet_deploy.evaluation.engines import Effort, run_bench
 from chexnet_deploy.evaluation.latency import WARMUP_RUNS, LatencyReport, measure_latency
 from chexnet_deploy.evaluation.machine import describe_machine
+from chexnet_deploy.evaluation.request import EvaluationRequest
 from chexnet_deploy.evaluation.spec import EngineSpec, LatencyGate, read_spec
+from chexnet_deploy.images.content_check import ImageGuardPolicy
 from chexnet_deploy.images.preprocessing import Pixels
+from chexnet_deploy.images.scope import ScopePolicy
+from chexnet_deploy.runtime.predictor import Predictor
 from chexnet_deploy.runtime.sessions.base import Logits, Maps
 from chexnet_deploy.runtime.sessions.ort import OrtSession
 
@@ -123,6 +129,32 @@ def test_three_engines_side_by_side(bundles: dict[str, Bundle], images: Labelled
     assert [row["engine"] for row in summary_rows(run.report)] == list(engines)
     assert [" emulated" in row["p50 ms"] for row in summary_rows(run.report)] == [False, True, False, False]
     assert BenchReport.model_validate_json(run.report.model_dump_json()) == run.report
+
+
+def test_bench_and_evaluate_measure_images_that_predict_refuses(
+    bundles: dict[str, Bundle], phantom: ChestXray14, tmp_path: Path
+) -> None:
+    fp32, path = bundles["fp32"], phantom.split("test")[0].path
+    assert path is not None
+    manifest = fp32.manifest.model_copy(update={"scope": ScopePolicy(picture=ImageGuardPolicy())})
+    guarded = Bundle.write(tmp_path / "guarded", manifest, fp32.read_model(), fp32.read_probe_bytes())
+    with Predictor.of(guarded) as predictor, pytest.raises(ImageRefusedError) as caught:
+        predictor.predict(path)
+    assert caught.value.reason is RefusalReason.TOO_SMALL  # phantoms have 32 px
+
+    def measure(bundle: Bundle, name: str) -> tuple[str, BenchReport]:
+        out = tmp_path / name
+        report = front.bench(
+            [bundle.path], bundle.path, phantom.root, "test", None, "fp32", out, effort=QUICK, threads=None,
+            provider="auto", with_html=True, on_phase=lambda phase, done, total: None,
+        )  # fmt: skip
+        return (out / "logits-reference.csv").read_text(), report
+
+    (logits, report), (expected, _) = measure(guarded, "a"), measure(fp32, "b")
+    assert logits == expected
+    assert report.engines[0].parity is not None
+    request = EvaluationRequest(bundle=guarded.path, data=phantom.root, has_localization=True)
+    front.evaluate(request, tmp_path / "c", with_html=False, on_phase=lambda phase, done, total: None)
 
 
 def test_without_images_nothing_passes(bundles: dict[str, Bundle]) -> None:

@@ -9,10 +9,11 @@ from chexnet_deploy.datasets.chestxray14 import ChestXray14
 from chexnet_deploy.datasets.findings import FINDINGS
 from chexnet_deploy.errors import ImageError, ImageRefusedError, SessionError
 from chexnet_deploy.images.content_check import ImageGuardPolicy
+from chexnet_deploy.images.preprocessing import Pixels
 from chexnet_deploy.images.reader import read_image
 from chexnet_deploy.images.scope import ScopePolicy
 from chexnet_deploy.runtime.predictor import Predictor, draw_cam
-from chexnet_deploy.runtime.sessions.base import sigmoid
+from chexnet_deploy.runtime.sessions.base import Logits, Maps, sigmoid
 from chexnet_deploy.runtime.sessions.open import open_session
 
 
@@ -111,6 +112,21 @@ def test_evidence_is_red_and_the_rest_stays_gray() -> None:
     # Full heat is half opaque red: 100 / 2 + 255 / 2 = 177.5 and 100 / 2 = 50.
     assert drawn[0, 0].tolist() == [178, 50, 50]
     assert (drawn[32:, 32:] == 100).all()
+
+
+def test_the_known_answers_can_be_checked_again(bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
+    with Predictor.open(bundles["fp32"].path, threads=1) as predictor:
+        predictor.self_test()
+        monkeypatch.setattr(predictor._session, "run", lambda pixels: _wrong(predictor, pixels))
+        with pytest.raises(SessionError, match="known answers differ"):
+            predictor.self_test()
+    with pytest.raises(SessionError, match="found no bundle"):
+        Predictor(predictor._session, bundles["fp32"].manifest).self_test()
+
+
+def _wrong(predictor: Predictor, pixels: Pixels) -> tuple[Logits, Maps]:
+    logits, maps = type(predictor._session).run(predictor._session, pixels)
+    return logits + 1.0, maps
 
 
 def test_a_scope_may_guard_the_picture(bundles: dict[str, Bundle], image: Path) -> None:

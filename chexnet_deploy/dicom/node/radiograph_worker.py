@@ -1,6 +1,6 @@
-"""What answers in a node: a radiograph's DICOM file in, its structured report and pictures out.
+"""The node's worker process: a radiograph's DICOM file -> its structured report and pictures.
 
-Joins the rooms that read DICOM, predict and write DICOM; decides nothing itself. Runs in the node's worker process:
+Connects Predictor and Reporter to the worker's protocol; decides nothing itself:
 
     python -m chexnet_deploy.dicom.node.radiograph_worker CONFIG
 """
@@ -19,11 +19,11 @@ from chexnet_deploy.dicom.results.reporter import Reporter
 from chexnet_deploy.dicom.results.result import Device
 from chexnet_deploy.errors import ImageError
 from chexnet_deploy.runtime.predictor import Predictor
-from chexnet_deploy.runtime.sessions.open import N_STARTUP_PROBES, check_known_answers, open_session
+from chexnet_deploy.runtime.streaming import Flow
 
 
 class RadiographWork:
-    """The model with its decoder, loaded and proven; a node's Work.
+    """A node's Work: the loaded model with its decoder.
 
     Args:
         config: the node's.
@@ -38,8 +38,8 @@ class RadiographWork:
     def __init__(self, config: NodeConfig) -> None:
         model = config.model
         self._bundle = Bundle.open(model.bundle, trust=read_trust(model.trust))
-        self._session = open_session(self._bundle, threads=model.threads, provider=model.provider)
-        self._predictor = Predictor(self._session, self._bundle.manifest)
+        # One image at a time, so one decoding process.
+        self._predictor = Predictor.of(self._bundle, threads=model.threads, provider=model.provider, flow=Flow())
         device, max_pictures = Device(**config.device.model_dump()), config.results.max_pictures
         self._reporter = Reporter(self._bundle, self._predictor, device, max_pictures=max_pictures)
         self._reporter.warm_up()
@@ -50,12 +50,8 @@ class RadiographWork:
         }
 
     def self_test(self) -> None:
-        """Answer the probes again.
-
-        Raises:
-            SessionError: otherwise than when the bundle was made.
-        """
-        check_known_answers(self._session, self._bundle, n_probes=N_STARTUP_PROBES)
+        """Check the known answers again; see Predictor.self_test."""
+        self._predictor.self_test()
 
     def answer(self, path: Path) -> Answer:
         """Return a report, and pictures of findings that are present; see Work."""
@@ -68,7 +64,6 @@ class RadiographWork:
 
     def close(self) -> None:
         """Free the model and end the decoding process."""
-        self._reporter.close()
         self._predictor.close()
 
 

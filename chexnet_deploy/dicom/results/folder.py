@@ -35,7 +35,7 @@ def report_images(
     with ExitStack() as stack:
         partial = stack.enter_context(new_folder(folder))
         predictor = stack.enter_context(Predictor.of(bundle, threads=threads, provider=provider))
-        reporter = stack.enter_context(Reporter(bundle, predictor, device, max_pictures=len(bundle.manifest.findings)))
+        reporter = Reporter(bundle, predictor, device, max_pictures=len(bundle.manifest.findings))
         for name, path in zip(images.names, images.paths(), strict=True):
             answer: Prediction | ImageError
             try:

@@ -1,4 +1,4 @@
-"""A DICOM radiograph in, its DICOM results out: what a node's worker and `predict --dicom-out` both do."""
+"""A DICOM radiograph -> its DICOM results, for the node's worker and `predict --dicom-out`."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -9,14 +9,12 @@ from chexnet_deploy.dicom.results.files import build_files
 from chexnet_deploy.dicom.results.result import Device, Result
 from chexnet_deploy.dicom.results.source_header import read_source_image
 from chexnet_deploy.errors import DicomError, ImageRefusedError, RefusalReason
-from chexnet_deploy.images.dicom.decoder import Decoder
-from chexnet_deploy.images.scope import ScopePolicy
 from chexnet_deploy.runtime.predictor import Prediction, Predictor
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What is said of one radiograph.
+    """Results of one radiograph.
 
     Attributes:
         source_uid: the radiograph's SOP Instance UID.
@@ -31,7 +29,7 @@ class Report:
 
 
 class Reporter:
-    """Reads DICOM radiographs and writes their reports, with one loaded model. Use it as a context manager, or call `close`.
+    """Reads DICOM radiographs and writes their reports, with one loaded model.
 
     Args:
         bundle: the predictor's.
@@ -45,12 +43,10 @@ class Reporter:
         self._predictor = predictor
         self._device = device
         self._max_pictures = max_pictures
-        self._scope = bundle.manifest.scope or ScopePolicy()
-        self._decoder = Decoder()
 
     def warm_up(self) -> None:
-        """Start the decoding process, and import what the first report would need, so that no image waits for them."""
-        self._decoder.warm_up()
+        """Start the decoding process and do the lazy imports of the first report, so that no image waits for them."""
+        self._predictor.loader.reader.decoder.warm_up()
         from chexnet_deploy.dicom.results import secondary_capture, structured_report  # noqa: F401 - loaded, not used
 
     def report(self, path: Path, made_at: datetime) -> Report:
@@ -65,7 +61,7 @@ class Reporter:
             ImageError: there is no such file.
             MissingPackageError: highdicom is not installed.
         """
-        image = self._decoder.decode(path, scope=self._scope)
+        image = self._predictor.loader.read_dicom(path)
         try:
             source = read_source_image(image.header.read_dataset())
         except DicomError as err:
@@ -76,13 +72,3 @@ class Reporter:
         present.sort(key=lambda finding: -prediction.probabilities[finding])
         files = build_files(result, image.gray, present[: self._max_pictures])
         return Report(source.sop_instance_uid, prediction, files)
-
-    def close(self) -> None:
-        """End the decoding process."""
-        self._decoder.close()
-
-    def __enter__(self) -> "Reporter":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

@@ -1,6 +1,6 @@
 """Turn a bench run into one self-contained HTML page: verdicts, tables, ROC curves, latency histogram, CAM pictures.
 
-A matplotlib room. Computes nothing that isn't in the report or read off its scores.
+Computes nothing that isn't in the report or read off its scores.
 """
 
 import io
@@ -139,7 +139,7 @@ _TEMPLATE = """<!doctype html>
 <h1>Bench: <span class="{{ report.verdict }}">{{ report.verdict }}</span></h1>
 <p>{{ report.finished_utc }}. {{ report.data }}{% if report.images_sha256 %} (names' sha256
 <code>{{ report.images_sha256[:16] }}</code>){% endif %}.
-{{ report.whom }} {{ report.machine.processor }}, {{ report.machine.cores }} cores, {{ report.machine.system }};
+{{ report.patients_note }} {{ report.machine.processor }}, {{ report.machine.cores }} cores, {{ report.machine.system }};
 {% for name, number in report.machine.packages.items() %}{{ name }} {{ number }}{{ ", " if not loop.last }}{% endfor %}.</p>
 <table><tr>{% for name in rows[0] %}<th>{{ name }}</th>{% endfor %}</tr>
 {% for row in rows %}<tr>{% for value in row.values() %}<td>{{ value }}</td>{% endfor %}</tr>{% endfor %}</table>

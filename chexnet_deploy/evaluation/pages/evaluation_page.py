@@ -1,6 +1,6 @@
 """Turn an evaluation into one self-contained HTML page that is readable on paper. Computes nothing that isn't in its record.
 
-A matplotlib room: the figures are those of evaluation_figures.py.
+The figures are drawn in figures.py.
 """
 
 from pathlib import Path
@@ -70,11 +70,11 @@ def _draw_maps(maps: tuple[BoxedMap, ...]) -> list[tuple[str, str]]:
 
 _CSS = """
 h2 { margin-top: 2.2rem; border-bottom: 2px solid #0072B2; padding-bottom: .2rem } ul { padding-left: 1.2rem }
-td:first-child { white-space: nowrap } .whom { border-left: 4px solid #D55E00; padding: .3rem .9rem; background: #fdf6ee }
+td:first-child { white-space: nowrap } .patients-note { border-left: 4px solid #D55E00; padding: .3rem .9rem; background: #fdf6ee }
 .finding { display: block; width: 100%; margin: .2rem 0 1rem } .finding img { max-width: min(100%, 1000px) }
 .wide { font-size: 13px } .wide td { white-space: nowrap } .wide td, .wide th { padding: .2rem .4rem } .refs { font-size: 13px }
 @media print { .wide { font-size: 8pt } .wide td { white-space: normal }
-.wide td, .wide th { padding: .15rem .2rem } .refs { font-size: 9pt } .whom { background: none } }
+.wide td, .wide th { padding: .15rem .2rem } .refs { font-size: 9pt } .patients-note { background: none } }
 """
 
 _TABLE = """{% macro table(rows, class="") %}
@@ -91,8 +91,8 @@ _TEMPLATE = """<!doctype html>
 <h1>Evaluation</h1>
 <p><strong>{{ evaluation.source }}</strong> on {{ evaluation.data }}. {{ evaluation.finished_utc }}.</p>
 <p><strong>{{ mean }}</strong></p>
-<div class="whom"><strong>Whom was this measured on?</strong>
-<ul>{% for sentence in evaluation.whom + evaluation.notes %}<li>{{ sentence }}</li>{% endfor %}</ul></div>
+<div class="patients-note"><strong>Which patients was this measured on?</strong>
+<ul>{% for sentence in evaluation.patients_note + evaluation.notes %}<li>{{ sentence }}</li>{% endfor %}</ul></div>
 <h2>Summary</h2>
 {{ table(rows, "wide") }}
 <p class="small">positives: images that show the finding; positive patients: those with such an image. Intervals are 95 % intervals

@@ -1,4 +1,4 @@
-"""Open a bundle on a backend: the only place that picks one. It checks known answers before it hands a session out."""
+"""Bundle -> session: the only place that chooses a backend. Checks the known answers first, and writes nothing."""
 
 import importlib.util
 
@@ -21,7 +21,7 @@ def open_session(
     """Load a bundle on the backend it was made for and check its known answers.
 
     Args:
-        bundle: verified; if it was opened with trust, its release is the oldest that runs here from now on.
+        bundle: verified. Where its release should become the oldest that runs here, call `bundle.keep_release()` next.
         threads: CPU threads for one call, for ONNX bundles; None takes all cores.
         provider: what runs an ONNX bundle.
         lanes: calls that a plan answers at a time; each takes a stream and memory of its own.
@@ -31,7 +31,6 @@ def open_session(
         MissingPackageError: the backend is not installed.
         SessionError: the plan is for another machine, the backend refuses the model, or it answers otherwise than when
             the bundle was made.
-        TrustError: a newer release has run since the bundle was opened, or that it ran can't be kept.
     """
     session: Session
     if bundle.manifest.target is not None:
@@ -42,7 +41,6 @@ def open_session(
         session = _open_onnx(bundle, threads, provider)
     try:
         check_known_answers(session, bundle, n_probes=N_STARTUP_PROBES)
-        bundle.keep_release()
     except BaseException:
         session.close()
         raise

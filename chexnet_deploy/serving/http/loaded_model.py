@@ -1,4 +1,4 @@
-"""One bundle, loaded and proven, ready to answer; and whether another one may take its place."""
+"""A loaded bundle with its request queue, and the check before another one replaces it."""
 
 import asyncio
 from collections import deque
@@ -12,7 +12,6 @@ from chexnet_deploy.bundle.bundle import Bundle
 from chexnet_deploy.bundle.signing.trust import read_trust
 from chexnet_deploy.errors import ServeError
 from chexnet_deploy.images.preprocessing import Pixels
-from chexnet_deploy.images.scope import ScopePolicy
 from chexnet_deploy.runtime.sessions.base import Session, run_in_batches, sigmoid
 from chexnet_deploy.runtime.sessions.open import check_known_answers, open_session, resolve_provider
 from chexnet_deploy.serving.http.batching import BatchPlan, Lane, measure_plan
@@ -24,7 +23,7 @@ _PLAN_PROBES = 16
 
 @dataclass(slots=True, eq=False)
 class Engine:
-    """A bundle that has given its known answers on this machine.
+    """A loaded bundle that has given its known answers on this machine.
 
     Attributes:
         bundle: verified.
@@ -55,11 +54,6 @@ class Engine:
         """The type most convolutions are meant to run in."""
         return self.bundle.manifest.precision.value
 
-    @property
-    def scope(self) -> ScopePolicy:
-        """The radiographs it is meant for."""
-        return self.bundle.manifest.scope or ScopePolicy()
-
     def __enter__(self) -> "Engine":
         self.n_users += 1
         self.is_idle.clear()
@@ -71,13 +65,13 @@ class Engine:
             self.is_idle.set()
 
     async def retire(self) -> None:
-        """Wait for those who hold it, then close it."""
+        """Wait until no request uses it, then close it."""
         if self.n_users:
             await self.is_idle.wait()
         await asyncio.to_thread(self.close)
 
     def close(self) -> None:
-        """Run what waits, and free the model."""
+        """Run the queued requests, then free the model."""
         self.lane.close()
         self.session.close()
         if self.saturation is not None:
@@ -89,7 +83,7 @@ def open_engine(
 ) -> Engine:
     """Verify the bundle, load it, check its known answers and measure which batches gain.
 
-    Its release is not kept yet as the oldest that may run: call `bundle.keep_release()` once it takes over.
+    The caller calls `bundle.keep_release()` once it takes over: a release refused in a swap must not lock out the running one.
 
     Raises:
         BundleError, TrustError, SessionError, MissingPackageError: see Bundle.open and open_session.
@@ -97,9 +91,7 @@ def open_engine(
     trust = read_trust(config.trust)
     # The link is followed once: all files are the same bundle's, whatever it names a moment later.
     bundle = Bundle.open(_follow(config.bundle), trust=trust)
-    # As without trust, which was checked: a release that is refused in a swap must not lock out the one that runs.
-    unkept = Bundle(bundle.path, bundle.manifest, bundle.id, signers=bundle.signers)
-    session = open_session(unkept, threads=config.threads, provider=config.provider)
+    session = open_session(bundle, threads=config.threads, provider=config.provider)
     try:
         plan = measure_plan(session, bundle.read_probe().pixels[:_PLAN_PROBES], config.max_batch)
     except BaseException:
@@ -111,7 +103,7 @@ def open_engine(
         plan,
         window_s=config.window_ms / 1000.0,
         on_run=on_run,
-        check=lambda: check_known_answers(session, unkept, n_probes=1),
+        check=lambda: check_known_answers(session, bundle, n_probes=1),
     )
     is_watched = config.saturation_s > 0.0 and can_watch(bundle)
     saturation = SaturationWatch(bundle, config.saturation_s, on_saturation) if is_watched else None

@@ -1,7 +1,6 @@
-"""POST /predict: one image file in, named probabilities out, and where asked for the activation map over the image.
+"""POST /predict: one image file -> named probabilities, and on request a class activation map as PNG.
 
-A request's body is read whole, bounded after inflating too, and never onto a disk: a limit of N bytes lets N through and
-refuses N + 1, whether they came plain or compressed.
+A body is read into memory, never onto a disk. A limit of N bytes accepts N and refuses N + 1, plain or inflated.
 """
 
 import base64
@@ -21,10 +20,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from chexnet_deploy.errors import ImageError, MissingPackageError
-from chexnet_deploy.images.content_check import check_image
 from chexnet_deploy.images.gray import Gray
 from chexnet_deploy.images.preprocessing import Pixels
-from chexnet_deploy.images.reader import ImageReader
+from chexnet_deploy.runtime.loading import PixelLoader
 from chexnet_deploy.runtime.predictor import Prediction, draw_cam
 from chexnet_deploy.serving.http.limits import Guard
 from chexnet_deploy.serving.http.loaded_model import Engine
@@ -42,7 +40,7 @@ class _Prepared(NamedTuple):
 
 
 async def predict(service: Service, request: Request) -> Response:
-    """Answer one request.
+    """Handle POST /predict.
 
     Raises:
         RequestError: 422 with a RefusalReason where the image is refused; 400, 413, 415, 503.
@@ -58,8 +56,8 @@ async def predict(service: Service, request: Request) -> Response:
         if cam is not None and cam not in engine.bundle.manifest.findings:
             raise bad_request("cam must be one of the model's findings; /engine names them.")
         headers, limit = request.headers, service.config.max_body_bytes
-        reader = service.reader
-        prepared = await service.work(lambda: _prepare(body, headers, limit, reader, engine), deadline_s)
+        loader = PixelLoader.of(engine.bundle.manifest, service.reader, checks=True)
+        prepared = await service.work(lambda: _prepare(body, headers, limit, loader), deadline_s)
         service.metrics.stage.labels("preprocess").observe(prepared.preprocess_s)
         answer = await service.infer(engine, prepared.pixels, deadline_s)
         content = _describe(engine, answer.logits[0], service.config.name)
@@ -74,10 +72,8 @@ async def predict(service: Service, request: Request) -> Response:
     return Response(json.dumps(content), media_type="application/json")
 
 
-def _prepare(
-    body: bytes, headers: Mapping[str, str], limit_bytes: int, reader: ImageReader, engine: Engine
-) -> _Prepared:
-    """Return the picture in a body and its pixels; in a decoding thread.
+def _prepare(body: bytes, headers: Mapping[str, str], limit_bytes: int, loader: PixelLoader) -> _Prepared:
+    """Decode, check and preprocess the image in a body; runs in a decoding thread.
 
     Raises:
         RequestError: 400, 413, 415, 422.
@@ -92,9 +88,7 @@ def _prepare(
             "The request holds no file. Send a PNG, JPEG or DICOM file as the body, or as a form's one part."
         )
     try:
-        gray = reader.decode(content, scope=engine.scope)
-        check_image(gray, engine.scope.picture)
-        pixels = engine.bundle.manifest.preprocessing(gray)
+        gray, pixels = loader.load(content)
     except ImageError as err:
         raise RequestError(422, err.reason, IMAGE_REFUSALS[err.reason]) from err
     except MissingPackageError as err:

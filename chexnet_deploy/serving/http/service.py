@@ -1,4 +1,4 @@
-"""What every route shares: the loaded model, the limit of images in flight, and how another model takes its place.
+"""State that all routes share: the running engine, the limit of images in flight, and the swap to another engine.
 
 Everything but opening, decoding and inference happens on one event loop, so nothing here needs a lock.
 """
@@ -23,7 +23,7 @@ from chexnet_deploy.serving.http.refusals import Fault, RequestError, busy
 
 
 class Admission:
-    """Count images in and out; for one event loop.
+    """Limit the number of images in flight; for one event loop.
 
     Args:
         limit: images.
@@ -35,7 +35,7 @@ class Admission:
 
     @contextmanager
     def admit(self, n: int) -> Iterator[None]:
-        """Hold places for n images.
+        """Count n images as in flight, until the block ends.
 
         Raises:
             RequestError: 503, there are not as many free.
@@ -60,7 +60,7 @@ T = TypeVar("T")
 
 
 class Service:
-    """One service on one bundle; make it on the event loop it runs on.
+    """One service on one bundle; create it on the event loop it runs on.
 
     Attributes:
         config: as given.
@@ -107,7 +107,7 @@ class Service:
         self._take(engine)
 
     async def swap(self) -> bool:
-        """Open the bundle's path again and let what is there take over, if it proves itself beside the running engine.
+        """Open the bundle's path again and swap to that engine, if its answers agree with the running one's.
 
         Until then, and wherever anything fails, the running engine answers. Requests that it has begun, it ends.
 
@@ -142,11 +142,11 @@ class Service:
             return True
 
     def drain(self) -> None:
-        """Say that nothing new should be sent; what comes all the same is answered until the listener is closed."""
+        """Report not ready; requests that still arrive are answered until the listener is closed."""
         self._is_draining = True
 
     async def close(self) -> None:
-        """End everything."""
+        """Close the engine, the decoding threads and the reader."""
         if self._engine is not None:
             await self._engine.retire()
         await asyncio.to_thread(self._decoders.shutdown)
@@ -154,7 +154,7 @@ class Service:
 
     @contextmanager
     def use_engine(self) -> Iterator[Engine]:
-        """Hold the engine that runs now: a swap meanwhile closes it only afterwards.
+        """Use the running engine; a swap meanwhile closes it only afterwards.
 
         Raises:
             RequestError: 503, none is ready.
@@ -188,7 +188,7 @@ class Service:
         return answer
 
     async def work(self, function: Callable[[], T], deadline_s: float) -> T:
-        """Return what a function returns, run by one of the decoding threads.
+        """Run a function in a decoding thread.
 
         Raises:
             RequestError: 503, none was free before the deadline; and what the function raises.

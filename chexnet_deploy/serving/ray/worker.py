@@ -1,4 +1,4 @@
-"""What one Ray worker does: a block of images -> their rows, by one Predictor. One of the two ray rooms.
+"""A Ray worker: a block of images -> their rows, by one Predictor.
 
 Every worker verifies the bundle, its signature and its known answers for itself, and that its machine is like the one that asks.
 """
@@ -18,7 +18,6 @@ from chexnet_deploy.bundle.signing.trust import Trust
 from chexnet_deploy.errors import BundleError, ClusterError, ImageError
 from chexnet_deploy.runtime.predictor import Predictor
 from chexnet_deploy.runtime.sessions.base import Provider
-from chexnet_deploy.runtime.sessions.open import open_session
 from chexnet_deploy.runtime.streaming import Flow, choose_flow
 from chexnet_deploy.runtime.table import TableCard, row_bytes
 
@@ -31,7 +30,7 @@ _PACKAGES: Final = ("chexnet-deploy", "numpy", "pillow", "pydicom", "onnxruntime
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What a worker is told.
+    """Parameters of a worker.
 
     Attributes:
         folder: that all paths are relative to.
@@ -62,7 +61,7 @@ class Job:
 
 
 class Worker:
-    """One Predictor on one machine of the cluster; opened for the first block, where an error reaches the user.
+    """One Predictor on one machine of the cluster; opened lazily for the first block, where an error reaches the user.
 
     Args:
         job: what to do.
@@ -115,12 +114,11 @@ class Worker:
                 f"{job.bundle} is another bundle on a machine of the cluster: {bundle.id[:12]}…, not "
                 f"{job.card.bundle[:12]}…. Copy it there again."
             )
-        session = open_session(bundle, threads=job.card.threads, provider=job.provider)
-        return Predictor(session, bundle.manifest, job.flow(bundle))
+        return Predictor.of(bundle, threads=job.card.threads, provider=job.provider, flow=job.flow(bundle))
 
 
 class Attempts:
-    """How often each block was begun and not ended. One in the cluster."""
+    """Counts how often each unfinished block was started; one actor in the cluster."""
 
     def __init__(self) -> None:
         self._begun: dict[int, int] = {}

@@ -225,9 +225,9 @@ def test_without_a_gpu_one_line_says_so(bundles: dict[str, Bundle], tmp_path: Pa
 
 
 @pytest.mark.usefixtures("without_gpu")
-def test_export_engine_looks_for_the_gpu_before_it_works(checkpoint_path: Path, tmp_path: Path) -> None:
+def test_export_plan_looks_for_the_gpu_before_it_works(checkpoint_path: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "chexnet_deploy", "export", str(checkpoint_path), "--out", str(tmp_path / "out")]
-    done = subprocess.run([*command, "--engine"], capture_output=True, text=True)
+    done = subprocess.run([*command, "--plan"], capture_output=True, text=True)
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()

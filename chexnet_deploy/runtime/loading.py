@@ -1,0 +1,80 @@
+"""Load a radiograph: file -> gray -> pixels. The only place that joins reading, the checks and preprocessing."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
+
+from chexnet_deploy.bundle.manifest import Manifest
+from chexnet_deploy.images.content_check import ImageGuardPolicy, check_image
+from chexnet_deploy.images.gray import Gray
+from chexnet_deploy.images.preprocessing import Pixels, Preprocessing
+from chexnet_deploy.images.reader import ImageReader
+from chexnet_deploy.images.scope import ScopePolicy
+
+if TYPE_CHECKING:
+    from chexnet_deploy.images.dicom.decoder import DicomImage
+
+ImageSource: TypeAlias = Path | str | bytes | Gray
+
+_ANY_PICTURE: Final = ImageGuardPolicy(guard="off")  # still refuses what is no gray uint8 array
+
+
+class LoadedImage(NamedTuple):
+    """A radiograph as a person sees it, uint8 [H, W], and as the model does, uint8 [1, 1, S, S]."""
+
+    gray: Gray
+    pixels: Pixels
+
+
+@dataclass(frozen=True, slots=True)
+class PixelLoader:
+    """Loads radiographs for one model; any number of threads may call it.
+
+    Attributes:
+        preprocessing: the model's.
+        scope: the radiographs accepted, by DICOM header and by content; None skips both checks. Whoever answers about a
+            patient checks; measuring a labelled list (`bench`, `evaluate`, calibration) doesn't, as the list says what is in it.
+        reader: stays its owner's to close.
+    """
+
+    preprocessing: Preprocessing
+    scope: ScopePolicy | None
+    reader: ImageReader
+
+    @classmethod
+    def of(cls, manifest: Manifest, reader: ImageReader, *, checks: bool) -> "PixelLoader":
+        """Return a bundle's loader.
+
+        Args:
+            manifest: the bundle's.
+            reader: see PixelLoader.
+            checks: refuse what is out of the model's scope or fails the content check; False loads every readable image.
+        """
+        return cls(manifest.preprocessing, (manifest.scope or ScopePolicy()) if checks else None, reader)
+
+    def read(self, image: ImageSource) -> Gray:
+        """Return the gray picture of a PNG, JPEG or DICOM file, given by path or as bytes; an array is checked alone.
+
+        Raises:
+            ImageError: it can't be read without guessing, or a check refuses it; its `reason` says which.
+            MissingPackageError: it is a DICOM file, and pydicom is not installed.
+        """
+        if isinstance(image, bytes):
+            gray = self.reader.decode(image, scope=self.scope)
+        else:
+            gray = self.reader.read(Path(image), scope=self.scope) if isinstance(image, str | Path) else image
+        check_image(gray, _ANY_PICTURE if self.scope is None else self.scope.picture)
+        return gray
+
+    def load(self, image: ImageSource) -> LoadedImage:
+        """Return the gray picture and the model's pixels; arguments and errors as `read`."""
+        gray = self.read(image)
+        return LoadedImage(gray, self.preprocessing(gray))
+
+    def read_dicom(self, path: Path) -> "DicomImage":
+        """Return a DICOM file's header and gray picture, checked against the header's scope; `load` checks the content.
+
+        Raises:
+            ImageError, MissingPackageError: as `read`; and any other format is refused.
+        """
+        return self.reader.decoder.decode(path, scope=self.scope)
