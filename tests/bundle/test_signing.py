@@ -13,12 +13,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import chexnet_deploy.sessions.ort as ort_room
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+import chexnet_deploy.runtime.sessions.ort as ort_room
 from chexnet_deploy.bundle.bundle import Bundle
 from chexnet_deploy.bundle.manifest import MANIFEST, MANIFEST_SHA256, ONNX_MODEL, PROBE, Manifest, Precision, hash_files
 from chexnet_deploy.bundle.signing import releases as release_room
