@@ -2,10 +2,10 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias, TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
@@ -16,13 +16,16 @@ from chexnet_deploy.files import Sha256, sha256_hex
 from chexnet_deploy.images.preprocessing import Preprocessing
 from chexnet_deploy.images.scope import ScopePolicy
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 MANIFEST = "manifest.json"
 MANIFEST_SHA256 = "manifest.sha256"
 PROBE = "probe.npz"
 ONNX_MODEL = "model.onnx"
 PLAN_MODEL = "model.plan"
 Dialect: TypeAlias = Literal["typed", "mixed", "trt8", "cpu"]
-"""The forms of int8; quantize/forms.py says what each is."""
+"""The forms of int8; export/quantize/variants.py says what each is."""
 FLOAT16_DIALECTS: tuple[Dialect, ...] = ("typed", "mixed")
 """Those with float16 around int8: for strongly typed networks, and for an ONNX Runtime that rounds float16."""
 
@@ -121,6 +124,24 @@ class EngineCard(_Record):
     warnings: tuple[str, ...]
 
 
+class Changes(TypedDict, total=False):
+    """What a child's manifest may say otherwise than its parent's; see Manifest for what each is."""
+
+    precision: Precision
+    dialect: Literal["float"] | Dialect
+    head_bias: tuple[float, ...]
+    calibration: Calibration | None
+    tools: dict[str, str]
+    float_convolutions: tuple[str, ...]
+    weakest_convolutions: dict[str, float]
+    target: Target | None
+    engine: EngineCard | None
+
+
+INHERITED = ("findings", "preprocessing", "operating_points", "checkpoint_sha256", "release", "trained_on", "scope")
+"""What every child's manifest says as its parent's does: all that is of the weights, or of whom they are for."""
+
+
 class Manifest(_Record):
     """What a bundle says of its model.
 
@@ -198,6 +219,34 @@ class Manifest(_Record):
     def model_name(self) -> str:
         """The model's file name."""
         return ONNX_MODEL if self.target is None else PLAN_MODEL
+
+    def child(
+        self,
+        own_id: Sha256,
+        *,
+        files: Mapping[str, Sha256],
+        checks: Sequence[Check],
+        probe_max_abs_logit_error: float,
+        **changes: "Unpack[Changes]",
+    ) -> "Manifest":
+        """Return the manifest of a bundle made of this one; it says the same of the weights, and this one is its last ancestor.
+
+        Args:
+            own_id: the id of the bundle that this manifest is of.
+            files: the child's, as hash_files returns them.
+            checks: what was measured of the child.
+            probe_max_abs_logit_error: likewise.
+            changes: what else is new; the rest is as it is here.
+
+        Raises:
+            ValidationError: no such manifest is valid.
+            ValueError: a change that no child may make.
+        """
+        if not set(changes) <= set(Changes.__annotations__):
+            raise ValueError(f"a child inherits {sorted(set(changes) - set(Changes.__annotations__))}")
+        kept = {name: getattr(self, name) for name in (*INHERITED, *Changes.__annotations__)}
+        given = {"files": files, "checks": checks, "probe_max_abs_logit_error": probe_max_abs_logit_error, **changes}
+        return Manifest.model_validate({**kept, **given, "ancestors": (*self.ancestors, own_id)})
 
     def to_json(self) -> bytes:
         """Return the bytes of manifest.json."""
