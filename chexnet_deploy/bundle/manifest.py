@@ -7,7 +7,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias, TypedDict
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from chexnet_deploy.bundle.signing.releases import Release
 from chexnet_deploy.datasets.patients import PatientSet
@@ -15,6 +15,7 @@ from chexnet_deploy.errors import BundleError
 from chexnet_deploy.files import Sha256, sha256_hex
 from chexnet_deploy.images.preprocessing import Preprocessing
 from chexnet_deploy.images.scope import ScopePolicy
+from chexnet_deploy.inputs import Record
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -43,11 +44,7 @@ class Precision(str, Enum):
         return {"fp32": "float32", "fp16": "float16", "int8": "int8"}[self.value]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Calibration(_Record):
+class Calibration(Record):
     """Which images set the int8 ranges.
 
     Attributes:
@@ -68,7 +65,7 @@ class Calibration(_Record):
     activations: tuple[str, ...] = ()
 
 
-class Check(_Record):
+class Check(Record):
     """One measurement made before the bundle was kept.
 
     Attributes:
@@ -82,7 +79,7 @@ class Check(_Record):
     limit: float
 
 
-class Target(_Record):
+class Target(Record):
     """Where a plan is valid; read from the machine it was built on.
 
     Attributes:
@@ -98,7 +95,7 @@ class Target(_Record):
     platform: str
 
 
-class EngineCard(_Record):
+class EngineCard(Record):
     """What the builder made, read from TensorRT's own layer table.
 
     Attributes:
@@ -125,7 +122,7 @@ class EngineCard(_Record):
 
 
 class Changes(TypedDict, total=False):
-    """What a child's manifest may say otherwise than its parent's; see Manifest for what each is."""
+    """Fields that a child inherits unless they are given; see Manifest for their meaning."""
 
     precision: Precision
     dialect: Literal["float"] | Dialect
@@ -139,10 +136,10 @@ class Changes(TypedDict, total=False):
 
 
 INHERITED = ("findings", "preprocessing", "operating_points", "checkpoint_sha256", "release", "trained_on", "scope")
-"""What every child's manifest says as its parent's does: all that is of the weights, or of whom they are for."""
+"""Fields that every child has in common with its parent: what was trained, on whom, and for which images."""
 
 
-class Manifest(_Record):
+class Manifest(Record):
     """What a bundle says of its model.
 
     Attributes:
@@ -180,7 +177,7 @@ class Manifest(_Record):
     checks: tuple[Check, ...] = ()
     tools: dict[str, str]
     float_convolutions: tuple[str, ...] = ()
-    weakest_convolutions: dict[str, Annotated[float, Field(ge=0.0)]] = {}
+    weakest_convolutions: dict[str, Annotated[float, Field(ge=0.0)]] = Field(default={})
     release: Release | None = None
     trained_on: PatientSet | None = None
     scope: ScopePolicy | None = None
@@ -229,18 +226,18 @@ class Manifest(_Record):
         probe_max_abs_logit_error: float,
         **changes: "Unpack[Changes]",
     ) -> "Manifest":
-        """Return the manifest of a bundle made of this one; it says the same of the weights, and this one is its last ancestor.
+        """Return the manifest of a bundle that is made of this one; all that is not given is inherited.
 
         Args:
-            own_id: the id of the bundle that this manifest is of.
-            files: the child's, as hash_files returns them.
-            checks: what was measured of the child.
+            own_id: the id of this manifest's bundle, which becomes the child's last ancestor.
+            files: of the child, as hash_files returns them.
+            checks: measured on the child.
             probe_max_abs_logit_error: likewise.
-            changes: what else is new; the rest is as it is here.
+            changes: fields in which the child differs.
 
         Raises:
-            ValidationError: no such manifest is valid.
-            ValueError: a change that no child may make.
+            ValidationError: the result is not a valid manifest.
+            ValueError: a change to a field that every child inherits.
         """
         if not set(changes) <= set(Changes.__annotations__):
             raise ValueError(f"a child inherits {sorted(set(changes) - set(Changes.__annotations__))}")

@@ -1,4 +1,4 @@
-"""Does a session give an image the same answer in any slot of a batch, at any batch size, and from several threads?
+"""Measure whether an image gets the same answer in any slot of a batch, at any batch size, and from several threads.
 
 Plans have been published whose answers depend on the slot, and on what lies in the others.
 Knows no labels and no verdicts; the limit is in the spec's gate.
@@ -8,25 +8,23 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
 from chexnet_deploy.images.preprocessing import Pixels
+from chexnet_deploy.inputs import Record
 from chexnet_deploy.runtime.sessions.base import Logits, Session, sigmoid
 
 THREADS = 4
 EVERY_SIZE_TO = 8  # then doubled up to the session's largest: a fault of one kernel shows at a power of two
 
 
-class Spread(BaseModel):
+class Spread(Record, allow_inf_nan=True):
     """The largest differences between answers that should be the same."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     max_abs_logit_difference: float
     max_abs_probability_difference: float
 
 
-class InvarianceReport(BaseModel):
+class InvarianceReport(Record, allow_inf_nan=True):
     """One session; each spread is against the same image alone in a batch of one.
 
     Attributes:
@@ -34,8 +32,6 @@ class InvarianceReport(BaseModel):
         neighbours: images in a batch of each other, in several orders.
         threads: images one by one, from several threads at once.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     batch_sizes: tuple[int, ...]
     n_images: int

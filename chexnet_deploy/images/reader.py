@@ -1,4 +1,4 @@
-"""Read an image file as one gray picture, uint8 [H, W], 0 = black, bone bright: PNG and JPEG here, DICOM in its own room.
+"""Read an image file as one gray picture, uint8 [H, W], 0 = black, bone bright: PNG and JPEG here, DICOM by images/dicom.
 
 Never guesses: what would need a guess (true colour, translucent pixels, a rotation tag, several frames, a damaged file)
 is refused with an ImageError. Never looks at what the picture shows, never resizes (preprocessing.py does), and can't
@@ -19,8 +19,9 @@ from PIL.ExifTags import Base as ExifTag
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
-from chexnet_deploy.errors import ImageError, MissingPackageError
+from chexnet_deploy.errors import ImageError
 from chexnet_deploy.images.gray import MAX_PIXELS, MIN_SIDE_PX, Gray, read_image_file, refusal
+from chexnet_deploy.inputs import require
 
 if TYPE_CHECKING:
     from chexnet_deploy.images.dicom.decoder import Decoder
@@ -117,12 +118,8 @@ class ImageReader:
     def _open_decoder(self) -> "Decoder":
         with self._lock:
             if self._decoder is None:
-                try:
+                with require("dicom", so="DICOM can't be read"):
                     from chexnet_deploy.images.dicom.decoder import Decoder
-                except ModuleNotFoundError as err:
-                    raise MissingPackageError(
-                        f"{err.name} is not installed, so DICOM can't be read. Run: pip install 'chexnet-deploy[dicom]'"
-                    ) from err
                 self._decoder = Decoder(processes=self._processes)
             return self._decoder
 
