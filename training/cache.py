@@ -33,14 +33,14 @@ from typing import Annotated, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from chexnet_deploy.datasets.chestxray14 import TRAIN_VAL_LIST, ChestXray14
 from chexnet_deploy.datasets.nih_tables import Radiograph
 from chexnet_deploy.errors import DatasetError, OnPhase
 from chexnet_deploy.files import Sha256, sha256_hex
 from chexnet_deploy.images.preprocessing import Pixels, Preprocessing
-from chexnet_deploy.inputs import quote_some
+from chexnet_deploy.inputs import Record, quote_some
 
 PIXELS: Final = "pixels.u8"
 JOURNAL: Final = "journal.jsonl"
@@ -59,10 +59,8 @@ class Quarantined:
     reason: str
 
 
-class Key(BaseModel):
+class Key(Record):
     """What a cache's pixels depend on; see the module's first lines."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     resize_px: int
     preprocessing_sha256: Sha256
@@ -86,10 +84,8 @@ class Key(BaseModel):
         )
 
 
-class Head(BaseModel):
+class Head(Record):
     """A journal's first line: the key, and the versions that took part."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     key: Key
     tools: dict[str, str]
@@ -100,7 +96,7 @@ class Head(BaseModel):
         return cls(key=key, tools={name: version(name) for name in ("chexnet-deploy", "numpy", "pillow")})
 
 
-class Chunk(BaseModel):
+class Chunk(Record):
     """Neighbours in the table that were finished together.
 
     Attributes:
@@ -109,8 +105,6 @@ class Chunk(BaseModel):
         quarantined: on disk, but unreadable.
         sha256: of its rows' bytes.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     names: tuple[str, ...]
     absent: tuple[str, ...]

@@ -7,13 +7,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from chexnet_deploy.datasets.findings import FINDINGS
 from chexnet_deploy.errors import SpecError
-from chexnet_deploy.inputs import describe, read_toml
+from chexnet_deploy.inputs import Record, describe, read_toml
 
 RECIPES: Final = Path(__file__).parent / "recipes"
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
-class Augmentation(BaseModel):
+class Augmentation(Record):
     """What is done to a training image; everything is drawn anew each time it is seen.
 
     Attributes:
@@ -23,8 +23,6 @@ class Augmentation(BaseModel):
         scale_share: larger or smaller by up to this.
         contrast_share: contrast and brightness, up or down by up to this.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     flip_probability: Share = 0.0
     rotate_degrees: Annotated[float, Field(ge=0.0, le=45.0)] = 0.0

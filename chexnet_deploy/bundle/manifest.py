@@ -2,12 +2,12 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias, TypedDict
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from chexnet_deploy.bundle.signing.releases import Release
 from chexnet_deploy.datasets.patients import PatientSet
@@ -15,6 +15,10 @@ from chexnet_deploy.errors import BundleError
 from chexnet_deploy.files import Sha256, sha256_hex
 from chexnet_deploy.images.preprocessing import Preprocessing
 from chexnet_deploy.images.scope import ScopePolicy
+from chexnet_deploy.inputs import Record
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 MANIFEST = "manifest.json"
 MANIFEST_SHA256 = "manifest.sha256"
@@ -22,7 +26,7 @@ PROBE = "probe.npz"
 ONNX_MODEL = "model.onnx"
 PLAN_MODEL = "model.plan"
 Dialect: TypeAlias = Literal["typed", "mixed", "trt8", "cpu"]
-"""The forms of int8; quantize/forms.py says what each is."""
+"""The forms of int8; export/quantize/variants.py says what each is."""
 FLOAT16_DIALECTS: tuple[Dialect, ...] = ("typed", "mixed")
 """Those with float16 around int8: for strongly typed networks, and for an ONNX Runtime that rounds float16."""
 
@@ -40,11 +44,7 @@ class Precision(str, Enum):
         return {"fp32": "float32", "fp16": "float16", "int8": "int8"}[self.value]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Calibration(_Record):
+class Calibration(Record):
     """Which images set the int8 ranges.
 
     Attributes:
@@ -65,7 +65,7 @@ class Calibration(_Record):
     activations: tuple[str, ...] = ()
 
 
-class Check(_Record):
+class Check(Record):
     """One measurement made before the bundle was kept.
 
     Attributes:
@@ -79,7 +79,7 @@ class Check(_Record):
     limit: float
 
 
-class Target(_Record):
+class Target(Record):
     """Where a plan is valid; read from the machine it was built on.
 
     Attributes:
@@ -95,7 +95,7 @@ class Target(_Record):
     platform: str
 
 
-class EngineCard(_Record):
+class EngineCard(Record):
     """What the builder made, read from TensorRT's own layer table.
 
     Attributes:
@@ -121,7 +121,25 @@ class EngineCard(_Record):
     warnings: tuple[str, ...]
 
 
-class Manifest(_Record):
+class Changes(TypedDict, total=False):
+    """Fields that a child inherits unless they are given; see Manifest for their meaning."""
+
+    precision: Precision
+    dialect: Literal["float"] | Dialect
+    head_bias: tuple[float, ...]
+    calibration: Calibration | None
+    tools: dict[str, str]
+    float_convolutions: tuple[str, ...]
+    weakest_convolutions: dict[str, float]
+    target: Target | None
+    engine: EngineCard | None
+
+
+INHERITED = ("findings", "preprocessing", "operating_points", "checkpoint_sha256", "release", "trained_on", "scope")
+"""Fields that every child has in common with its parent: what was trained, on whom, and for which images."""
+
+
+class Manifest(Record):
     """What a bundle says of its model.
 
     Attributes:
@@ -159,7 +177,7 @@ class Manifest(_Record):
     checks: tuple[Check, ...] = ()
     tools: dict[str, str]
     float_convolutions: tuple[str, ...] = ()
-    weakest_convolutions: dict[str, Annotated[float, Field(ge=0.0)]] = {}
+    weakest_convolutions: dict[str, Annotated[float, Field(ge=0.0)]] = Field(default={})
     release: Release | None = None
     trained_on: PatientSet | None = None
     scope: ScopePolicy | None = None
@@ -198,6 +216,34 @@ class Manifest(_Record):
     def model_name(self) -> str:
         """The model's file name."""
         return ONNX_MODEL if self.target is None else PLAN_MODEL
+
+    def child(
+        self,
+        own_id: Sha256,
+        *,
+        files: Mapping[str, Sha256],
+        checks: Sequence[Check],
+        probe_max_abs_logit_error: float,
+        **changes: "Unpack[Changes]",
+    ) -> "Manifest":
+        """Return the manifest of a bundle that is made of this one; all that is not given is inherited.
+
+        Args:
+            own_id: the id of this manifest's bundle, which becomes the child's last ancestor.
+            files: of the child, as hash_files returns them.
+            checks: measured on the child.
+            probe_max_abs_logit_error: likewise.
+            changes: fields in which the child differs.
+
+        Raises:
+            ValidationError: the result is not a valid manifest.
+            ValueError: a change to a field that every child inherits.
+        """
+        if not set(changes) <= set(Changes.__annotations__):
+            raise ValueError(f"a child inherits {sorted(set(changes) - set(Changes.__annotations__))}")
+        kept = {name: getattr(self, name) for name in (*INHERITED, *Changes.__annotations__)}
+        given = {"files": files, "checks": checks, "probe_max_abs_logit_error": probe_max_abs_logit_error, **changes}
+        return Manifest.model_validate({**kept, **given, "ancestors": (*self.ancestors, own_id)})
 
     def to_json(self) -> bytes:
         """Return the bytes of manifest.json."""

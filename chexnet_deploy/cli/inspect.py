@@ -121,9 +121,9 @@ def inspect(
     if path.suffix == ".safetensors":
         if trust is not None:
             raise SpecError("checkpoints aren't signed, and --trust is for bundles. Leave it away.")
-        from chexnet_deploy.export.chain import open_torch_room
+        from chexnet_deploy.export.chain import import_to_onnx
 
-        typer.echo(open_torch_room().read_checkpoint(path).manifest.model_dump_json(indent=2))
+        typer.echo(import_to_onnx().read_checkpoint(path).manifest.model_dump_json(indent=2))
         return
     from chexnet_deploy.bundle.bundle import Bundle
     from chexnet_deploy.serving.triton import check_repository, is_repository

@@ -11,7 +11,8 @@ import typer
 
 from chexnet_deploy.cli.options import JsonFlag, OnProvider, ProviderName, TrustOption, read_trust
 from chexnet_deploy.cli.printing import print_answers, print_json_answers
-from chexnet_deploy.errors import MissingPackageError, TableError
+from chexnet_deploy.errors import TableError
+from chexnet_deploy.inputs import require
 from chexnet_deploy.terminal import going_on, print_json, progress
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def predict(
             # Ray reads its key when it is imported, and from the environment alone; one that runs has its own.
             os.environ.setdefault("RAY_AUTH_MODE", "token")
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        elsewhere = _open_ray_room().Cluster(cluster, workers=workers, trust=read_trust(trust)).rows
+        elsewhere = _import_ray_cluster().Cluster(cluster, workers=workers, trust=read_trust(trust)).rows
     elif workers is not None or cluster is not None:
         raise TableError("--workers and --cluster are for --executor ray. Give it, or leave them away.")
     if found.n_others:
@@ -127,9 +128,7 @@ def predict(
         raise typer.Exit(EXIT_QUARANTINED)
 
 
-def _open_ray_room() -> "ModuleType":
-    try:
+def _import_ray_cluster() -> "ModuleType":
+    with require("ray"):
         from chexnet_deploy.serving.ray import cluster as ray_cluster
-    except ModuleNotFoundError as err:
-        raise MissingPackageError(f"{err.name} is not installed. Run: pip install 'chexnet-deploy[ray]'") from err
     return ray_cluster

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from chexnet_deploy.cli.options import BundleArgument, JsonFlag, OnProvider, ProviderName, Threads, TrustOption
-from chexnet_deploy.errors import MissingPackageError
+from chexnet_deploy.inputs import require
 from chexnet_deploy.terminal import print_json
 
 app = typer.Typer()
@@ -45,10 +45,8 @@ def serve(
     ] = 0.02,
 ) -> None:
     """Serve a bundle over HTTP until SIGTERM; SIGHUP takes the bundle that lies at its path then, if it proves itself."""
-    try:
+    with require("serve"):
         from chexnet_deploy.serving.http import program
-    except ModuleNotFoundError as err:
-        raise MissingPackageError(f"{err.name} is not installed. Run: pip install 'chexnet-deploy[serve]'") from err
     from chexnet_deploy.serving.http.config import ServeConfig
 
     config = ServeConfig(
@@ -86,10 +84,8 @@ def node(
     ] = False,
 ) -> None:
     """Run a DICOM node: radiographs in by C-STORE, results out by C-STORE, until SIGTERM."""
-    try:
+    with require("node"):
         from chexnet_deploy.dicom.node import service
-    except ModuleNotFoundError as err:
-        raise MissingPackageError(f"{err.name} is not installed. Run: pip install 'chexnet-deploy[node]'") from err
 
     if print_unit:
         typer.echo(service.print_unit(config, Path(sys.argv[0]).absolute()), nl=False)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from chexnet_deploy.cli.options import BundleArgument, JsonFlag
-from chexnet_deploy.errors import MissingPackageError
+from chexnet_deploy.inputs import require
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -27,7 +27,7 @@ def keygen(
     """Make an Ed25519 key to sign bundles with, and print its public half as lines of a trust file."""
     import base64
 
-    keys = _open_key_room()
+    keys = _import_keys()
     passphrase = None
     if encrypt:
         passphrase = typer.prompt("passphrase", hide_input=True, confirmation_prompt=True, err=True).encode()
@@ -46,7 +46,7 @@ def sign(
     as_json: JsonFlag = False,
 ) -> None:
     """Verify a bundle and sign its manifest; the bundle's id stays, and so do signatures by other keys."""
-    keys = _open_key_room()
+    keys = _import_keys()
     from chexnet_deploy.bundle.signing.sign import sign_bundle
 
     pem = keys.read_key_file(key)
@@ -74,7 +74,7 @@ def verify(
     as_json: JsonFlag = False,
 ) -> None:
     """Say who signed a bundle, or refuse it; runs nothing, and raises no floor."""
-    _open_key_room()
+    _import_keys()
     from chexnet_deploy.bundle.bundle import Bundle
     from chexnet_deploy.bundle.signing.sign import admit_first
     from chexnet_deploy.bundle.signing.trust import Trust
@@ -99,14 +99,12 @@ def _name_of(key: Path) -> str:
     return name.strip("._-")[:64] or "key"
 
 
-def _open_key_room() -> "ModuleType":
+def _import_keys() -> "ModuleType":
     """Import signing.keys.
 
     Raises:
         MissingPackageError: cryptography is not installed.
     """
-    try:
+    with require("signing"):
         from chexnet_deploy.bundle.signing import keys
-    except ModuleNotFoundError as err:
-        raise MissingPackageError(f"{err.name} is not installed. Run: pip install 'chexnet-deploy[signing]'") from err
     return keys

@@ -14,11 +14,11 @@ from typing import Annotated, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from chexnet_deploy.errors import DatasetError
 from chexnet_deploy.files import Sha256
-from chexnet_deploy.inputs import name_some
+from chexnet_deploy.inputs import Record, name_some
 
 MAX_PATIENT: Final = 99_999_999
 """The largest number an image name of ChestX-ray14 can hold."""
@@ -122,7 +122,7 @@ def cover_official(
     return Coverage(*images, *(int(np.unique(group).size) for group in groups))
 
 
-class PatientSet(BaseModel):
+class PatientSet(Record):
     """A set of patients small enough for a manifest, and exact: no patient is in it by chance.
 
     It can be read back, so numbers that identify a person don't belong in it; those of ChestX-ray14 are pseudonyms.
@@ -132,8 +132,6 @@ class PatientSet(BaseModel):
         sha256: `patients_sha256` of them.
         encoded: base64 of the zlib-compressed bitmap: bit p (most significant bit of byte p // 8 first) is patient p.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     n_patients: Annotated[int, Field(ge=1, le=MAX_PATIENTS)]
     sha256: Sha256

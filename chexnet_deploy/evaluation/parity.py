@@ -11,10 +11,10 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 
 from chexnet_deploy.errors import MetricError
 from chexnet_deploy.evaluation.spec import Gate
+from chexnet_deploy.inputs import Record
 from chexnet_deploy.metrics.agreement import flips, noise_share, observed_quantile, rank_churn
 from chexnet_deploy.metrics.delong import compare_all
 from chexnet_deploy.metrics.intervals import ALPHA, PairedDifference, patients_needed
@@ -26,11 +26,11 @@ Verdict: TypeAlias = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 EXIT_CODES: dict[str, int] = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3}
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class _Measured(Record, allow_inf_nan=True):
+    """A report must be able to say that a candidate answered with infinity."""
 
 
-class FindingParity(_Record):
+class FindingParity(_Measured):
     """One finding; what is undefined is None.
 
     Attributes:
@@ -85,7 +85,7 @@ class FindingParity(_Record):
         return None if self.n_gained is None or self.n_lost is None else self.n_gained + self.n_lost
 
 
-class SubgroupParity(_Record):
+class SubgroupParity(_Measured):
     """One group of patients; reported, not gated: groups are too small for margins of their own.
 
     Attributes:
@@ -106,7 +106,7 @@ class SubgroupParity(_Record):
     n_flips: int
 
 
-class ParityReport(_Record):
+class ParityReport(_Measured):
     """Candidate against reference on the same labelled images.
 
     Attributes:

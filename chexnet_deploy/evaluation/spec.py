@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from chexnet_deploy.bundle.manifest import Precision
 from chexnet_deploy.datasets.findings import FINDINGS
 from chexnet_deploy.errors import SpecError
-from chexnet_deploy.inputs import describe, read_toml
+from chexnet_deploy.inputs import Record, describe, read_toml
 
 _PACKAGE = Path(__file__).parents[1]
 # In the wheel the specs lie inside the package; in a checkout beside it.
@@ -21,11 +21,7 @@ SPEC_FOLDERS = (_PACKAGE / "engines", _PACKAGE.parent / "engines")
 Positive = Annotated[float, Field(gt=0.0)]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class BatchProfile(_Record):
+class BatchProfile(Record):
     """The batch sizes an engine takes: smallest, the one it is tuned for, largest."""
 
     min: Annotated[int, Field(ge=1)] = 1
@@ -39,14 +35,14 @@ class BatchProfile(_Record):
         return self
 
 
-class LatencyGate(_Record):
+class LatencyGate(Record):
     """Limits for batch 1, on the machine the spec was measured on."""
 
     p50_ms: Positive
     p99_ms: Positive
 
 
-class Gate(_Record):
+class Gate(Record):
     """What a candidate must pass beside the fp32 model it came from.
 
     Attributes:
@@ -81,7 +77,7 @@ class Gate(_Record):
         return self.auroc_margin.get(finding, self.auroc_margin["default"])
 
 
-class BuildOptions(_Record):
+class BuildOptions(Record):
     """How TensorRT builds; ONNX Runtime has no use for it.
 
     Attributes:
@@ -103,7 +99,7 @@ class BuildOptions(_Record):
         return fields
 
 
-class EngineSpec(_Record):
+class EngineSpec(Record):
     """One engine as promised: precision, batch sizes, how it is built and the gate it must pass.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""What each command does, in one function a command: rooms put together, nothing computed here.
+"""Export in one function a command: checkpoint -> fp32, fp16 and int8 bundles -> TensorRT plans. Computes nothing itself.
 
 The command line, the demo and the benchmarks call these.
 """
@@ -16,10 +16,11 @@ from chexnet_deploy.bundle.signing.trust import Trust
 from chexnet_deploy.datasets.chestxray14 import ChestXray14
 from chexnet_deploy.datasets.labelled import LabelledImages
 from chexnet_deploy.datasets.nih_tables import read_image_list
-from chexnet_deploy.errors import BundleError, CalibrationError, MissingPackageError, OnPhase
+from chexnet_deploy.errors import BundleError, CalibrationError, OnPhase
 from chexnet_deploy.evaluation.spec import read_spec
 from chexnet_deploy.files import write_file
 from chexnet_deploy.images.scope import ScopePolicy
+from chexnet_deploy.inputs import require
 from chexnet_deploy.runtime.sessions.driver import open_driver
 from chexnet_deploy.runtime.sessions.trt_versions import Backend, open_tensorrt
 
@@ -32,16 +33,14 @@ CHOSEN_LIST = "calibration.txt"
 N_CONVOLUTIONS = 120  # of DenseNet-121 without its head
 
 
-def open_torch_room() -> ModuleType:
-    """Import export.to_onnx.
+def import_to_onnx() -> ModuleType:
+    """Import from_torch.to_onnx, and torch with it.
 
     Raises:
         MissingPackageError: torch, onnx or safetensors is not installed.
     """
-    try:
+    with require("export"):
         from chexnet_deploy.export.from_torch import to_onnx
-    except ModuleNotFoundError as err:
-        raise MissingPackageError(f"{err.name} is not installed. Run: pip install 'chexnet-deploy[export]'") from err
     return to_onnx
 
 
@@ -51,7 +50,7 @@ def import_checkpoint(path: Path, out: Path, form: str | None, findings_file: Pa
     Raises:
         ChexnetError: torch is not installed, the file can't be converted exactly, or its findings aren't known.
     """
-    open_torch_room()
+    import_to_onnx()
     from chexnet_deploy.export.from_torch.import_legacy import import_legacy, read_findings
 
     findings = None if findings_file is None else read_findings(findings_file)
@@ -78,7 +77,7 @@ def export_bundles(
     Raises:
         ChexnetError: any step refused; what was kept before it stays.
     """
-    to_onnx = open_torch_room()
+    to_onnx = import_to_onnx()
     if Precision.INT8 in precisions and data_root is None:
         raise CalibrationError("int8 needs calibration images. Give ChestX-ray14 by --data.")
     if Precision.INT8 not in precisions and calibration_list is not None:

@@ -16,10 +16,11 @@ from typing import Annotated, Final, Literal, NoReturn, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from chexnet_deploy.errors import ImageError, ImageRefusedError, RefusalReason
 from chexnet_deploy.images.gray import Gray
+from chexnet_deploy.inputs import StrictRecord
 
 Edges: TypeAlias = NDArray[np.float64]
 """[8, 8, 8]: direction, row and column of a cell. Direction d is where it gets brighter, d * 45 degrees from +x to +y (down)."""
@@ -37,7 +38,7 @@ WeightsName: TypeAlias = Literal["edge-directions-1"]
 
 
 class Turn(str, Enum):
-    """How a picture lies; the value is the reason it is refused for. The order is that of `score_turns`."""
+    """A picture's orientation and polarity (eight cases, in the order of `score_turns`); the value is the reason of a refusal."""
 
     UPRIGHT = "upright"
     CLOCKWISE = "turned-clockwise"
@@ -49,7 +50,7 @@ class Turn(str, Enum):
     INVERTED_COUNTERCLOCKWISE = "inverted-and-turned-counterclockwise"
 
 
-class ImageGuardPolicy(BaseModel):
+class ImageGuardPolicy(StrictRecord):
     """What a picture must be. The defaults are what ChestX-ray14's train_val part allows.
 
     Attributes:
@@ -62,8 +63,6 @@ class ImageGuardPolicy(BaseModel):
         min_score: of the picture as it is. `python -m training.fit_content_check` prints the one that it chose.
     """
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
-
     guard: Literal["image", "off"] = "image"
     weights: WeightsName = "edge-directions-1"
     min_side_px: Annotated[int, Field(ge=32)] = 224
@@ -73,7 +72,7 @@ class ImageGuardPolicy(BaseModel):
     min_score: float = 0.39
 
 
-class GuardWeights(BaseModel):
+class GuardWeights(StrictRecord):
     """The linear score, as `python -m training.fit_content_check` wrote it.
 
     Attributes:
@@ -83,8 +82,6 @@ class GuardWeights(BaseModel):
         bias: added to the score.
         weights: [8][64], direction by cell, rows first.
     """
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
     name: WeightsName
     source: str

@@ -1,6 +1,6 @@
 """Turn one gray picture into the pixels every graph and every engine takes: the only definition of it.
 
-Never reads files (images.py does) and never normalises: casting, gray to three channels and mean/std are the first
+Never reads files (reader.py does) and never normalises: casting, gray to three channels and mean/std are the first
 nodes of the exported graph. They are recorded here because a bundle's manifest embeds this model.
 """
 
@@ -11,10 +11,11 @@ from typing import Annotated, Final, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from chexnet_deploy.errors import ImageError
 from chexnet_deploy.images.gray import Gray
+from chexnet_deploy.inputs import StrictRecord
 
 Pixels: TypeAlias = NDArray[np.uint8]
 """[N, 1, S, S] uint8; what every graph and every engine takes."""
@@ -26,8 +27,8 @@ _Mean: TypeAlias = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 _Std: TypeAlias = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 
 
-class Preprocessing(BaseModel):
-    """How a gray picture becomes pixels (Rajpurkar et al. 2017, section 3.1: 224 x 224, ImageNet mean and deviation).
+class Preprocessing(StrictRecord):
+    """Preprocessing of a gray picture to pixels (Rajpurkar et al. 2017, section 3.1: 224 x 224, ImageNet mean and deviation).
 
     Attributes:
         resize_px: S, the side of the square; a multiple of 32, DenseNet's stride.
@@ -37,8 +38,6 @@ class Preprocessing(BaseModel):
         mean: per channel of pixel / 255, applied inside the exported graph.
         std: per channel of pixel / 255, applied inside the exported graph.
     """
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
     resize_px: int = Field(default=224, ge=32, le=1024, multiple_of=32)
     resample: Literal["pillow-bilinear-8bit"] = "pillow-bilinear-8bit"

@@ -19,8 +19,9 @@ from PIL.ExifTags import Base as ExifTag
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
-from chexnet_deploy.errors import ImageError, MissingPackageError
+from chexnet_deploy.errors import ImageError
 from chexnet_deploy.images.gray import MAX_PIXELS, MIN_SIDE_PX, Gray, read_image_file, refusal
+from chexnet_deploy.inputs import require
 
 if TYPE_CHECKING:
     from chexnet_deploy.images.dicom.decoder import Decoder
@@ -123,12 +124,8 @@ class ImageReader:
         """
         with self._lock:
             if self._decoder is None:
-                try:
+                with require("dicom", so="DICOM can't be read"):
                     from chexnet_deploy.images.dicom.decoder import Decoder
-                except ModuleNotFoundError as err:
-                    raise MissingPackageError(
-                        f"{err.name} is not installed, so DICOM can't be read. Run: pip install 'chexnet-deploy[dicom]'"
-                    ) from err
                 self._decoder = Decoder(processes=self._processes)
             return self._decoder
 

@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from chexnet_deploy.errors import ImageRefusedError, RefusalReason, SpecError
 from chexnet_deploy.images.content_check import ImageGuardPolicy
 from chexnet_deploy.images.gray import refusal
-from chexnet_deploy.inputs import describe, read_toml
+from chexnet_deploy.inputs import StrictRecord, describe, read_toml
 
 if TYPE_CHECKING:
     from chexnet_deploy.images.dicom.header import DicomHeader
@@ -21,7 +21,7 @@ _Code = Annotated[str, StringConstraints(pattern=r"^[A-Z0-9_ ]{1,16}$")]  # DICO
 _Years = Annotated[int, Field(ge=0, le=150)]
 
 
-class ScopePolicy(BaseModel):
+class ScopePolicy(StrictRecord):
     """The radiographs that a model may be asked about; what the header doesn't say is accepted only where said so here.
 
     The defaults are ChestX-ray14's: frontal chest radiographs by computed or digital radiography. Its patients include
@@ -41,8 +41,6 @@ class ScopePolicy(BaseModel):
         picture: what the picture itself must look like; off unless a scope asks for it, as drawings and pictures smaller
             than a radiograph are refused by it.
     """
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
     modalities: Annotated[tuple[_Code, ...], Field(min_length=1)] = ("CR", "DX")
     body_parts: Annotated[tuple[_Code, ...], Field(min_length=1)] = ("CHEST", "THORAX")

@@ -1,4 +1,4 @@
-"""Write one table of findings for many images: row by row, gone on with after any kill, there only when it is whole.
+"""Write one table of findings for many images: rows are appended durably, resumed after a crash, published when complete.
 
     results.csv           every image's row; its name appears when the last row is on the disk
     results.csv.json      the card: the bundle, preprocessing and images it is of; at the end also its SHA-256
@@ -18,8 +18,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO, Final
 
-from chexnet_deploy.errors import ImageError, MissingPackageError, TableError
+from chexnet_deploy.errors import ImageError, TableError
 from chexnet_deploy.files import sha256_of_file, show_file, write_file
+from chexnet_deploy.inputs import require
 from chexnet_deploy.runtime.predictor import Prediction
 from chexnet_deploy.runtime.table import Row, TableCard, header_bytes, read_back, read_card, row_bytes
 
@@ -142,7 +143,7 @@ def open_table(out: Path, card: TableCard, names: Sequence[str]) -> Iterator[Tab
     """
     if out.suffix not in SUFFIXES:
         raise TableError(f"{out} ends in {out.suffix or 'nothing'}; needed {' or '.join(SUFFIXES)}. Rename it.")
-    parquet = _open_parquet_room() if out.suffix == ".parquet" else None
+    parquet = _import_parquet() if out.suffix == ".parquet" else None
     table = Table(out, card, names)
     with _writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -196,12 +197,7 @@ def _write_all(file: IO[bytes], content: bytes) -> None:
         view = view[file.write(view) :]
 
 
-def _open_parquet_room() -> ModuleType:
-    try:
+def _import_parquet() -> ModuleType:
+    with require("table", so="no Parquet can be written", instead="give an --out that ends in .csv"):
         from chexnet_deploy.runtime import parquet
-    except ModuleNotFoundError as err:
-        raise MissingPackageError(
-            f"{err.name} is not installed, so no Parquet can be written. Run: pip install 'chexnet-deploy[table]', or give an "
-            f"--out that ends in .csv"
-        ) from err
     return parquet

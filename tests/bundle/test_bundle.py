@@ -2,8 +2,9 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -13,12 +14,14 @@ from hypothesis import strategies as st
 import chexnet_deploy.runtime.sessions.ort as ort_room
 from chexnet_deploy.bundle.bundle import MAX_MANIFEST_BYTES, Bundle
 from chexnet_deploy.bundle.manifest import (
+    INHERITED,
     MANIFEST,
     MANIFEST_SHA256,
     ONNX_MODEL,
     PLAN_MODEL,
     PROBE,
     Calibration,
+    Changes,
     Check,
     Dialect,
     EngineCard,
@@ -28,10 +31,12 @@ from chexnet_deploy.bundle.manifest import (
     hash_files,
 )
 from chexnet_deploy.bundle.probe import Probe
+from chexnet_deploy.bundle.signing.releases import Release
 from chexnet_deploy.datasets.patients import PatientSet
 from chexnet_deploy.errors import BundleError, ChexnetError
 from chexnet_deploy.files import sha256_hex
 from chexnet_deploy.images.preprocessing import Preprocessing
+from chexnet_deploy.images.scope import ScopePolicy
 from chexnet_deploy.runtime.predictor import Predictor
 from chexnet_deploy.runtime.sessions.open import open_session
 
@@ -409,6 +414,71 @@ def manifests(draw: st.DrawFn) -> Manifest:
 @given(manifests())
 def test_manifest_survives_json(manifest: Manifest) -> None:
     assert Manifest.model_validate_json(manifest.to_json(), strict=True) == manifest
+
+
+PARENT = Manifest(
+    precision=Precision.FP32,
+    findings=("Mass", "Hernia"),
+    preprocessing=Preprocessing(resize_px=64),
+    head_bias=(0.5, -0.5),
+    operating_points={"Mass": 0.25},
+    files={ONNX_MODEL: "0" * 64, PROBE: "1" * 64},
+    checkpoint_sha256="2" * 64,
+    ancestors=("3" * 64,),
+    probe_max_abs_logit_error=0.125,
+    checks=(Check(name="x", value=0.0, limit=1.0),),
+    tools={"torch": "1"},
+    release=Release(line="chexnet-adult", number=3),
+    trained_on=PatientSet.of([1, 2]),
+    scope=ScopePolicy(age_years=(0, 120)),
+)
+CARD = EngineCard(
+    build_s=1.0,
+    plan_bytes=1,
+    batch=(1, 1, 1),
+    conv_types={"float32": 1},
+    fallbacks=(),
+    n_kernels=1,
+    n_reformats=0,
+    bytes_per_image=None,
+    activation_bytes=0,
+    warnings=(),
+)
+HERE = Target(gpu="a", compute_capability="8.9", backend="tensorrt", tensorrt="10", driver="12.4", platform="Linux")
+
+
+def test_a_child_inherits_each_field_or_is_given_it() -> None:
+    given = {name for name, each in signature(Manifest.child).parameters.items() if each.kind is each.KEYWORD_ONLY}
+    kinds = [{"schema_version", "ancestors"}, set(INHERITED), given, set(Changes.__annotations__)]
+    assert set.union(*kinds) == set(Manifest.model_fields)
+    assert sum(map(len, kinds)) == len(Manifest.model_fields)  # none is of two kinds
+
+
+def test_a_child_says_of_the_weights_what_its_parent_says() -> None:
+    files, check = {PLAN_MODEL: "4" * 64, PROBE: "1" * 64}, Check(name="y", value=0.5, limit=1.0)
+    child = PARENT.child(
+        "5" * 64, files=files, checks=(check,), probe_max_abs_logit_error=0.5, target=HERE, engine=CARD
+    )
+    new = {"files": files, "checks": (check,), "probe_max_abs_logit_error": 0.5, "target": HERE, "engine": CARD}
+    assert dict(child) == {**dict(PARENT), **new, "ancestors": ("3" * 64, "5" * 64)}
+    assert Manifest.model_validate_json(child.to_json(), strict=True) == child
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"target": HERE}, "files must be model.plan"),
+        ({"precision": Precision.INT8}, "an int8 model has a calibration"),
+        ({"head_bias": (0.0,)}, "1 head biases for 2 findings"),
+        ({"probe_max_abs_logit_error": -1.0}, "probe_max_abs_logit_error"),
+        ({"findings": ("Mass", "Other")}, r"a child inherits \['findings'\]"),
+        ({"ancestors": ()}, r"a child inherits \['ancestors'\]"),
+    ],
+)
+def test_a_child_that_is_no_manifest_is_refused(changes: dict[str, Any], why: str) -> None:
+    given = {"files": PARENT.files, "checks": (), "probe_max_abs_logit_error": 0.0}
+    with pytest.raises(ValueError, match=why):
+        PARENT.child("5" * 64, **{**given, **changes})
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import Field, StringConstraints, ValidationError
 
 from chexnet_deploy.errors import TrustError
 from chexnet_deploy.files import PlainFile, write_file
+from chexnet_deploy.inputs import Record
 
 LOCK_TIMEOUT_S = 5.0  # the lock is held for one small write; whoever holds it longer hangs, and this must not
 _MAX_FLOOR_BYTES = 1024
@@ -27,11 +28,7 @@ LineName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}
 ReleaseNumber = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Release(_Record):
+class Release(Record):
     """Which release of which model line a bundle is; every precision and plan of one release has the same.
 
     Attributes:
@@ -45,7 +42,7 @@ class Release(_Record):
         return f"{self.line} {self.number}"
 
 
-class _Floor(_Record):
+class _Floor(Record):
     format: Literal[1] = 1
     release: Release
 

@@ -9,10 +9,11 @@ a standard's way of saying what is signed, so that no signature made for anythin
 import json
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import Field, StringConstraints, ValidationError
 
 from chexnet_deploy.errors import TrustError
 from chexnet_deploy.files import Sha256
+from chexnet_deploy.inputs import StrictRecord
 
 SIGNATURE = "manifest.sig"
 PAYLOAD_TYPE = b"application/vnd.chexnet-deploy.manifest.v1+json"
@@ -23,12 +24,8 @@ Ed25519Hex = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{128}$")]
 """64 bytes as lower-case hexadecimal digits."""
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class Signature(_Record):
-    """One key's word for a manifest.
+class Signature(StrictRecord):
+    """A signature over the manifest by one key.
 
     Attributes:
         key: the key's fingerprint, see keys.fingerprint.
@@ -39,7 +36,7 @@ class Signature(_Record):
     ed25519: Ed25519Hex
 
 
-class SignatureFile(_Record):
+class SignatureFile(StrictRecord):
     """All signatures of one manifest; more than one while a fleet changes from a key to its successor."""
 
     format: Literal[1] = 1

@@ -28,7 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic import Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from chexnet_deploy.bundle.signing.releases import (
     LineName,
@@ -39,8 +39,9 @@ from chexnet_deploy.bundle.signing.releases import (
     refuse_older,
 )
 from chexnet_deploy.bundle.signing.signatures import Signature, SignatureFile
-from chexnet_deploy.errors import MissingPackageError, TrustError
+from chexnet_deploy.errors import TrustError
 from chexnet_deploy.files import PlainFile, sha256_hex
+from chexnet_deploy.inputs import StrictRecord, require
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -54,11 +55,7 @@ _ED25519_DER = bytes.fromhex("302a300506032b6570032100")  # RFC 8410, section 4:
 KeyName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._@-]{0,63}$")]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class TrustedKey(_Record):
+class TrustedKey(StrictRecord):
     """A public key that is known here.
 
     Attributes:
@@ -93,14 +90,14 @@ class TrustedKey(_Record):
         return sha256_hex(base64.b64decode(self.public_key))
 
 
-class Trust(_Record):
+class Trust(StrictRecord):
     """What a bundle must show to be opened here.
 
     Attributes:
         keys: known keys, at least one of them not revoked.
         line: the model line that may run; None for any.
         min_release: the oldest release that may run.
-        floor_file: remembers the newest release that has run; must exist, see release.start_floor.
+        floor_file: remembers the newest release that has run; must exist, see releases.start_floor.
     """
 
     format: Literal[1] = 1
@@ -159,7 +156,7 @@ class Trust(_Record):
             TrustError: no trusted key has signed, or a trusted key's signature is for other bytes.
             MissingPackageError: cryptography is not installed.
         """
-        verify = _open_key_room()
+        verify = _import_verify_manifest()
         known = {key.fingerprint: key for key in self.keys}
         signers, others = [], []
         for signature in SignatureFile.parse(signatures, f"{where}/manifest.sig").signatures:
@@ -217,13 +214,9 @@ class Trust(_Record):
         return f"a signature by {' or '.join(key.name for key in self.keys if not key.is_revoked)}"
 
 
-def _open_key_room() -> Callable[[bytes, Signature, bytes], bool]:
-    try:
+def _import_verify_manifest() -> Callable[[bytes, Signature, bytes], bool]:
+    with require("signing", so="no signature can be verified"):
         from chexnet_deploy.bundle.signing.keys import verify_manifest
-    except ModuleNotFoundError as err:
-        raise MissingPackageError(
-            f"{err.name} is not installed, so no signature can be verified. Run: pip install 'chexnet-deploy[signing]'"
-        ) from err
     return verify_manifest
 
 

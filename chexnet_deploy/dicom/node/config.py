@@ -11,9 +11,10 @@ from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic import Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from chexnet_deploy.errors import NodeError
+from chexnet_deploy.inputs import StrictRecord
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -34,11 +35,7 @@ Mib = Annotated[int, Field(ge=1, le=16 * 1024 * 1024)]
 Count = Annotated[int, Field(ge=1, le=10_000)]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
-
-
-class Limits(_Record):
+class Limits(StrictRecord):
     """What one peer, and all together, may take of this node.
 
     Attributes:
@@ -85,7 +82,7 @@ class Limits(_Record):
         return self.max_association_mib * MIB
 
 
-class Listen(_Record):
+class Listen(StrictRecord):
     """Where and for whom this node listens.
 
     Attributes:
@@ -117,8 +114,8 @@ class Listen(_Record):
         return any(address in ip_network(network) for network in self.networks)
 
 
-class Spool(_Record):
-    """Room for images that were acknowledged and not answered yet.
+class Spool(StrictRecord):
+    """Disk space for images that were acknowledged and not answered yet.
 
     Attributes:
         max_mib: of all of them.
@@ -131,7 +128,7 @@ class Spool(_Record):
     remember: Annotated[int, Field(ge=100, le=1_000_000)] = 100_000
 
 
-class Outbox(_Record):
+class Outbox(StrictRecord):
     """Results that wait for their destination.
 
     Attributes:
@@ -150,7 +147,7 @@ class Outbox(_Record):
     max_breaks: Count = 10
 
 
-class Destination(_Record):
+class Destination(StrictRecord):
     """Who gets the results."""
 
     host: Annotated[str, StringConstraints(min_length=1, max_length=253)]
@@ -158,7 +155,7 @@ class Destination(_Record):
     ae_title: AeTitle
 
 
-class Model(_Record):
+class Model(StrictRecord):
     """What answers.
 
     Attributes:
@@ -185,7 +182,7 @@ class Model(_Record):
         return Path(value) if isinstance(value, str) else value
 
 
-class Device(_Record):
+class Device(StrictRecord):
     """What results say of the machine that made them (PS3.3 C.7.5.1).
 
     Attributes:
@@ -197,7 +194,7 @@ class Device(_Record):
     model_name: _Text = "chexnet-deploy node"
 
 
-class Results(_Record):
+class Results(StrictRecord):
     """What is sent beside the structured report, which names every finding.
 
     Attributes:
@@ -207,7 +204,7 @@ class Results(_Record):
     max_pictures: Annotated[int, Field(ge=0, le=14)] = 3
 
 
-class Health(_Record):
+class Health(StrictRecord):
     """How the node proves that it lives.
 
     Attributes:
@@ -221,7 +218,7 @@ class Health(_Record):
     max_memory_mib: Annotated[int, Field(ge=512)] = 4096
 
 
-class NodeConfig(_Record):
+class NodeConfig(StrictRecord):
     """Everything a node is told.
 
     Attributes:

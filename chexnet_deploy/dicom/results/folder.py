@@ -6,9 +6,10 @@ from datetime import datetime
 from pathlib import Path
 
 from chexnet_deploy.bundle.bundle import Bundle
-from chexnet_deploy.errors import ImageError, MissingPackageError
+from chexnet_deploy.errors import ImageError
 from chexnet_deploy.files import new_folder
 from chexnet_deploy.images.listing import ImageFiles
+from chexnet_deploy.inputs import require
 from chexnet_deploy.runtime.predict_files import _refuse_lone
 from chexnet_deploy.runtime.predictor import Prediction, Predictor
 from chexnet_deploy.runtime.sessions.base import Provider
@@ -26,11 +27,9 @@ def report_images(
         ChexnetError: the session failed, the one file that was given can't be read, a package is missing, or the folder is
             there already.
     """
-    try:
+    with require("dicom-out"):
         from chexnet_deploy.dicom.results.reporter import Reporter
         from chexnet_deploy.dicom.results.result import Device
-    except ModuleNotFoundError as err:
-        raise MissingPackageError(f"{err.name} is not installed. Run: pip install 'chexnet-deploy[dicom-out]'") from err
     device = Device(serial_number, model_name="chexnet-deploy predict")
     with ExitStack() as stack:
         partial = stack.enter_context(new_folder(folder))

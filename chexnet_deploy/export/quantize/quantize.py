@@ -1,11 +1,10 @@
-"""fp32 bundle -> fp16 or int8 bundle, kept only when it passes the gate beside the model it came from.
+"""fp32 bundle -> fp16 or int8 bundle, kept only when it passes its gate beside the fp32 model.
 
-Int8 comes in the dialects of forms.py. Where one does not pass, the convolutions that int8 hurts most are left in floating point,
-as few as pass; they are named in the manifest.
+Int8 comes in the dialects of variants.py. Where one does not pass, the convolutions that int8 hurts most stay in floating
+point, as few as needed to pass; the manifest names them.
 """
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -19,15 +18,13 @@ from chexnet_deploy.bundle.manifest import (
     ONNX_MODEL,
     PROBE,
     Calibration,
-    Check,
     Dialect,
-    Manifest,
     Precision,
     hash_files,
 )
 from chexnet_deploy.datasets.labelled import LabelledImages
 from chexnet_deploy.errors import BundleError, GateError
-from chexnet_deploy.evaluation.parity import compare
+from chexnet_deploy.evaluation.gatekeeper import Gatekeeper, Verdict
 from chexnet_deploy.evaluation.spec import Gate
 from chexnet_deploy.export.quantize.bias import correct_head_bias, read_head_bias
 from chexnet_deploy.export.quantize.calibration import CalibrationSet
@@ -35,8 +32,7 @@ from chexnet_deploy.export.quantize.graph_edits import quantised_activations
 from chexnet_deploy.export.quantize.qdq import to_float16
 from chexnet_deploy.export.quantize.sensitivity import Sensitivity, fewest_float_convolutions, measure_sensitivity
 from chexnet_deploy.export.quantize.variants import ESTIMATOR, prepare
-from chexnet_deploy.runtime.score import score_files
-from chexnet_deploy.runtime.sessions.base import Logits, run_in_batches, sigmoid
+from chexnet_deploy.runtime.sessions.base import run_in_batches
 from chexnet_deploy.runtime.sessions.ort import OrtSession, require_float16_rounding
 
 MAX_FLOAT_CONVOLUTIONS = 32  # a quarter of them; beyond, fp16 is the better choice
@@ -59,8 +55,7 @@ def to_fp16(bundle: Bundle, out: Path, gate: Gate, validation: LabelledImages | 
     """
     _require_fp32(bundle)
     model = to_float16(onnx.load_from_string(bundle.read_model()))
-    trial = _Trial(bundle, gate, validation)
-    verdict = trial.judge(model)
+    verdict = _judge(Gatekeeper(bundle, gate, validation), model, bundle)
     if verdict.reasons:
         raise GateError(
             f"the fp16 model does not pass its gate, so no bundle was kept: {'; '.join(verdict.reasons)}. Use fp32."
@@ -87,7 +82,7 @@ def to_int8(
         out: where; nothing may be there yet.
         gate: what the int8 model must pass.
         validation: labelled images of validation patients.
-        dialect: see forms.py.
+        dialect: see variants.py.
         on_images: called with the calibration images done.
         on_layer: called with the convolutions measured, where the gate fails and the most sensitive are looked for.
 
@@ -101,7 +96,7 @@ def to_int8(
         require_float16_rounding()
     single = onnx.load_from_string(bundle.read_model())
     prepared = prepare(single, dialect, calibration.pixels, on_images=on_images)
-    trial = _Trial(bundle, gate, validation)
+    gatekeeper = Gatekeeper(bundle, gate, validation)
     session = OrtSession.open(bundle)
     reference, _ = run_in_batches(session, calibration.pixels)
     session.close()
@@ -110,14 +105,14 @@ def to_int8(
         return correct_head_bias(prepared.build(float_convs), reference, calibration.pixels)
 
     model = build()
-    verdict = trial.judge(model)
+    verdict = _judge(gatekeeper, model, bundle)
     left: tuple[str, ...] = ()
     ranking: tuple[Sensitivity, ...] = ()
     if verdict.reasons:
         ranking = measure_sensitivity(prepared, calibration.pixels[:SENSITIVITY_IMAGES], on_layer=on_layer)
         found = fewest_float_convolutions(
             [each.convolution for each in ranking],
-            lambda names: not trial.judge(build(names)).reasons,
+            lambda names: not _judge(gatekeeper, build(names), bundle).reasons,
             at_most=MAX_FLOAT_CONVOLUTIONS,
         )
         if found is None:
@@ -127,7 +122,7 @@ def to_int8(
             )
         left = found
         model = build(left)
-        verdict = trial.judge(model)
+        verdict = _judge(gatekeeper, model, bundle)
     never = tuple(node.name for node in single.graph.node if node.op_type == "Conv" and node.name not in prepared.convs)
     record = Calibration(
         list_sha256=calibration.sha256,
@@ -141,78 +136,11 @@ def to_int8(
     return _write(bundle, model, out, Precision.INT8, verdict, dialect, record, (*never, *left), weakest)
 
 
-@dataclass(frozen=True, slots=True)
-class _Verdict:
-    """What came of one candidate."""
-
-    probe_max_abs_logit_error: float
-    checks: tuple[Check, ...]
-    reasons: tuple[str, ...]
-
-
-class _Trial:
-    """Judges candidates beside one parent, whose answers are computed once."""
-
-    def __init__(self, parent: Bundle, gate: Gate, validation: LabelledImages | None) -> None:
-        self._manifest = parent.manifest
-        self._probe = parent.read_probe()
-        self._gate = gate
-        self._validation = validation
-        self._reference: Logits | None = None
-        if validation is not None:
-            session = OrtSession.open(parent)
-            self._reference = _score(session, validation, parent.manifest)
-            session.close()
-
-    def judge(self, model: onnx.ModelProto) -> _Verdict:
-        """Run a candidate on the probe and the validation images."""
-        session = OrtSession(model.SerializeToString(), self._manifest.preprocessing.resize_px)
-        logits, _ = session.run(self._probe.pixels)
-        gap = float(np.abs(sigmoid(logits) - sigmoid(self._probe.logits)).max())
-        limit = self._gate.max_abs_probability_difference
-        checks = [Check(name="max |probability difference| on the probe", value=gap, limit=limit)]
-        reasons = [] if gap <= limit else [f"max |probability difference| on the probe {gap:.4f}, limit {limit}"]
-        if self._validation is not None and self._reference is not None:
-            candidate = _score(session, self._validation, self._manifest)
-            more, failures = self._compare(self._reference, candidate, self._validation)
-            checks += more
-            reasons += failures
-        session.close()
-        return _Verdict(float(np.abs(logits - self._probe.logits).max()), tuple(checks), tuple(reasons))
-
-    def _compare(
-        self, reference: Logits, candidate: Logits, validation: LabelledImages
-    ) -> tuple[list[Check], tuple[str, ...]]:
-        report = compare(
-            reference,
-            candidate,
-            validation.truth,
-            validation.patients,
-            self._manifest.findings,
-            self._manifest.operating_points,
-            self._gate,
-        )
-        images = f"on {report.n_images} validation images"
-        checks = [
-            Check(
-                name=f"max |probability difference| {images}",
-                value=report.max_abs_probability_difference,
-                limit=self._gate.max_abs_probability_difference,
-            )
-        ]
-        losses = [-(f.difference or 0.0) / f.margin for f in report.findings if f.verdict != "not assessable"]
-        if losses:
-            name = f"largest AUROC loss as a share of its margin, {report.n_assessable} assessable findings {images}"
-            checks.append(Check(name=name, value=max(losses), limit=1.0))
-        noise = [f.noise_share for f in report.findings if f.noise_share is not None]
-        if noise and self._gate.logit_noise_share is not None:
-            name = f"largest RMS logit difference as a share of the logits' standard deviation {images}"
-            checks.append(Check(name=name, value=max(noise), limit=self._gate.logit_noise_share))
-        return checks, report.reasons if report.verdict == "FAIL" else ()
-
-
-def _score(session: OrtSession, images: LabelledImages, manifest: Manifest) -> Logits:
-    return score_files({"model": session}, images.paths, manifest.preprocessing)["model"]
+def _judge(gatekeeper: Gatekeeper, model: onnx.ModelProto, parent: Bundle) -> Verdict:
+    session = OrtSession(model.SerializeToString(), parent.manifest.preprocessing.resize_px)
+    verdict = gatekeeper.judge(session)
+    session.close()
+    return verdict
 
 
 def _write(
@@ -220,29 +148,22 @@ def _write(
     model: onnx.ModelProto,
     out: Path,
     precision: Precision,
-    verdict: _Verdict,
+    verdict: Verdict,
     dialect: Dialect | Literal["float"] = "float",
     calibration: Calibration | None = None,
     float_convolutions: Sequence[str] = (),
     weakest: dict[str, float] | None = None,
 ) -> Bundle:
-    old, probe, content = parent.manifest, parent.read_probe_bytes(), model.SerializeToString()
-    manifest = Manifest(
+    content, probe = model.SerializeToString(), parent.read_probe_bytes()
+    manifest = parent.manifest.child(
+        parent.id,
+        files=hash_files({ONNX_MODEL: content, PROBE: probe}),
+        checks=verdict.checks,
+        probe_max_abs_logit_error=verdict.probe_max_abs_logit_error,
         precision=precision,
         dialect=dialect,
-        findings=old.findings,
-        preprocessing=old.preprocessing,
         head_bias=tuple(read_head_bias(model).tolist()),
-        operating_points=old.operating_points,
-        files=hash_files({ONNX_MODEL: content, PROBE: probe}),
-        checkpoint_sha256=old.checkpoint_sha256,
-        release=old.release,
-        trained_on=old.trained_on,
-        scope=old.scope,
-        ancestors=(*old.ancestors, parent.id),
         calibration=calibration,
-        probe_max_abs_logit_error=verdict.probe_max_abs_logit_error,
-        checks=verdict.checks,
         tools={name: version(name) for name in ("chexnet-deploy", "onnx", "onnxruntime")},
         float_convolutions=tuple(float_convolutions),
         weakest_convolutions=weakest or {},

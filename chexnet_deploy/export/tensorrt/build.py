@@ -1,4 +1,4 @@
-"""ONNX bundle + spec -> plan bundle, on the GPU it will run on; kept only when it gives the known answers."""
+"""ONNX bundle + spec -> plan bundle, on the GPU it will run on; kept only when it answers the probe as the fp32 model."""
 
 import fcntl
 import threading
@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
-
 from chexnet_deploy.bundle.bundle import Bundle
 from chexnet_deploy.bundle.manifest import (
     FLOAT16_DIALECTS,
@@ -17,7 +15,6 @@ from chexnet_deploy.bundle.manifest import (
     ONNX_MODEL,
     PLAN_MODEL,
     PROBE,
-    Check,
     EngineCard,
     Manifest,
     Precision,
@@ -26,12 +23,12 @@ from chexnet_deploy.bundle.manifest import (
     parse_manifest,
 )
 from chexnet_deploy.errors import BundleError, ExportError, GateError, OnPhase, SessionError, SpecError
+from chexnet_deploy.evaluation.gatekeeper import Gatekeeper, Verdict
 from chexnet_deploy.evaluation.spec import EngineSpec
 from chexnet_deploy.export.tensorrt.compile import Compiled, CompileOptions, compile_onnx
 from chexnet_deploy.export.tensorrt.layers import UNKNOWN, bytes_per_image, count_kernels, count_reformats
 from chexnet_deploy.export.tensorrt.timing_cache import cache_key, read_cache, write_cache
 from chexnet_deploy.files import write_file
-from chexnet_deploy.runtime.sessions.base import Logits, run_in_batches, sigmoid
 from chexnet_deploy.runtime.sessions.driver import CudaError, Driver, open_driver, primary_context
 from chexnet_deploy.runtime.sessions.trt import TrtSession
 from chexnet_deploy.runtime.sessions.trt_target import this_target
@@ -97,7 +94,7 @@ def build_tensorrt_plan(
             write_cache(timing_cache, key, compiled.timing_cache)
         types = dict(Counter(compiled.conv_types.values()))
         wanted = bundle.manifest.precision.type_name
-        logits, activation_bytes = _known_answers(bundle, compiled.plan, types, backend, device)
+        verdict, activation_bytes = _judge(bundle, spec, compiled.plan, types, backend, device)
         traffic = bytes_per_image(compiled.layers)
         said_of_table = unknown_types(types), more_traffic_than_fp16(out, bundle.manifest, target, traffic)
         warnings = [left_aside, *said_of_table, *compiled.warnings]
@@ -113,7 +110,7 @@ def build_tensorrt_plan(
             activation_bytes=activation_bytes,
             warnings=tuple(warning for warning in warnings if warning is not None),
         )
-        return _keep(bundle, spec, out, compiled.plan, logits, target, card)
+        return _keep(bundle, out, compiled.plan, verdict, target, card)
 
 
 @contextmanager
@@ -152,43 +149,37 @@ def _compile(
         ) from err
 
 
-def _known_answers(
-    bundle: Bundle, plan: bytes, types: dict[str, int], backend: Backend, device: int
-) -> tuple[Logits, int]:
-    """Return the plan's logits of the probe, and the bytes of activations it needs."""
-    pixels = bundle.read_probe().pixels
+def _judge(
+    bundle: Bundle, spec: EngineSpec, plan: bytes, types: dict[str, int], backend: Backend, device: int
+) -> tuple[Verdict, int]:
+    """Return how the plan answers the probe, and the bytes of activations it needs."""
     side = bundle.manifest.preprocessing.resize_px
     # Without graphs, which would compile for three contexts more.
     session = TrtSession(plan, backend=backend, resize_px=side, conv_types=types, device=device, with_graphs=False)
     try:
-        return run_in_batches(session, pixels)[0], session.device_memory_bytes
+        return Gatekeeper(bundle, spec.gate).judge(session), session.device_memory_bytes
     finally:
         session.close()
 
 
-def _keep(
-    bundle: Bundle, spec: EngineSpec, out: Path, plan: bytes, logits: Logits, target: Target, card: EngineCard
-) -> Bundle:
+def _keep(bundle: Bundle, out: Path, plan: bytes, verdict: Verdict, target: Target, card: EngineCard) -> Bundle:
     """Write the plan bundle, if it answers as the fp32 model."""
-    probe, manifest = bundle.read_probe(), bundle.manifest
-    gap = float(np.abs(sigmoid(logits) - sigmoid(probe.logits)).max())
-    limit = spec.gate.max_abs_probability_difference
-    if not gap <= limit:
+    if verdict.reasons:
+        gap = verdict.checks[0]
         raise GateError(
-            f"the plan differs from the fp32 model by {gap:.4f} in probability on the probe, limit {limit}; nothing was kept."
+            f"the plan differs from the fp32 model by {gap.value:.4f} in probability on the probe, limit {gap.limit}; "
+            f"nothing was kept."
         )
-    made = manifest.model_copy(
-        update={
-            "files": hash_files({PLAN_MODEL: plan, PROBE: bundle.read_probe_bytes()}),
-            "ancestors": (*manifest.ancestors, bundle.id),
-            "probe_max_abs_logit_error": float(np.abs(logits - probe.logits).max()),
-            "checks": (Check(name="max |probability difference| on the probe", value=gap, limit=limit),),
-            "target": target,
-            "engine": card,
-        }
+    probe = bundle.read_probe_bytes()
+    manifest = bundle.manifest.child(
+        bundle.id,
+        files=hash_files({PLAN_MODEL: plan, PROBE: probe}),
+        checks=verdict.checks,
+        probe_max_abs_logit_error=verdict.probe_max_abs_logit_error,
+        target=target,
+        engine=card,
     )
-    # Validated again: model_copy does not.
-    return Bundle.write(out, Manifest.model_validate(made.model_dump()), plan, bundle.read_probe_bytes())
+    return Bundle.write(out, manifest, plan, probe)
 
 
 def refuse_other_gpu(spec: EngineSpec, target: Target) -> None:

@@ -2,8 +2,6 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-import chexnet_deploy.quantize.graphs as graphs_room
-import chexnet_deploy.quantize.precision as room
 import numpy as np
 import onnx
 import pytest
@@ -12,6 +10,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+import chexnet_deploy.export.quantize.qdq as graphs_room
+import chexnet_deploy.export.quantize.quantize as room
 from chexnet_deploy.bundle.bundle import Bundle
 from chexnet_deploy.bundle.manifest import Precision
 from chexnet_deploy.datasets.chestxray14 import ChestXray14

@@ -1,0 +1,108 @@
+"""Which plans are kept, without a GPU: a session that answers by rule stands for TensorRT's."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from chexnet_deploy.bundle.bundle import Bundle
+from chexnet_deploy.bundle.manifest import (
+    ONNX_MODEL,
+    PLAN_MODEL,
+    PROBE,
+    EngineCard,
+    Manifest,
+    Precision,
+    Target,
+    hash_files,
+)
+from chexnet_deploy.bundle.probe import N_PROBES, Probe
+from chexnet_deploy.bundle.signing.releases import Release
+from chexnet_deploy.errors import GateError
+from chexnet_deploy.evaluation.spec import read_spec
+from chexnet_deploy.export.tensorrt import build
+from chexnet_deploy.images.preprocessing import Pixels, Preprocessing
+from chexnet_deploy.runtime.sessions.base import Logits, Maps
+
+HERE = Target(gpu="a", compute_capability="8.9", backend="tensorrt", tensorrt="10", driver="12.4", platform="Linux")
+CARD = EngineCard(
+    build_s=1.0,
+    plan_bytes=1,
+    batch=(1, 1, 1),
+    conv_types={"float32": 1},
+    fallbacks=(),
+    n_kernels=1,
+    n_reformats=0,
+    bytes_per_image=None,
+    activation_bytes=0,
+    warnings=(),
+)
+
+
+class ByRule:
+    """Answers zero and a shift."""
+
+    batch_range = (1, 4)
+    device_memory_bytes = 7
+    shift = 0.0
+    n_open = 0
+
+    def __init__(self, *_: object, **__: object) -> None:
+        type(self).n_open += 1
+
+    def run(self, pixels: Pixels) -> tuple[Logits, Maps]:
+        n = len(pixels)
+        return np.full((n, 1), self.shift, np.float32), np.zeros((n, 1, 1, 1), np.float32)
+
+    def close(self) -> None:
+        type(self).n_open -= 1
+
+
+@pytest.fixture
+def parent(tmp_path: Path) -> Bundle:
+    pixels = np.zeros((N_PROBES, 1, 32, 32), np.uint8)
+    probe = Probe(pixels, np.zeros((N_PROBES, 1), np.float32), np.zeros((N_PROBES, 1, 1, 1), np.float32)).to_bytes()
+    manifest = Manifest(
+        precision=Precision.FP32,
+        findings=("Mass",),
+        preprocessing=Preprocessing(resize_px=32),
+        head_bias=(0.0,),
+        operating_points={"Mass": 0.5},
+        files=hash_files({ONNX_MODEL: b"", PROBE: probe}),
+        checkpoint_sha256="0" * 64,
+        ancestors=("1" * 64,),
+        probe_max_abs_logit_error=0.0,
+        tools={"torch": "1"},
+        release=Release(line="chexnet-adult", number=3),
+    )
+    return Bundle.write(tmp_path / "parent", manifest, b"", probe)
+
+
+def keep(parent: Bundle, out: Path, shift: float, monkeypatch: pytest.MonkeyPatch) -> Bundle:
+    monkeypatch.setattr(build, "TrtSession", ByRule)
+    monkeypatch.setattr(ByRule, "shift", shift)
+    verdict, activation_bytes = build._judge(parent, read_spec("fp32"), b"plan", {}, "tensorrt", 0)
+    assert (activation_bytes, ByRule.n_open) == (7, 0)
+    return build._keep(parent, out, b"plan", verdict, HERE, CARD)
+
+
+def test_a_plan_that_answers_as_the_fp32_model_is_kept(
+    parent: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = keep(parent, tmp_path / "plan", 1e-5, monkeypatch).manifest
+    check = kept.checks[0]
+    assert (check.name, check.limit) == (
+        "max |probability difference| on the probe",
+        read_spec("fp32").gate.max_abs_probability_difference,
+    )
+    assert kept.probe_max_abs_logit_error == float(np.float32(1e-5))
+    assert kept.ancestors == ("1" * 64, parent.id)
+    assert (kept.target, kept.engine, set(kept.files)) == (HERE, CARD, {PLAN_MODEL, PROBE})
+    assert (kept.release, kept.tools) == (parent.manifest.release, parent.manifest.tools)
+
+
+def test_a_plan_that_answers_otherwise_is_not(parent: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = r"^the plan differs from the fp32 model by 0\.2311 in probability on the probe, limit [0-9.e-]+; nothing was kept\.$"
+    with pytest.raises(GateError, match=words):
+        keep(parent, tmp_path / "plan", 1.0, monkeypatch)
+    assert not (tmp_path / "plan").exists()
