@@ -133,7 +133,7 @@ KEY = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
 DEADLY = """
 import os, signal, sys
 from pathlib import Path
-from chexnet_deploy.cli import app
+from chexnet_deploy.cli.main import app
 from chexnet_deploy.terminal import run_program
 from chexnet_deploy.serving import ray_cluster
 
