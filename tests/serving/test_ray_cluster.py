@@ -135,13 +135,13 @@ import os, signal, sys
 from pathlib import Path
 from chexnet_deploy.cli.main import app
 from chexnet_deploy.terminal import run_program
-from chexnet_deploy.serving import ray_cluster
+from chexnet_deploy.serving.ray import cluster
 
-class Deadly(ray_cluster.Worker):
+class Deadly(cluster.Worker):
     def _open(self):
         os.kill(os.getpid(), signal.SIGKILL)
 
-ray_cluster.Worker = Deadly
+cluster.Worker = Deadly
 run_program(app)
 """
 
