@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Final
 
 import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
 
 from chexnet_deploy.runtime.table import ColumnKind
 

@@ -133,15 +133,15 @@ KEY = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
 DEADLY = """
 import os, signal, sys
 from pathlib import Path
-from chexnet_deploy.cli import app
+from chexnet_deploy.cli.main import app
 from chexnet_deploy.terminal import run_program
-from chexnet_deploy.serving import ray_cluster
+from chexnet_deploy.serving.ray import cluster
 
-class Deadly(ray_cluster.Worker):
+class Deadly(cluster.Worker):
     def _open(self):
         os.kill(os.getpid(), signal.SIGKILL)
 
-ray_cluster.Worker = Deadly
+cluster.Worker = Deadly
 run_program(app)
 """
 
