@@ -32,7 +32,7 @@ WRITE_BUNDLE_WITH_A_FILE_LIMIT = """
 import resource, signal, sys
 from pathlib import Path
 from chexnet_deploy.bundle import Bundle
-from chexnet_deploy.manifest import Manifest
+from chexnet_deploy.bundle.manifest import Manifest
 from chexnet_deploy.errors import BundleError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))

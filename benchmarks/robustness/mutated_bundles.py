@@ -347,7 +347,7 @@ import sys
 from pathlib import Path
 from time import perf_counter
 from chexnet_deploy.bundle import Bundle
-from chexnet_deploy.signing.trust import Trust
+from chexnet_deploy.bundle.signing.trust import Trust
 start = perf_counter()
 Bundle.open(Path(sys.argv[1]), trust=Trust.read(Path(sys.argv[2])))
 print(1000.0 * (perf_counter() - start))

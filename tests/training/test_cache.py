@@ -144,7 +144,7 @@ def test_a_train_image_of_a_test_patient_is_refused(phantom: ChestXray14, tmp_pa
 KILLED_AT_SYNC = f"""
 import os, signal, sys
 from pathlib import Path
-from chexnet_deploy.chestxray14 import ChestXray14
+from chexnet_deploy.datasets.chestxray14 import ChestXray14
 from chexnet_deploy.preprocessing import Preprocessing
 from training.prepare import prepare
 
