@@ -1,10 +1,12 @@
-"""A finished CSV of findings -> one Parquet file with the same rows. The pyarrow room."""
+"""A finished CSV of findings -> one Parquet file with the same rows. Imports pyarrow."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
 import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
 
 from chexnet_deploy.runtime.table import ColumnKind
 
