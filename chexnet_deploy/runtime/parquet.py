@@ -1,4 +1,4 @@
-"""A finished CSV of findings -> one Parquet file with the same rows. The pyarrow room."""
+"""A finished CSV of findings -> one Parquet file with the same rows. Imports pyarrow."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -133,7 +133,7 @@ def _check_against_torch(session: Session, probe: Probe, checkpoint: Checkpoint)
         ),
         Check(
             name="max |mean(cam) + bias - logit| / max(1, |logit|)",
-            value=scaled_difference(from_cam, logits),
+            value=float((np.abs(from_cam - logits) / np.maximum(1.0, np.abs(probe.logits))).max()),
             limit=CAM_TOLERANCE,
         ),
     )
