@@ -1,4 +1,4 @@
-# `make demo` and `make test` do all set-up themselves. PYTHON may be any CPython from 3.10.
+# `make demo`, `make test` and `make test-all` do all set-up themselves. PYTHON may be any CPython from 3.10.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ PIP_FLAGS ?=
 # A file's tests run in one process: some share a service or a node.
 TEST_PROCESSES ?= 2
 
-.PHONY: demo test lint soak real clean
+.PHONY: demo test test-all lint soak real clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -20,7 +20,10 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)  ## phantom data -> trained model -> fp32, fp16, int8 bundles -> report
 	$(BIN)/python -m training.demo
 
-test: $(STAMP) lint  ## everything that must pass
+test: $(STAMP) lint  ## the quick tests
+	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile -m "not slow"
+
+test-all: $(STAMP) lint  ## everything that must pass
 	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile
 
 lint: $(STAMP)
