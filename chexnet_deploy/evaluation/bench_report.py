@@ -16,12 +16,13 @@ from chexnet_deploy.evaluation.parity import ParityReport, Verdict
 from chexnet_deploy.evaluation.spec import EngineSpec
 from chexnet_deploy.inputs import _Record
 from chexnet_deploy.runtime.sessions.base import Logits, Provider
-from chexnet_deploy.terminal import print_table
 
 
 def print_bench(report: "BenchReport", page: Path) -> None:
     """Print the table, every reason why not PASS, and where the whole report lies."""
     import typer
+
+    from chexnet_deploy.terminal import print_table
 
     print_table(summary_rows(report))
     for result in report.engines:
