@@ -54,7 +54,7 @@ def run_program(program: typer.Typer) -> None:
         fail(
             f"error: could not read or write{where}: {err.strerror}. Check the path, its permissions and the space.", 2
         )
-    except Exception:  # noqa: BLE001 - the last door: everything else is a bug, and its traceback is wanted
+    except Exception:  # noqa: BLE001 - everything else is a bug, and its traceback is wanted
         if interrupts:  # compiled code may answer Ctrl-C with an error of its own, e.g. while it is imported
             fail(_INTERRUPTED, 130)
         traceback.print_exc()

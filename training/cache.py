@@ -239,7 +239,7 @@ def listed_radiographs(dataset: ChestXray14) -> tuple[Radiograph, ...]:
     listed, test_patients = {*dataset.listed["train"], *dataset.listed["val"]}, dataset.listed_patients("test")
     chosen = tuple(radiograph for radiograph in dataset.radiographs if radiograph.image in listed)
     leaked = [radiograph.image for radiograph in chosen if radiograph.patient in test_patients]
-    if leaked:  # ChestXray14.open refuses such lists too; this is the last door before training
+    if leaked:  # ChestXray14.open refuses such lists too; this is the last check before training
         raise DatasetError(
             f"{dataset.root / TRAIN_VAL_LIST}: found images of test patients ({quote_some(leaked)}); needed none. "
             f"Next: restore the official lists."

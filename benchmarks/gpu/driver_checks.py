@@ -1,4 +1,4 @@
-"""Is the driver's seam true on a real GPU, by each binding, beside torch? Needs no TensorRT; torch is left out where missing."""
+"""Check runtime/sessions/driver.py on a real GPU, by each binding, beside torch. Needs no TensorRT; torch is optional."""
 
 import ctypes
 import threading
@@ -102,7 +102,7 @@ def _memory(driver: Driver) -> dict[str, Any]:
 
 
 def _other_context(driver: Driver) -> dict[str, Any]:
-    """Make another context current, as another library may, and look whether work by the seam leaves it so."""
+    """Make another context current, as another library may, and look whether work through the driver leaves it so."""
     cuda, other, dropped = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p(), ctypes.c_void_p()
     code = cuda.cuCtxCreate_v2(ctypes.byref(other), 0, 0)
     if code:

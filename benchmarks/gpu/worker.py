@@ -151,7 +151,7 @@ def ceilings(task: Task, out: Path, write: Write) -> None:
 
 
 def driver_checks(task: Task, out: Path, write: Write) -> None:
-    """Prove the driver's seam by each binding, beside torch."""
+    """Check runtime/sessions/driver.py on this GPU by each binding, beside torch."""
     from benchmarks.gpu.driver_checks import check_bindings
 
     check_bindings(write)

@@ -120,7 +120,7 @@ def inspect(
     """Verify a bundle, a checkpoint or a Triton model repository and print what it is as JSON."""
     if path.suffix == ".safetensors":
         if trust is not None:
-            raise SpecError("checkpoints aren't signed, and --trust is for bundles. Leave it away.")
+            raise SpecError("checkpoints aren't signed, and --trust is for bundles. Omit it.")
         from chexnet_deploy.export.chain import import_to_onnx
 
         typer.echo(import_to_onnx().read_checkpoint(path).manifest.model_dump_json(indent=2))

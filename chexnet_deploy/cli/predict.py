@@ -85,7 +85,7 @@ def predict(
     if executor is ExecutorName.RAY:
         if out is None or found.is_one_file:
             raise TableError(
-                "--executor ray carries many images into a table. Give --out and several images, or leave it away."
+                "--executor ray carries many images into a table. Give --out and several images, or omit it."
             )
         if cluster is None:
             # Ray reads its key when it is imported, and from the environment alone; one that runs has its own.
@@ -93,7 +93,7 @@ def predict(
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         elsewhere = _import_ray_cluster().Cluster(cluster, workers=workers, trust=read_trust(trust)).rows
     elif workers is not None or cluster is not None:
-        raise TableError("--workers and --cluster are for --executor ray. Give it, or leave them away.")
+        raise TableError("--workers and --cluster are for --executor ray. Give it, or omit them.")
     if found.n_others:
         typer.echo(f"entries of the folders that are no images by name, left out: {found.n_others:,}", err=True)
     if out is not None:

@@ -75,11 +75,11 @@ class EvaluationRequest:
             ),
             (
                 not runs and (self.threads is not None or self.provider != "auto"),
-                "--threads and --provider say how a bundle runs, and predictions run nothing. Leave them away.",
+                "--threads and --provider say how a bundle runs, and predictions run nothing. Omit them.",
             ),
             (
                 not runs and self.trust is not None,
-                "--trust says which bundles may run, and predictions run nothing. Leave it away.",
+                "--trust says which bundles may run, and predictions run nothing. Omit it.",
             ),
             (
                 self.readers is not None and self.split in ("train", "val"),
@@ -87,7 +87,7 @@ class EvaluationRequest:
             ),
             (
                 not runs and self.split is not None and self.data is None,
-                "--split needs the official lists. Give ChestX-ray14 by --data ROOT, or leave it away.",
+                "--split needs the official lists. Give ChestX-ray14 by --data ROOT, or omit it.",
             ),
             (
                 not runs and self.readers is not None and self.thresholds is None and self.data is None,

@@ -1,4 +1,4 @@
-"""Ed25519 keys (RFC 8032): make, read, sign, verify. The only room that imports `cryptography`.
+"""Ed25519 keys (RFC 8032): make, read, sign, verify. The only module that imports `cryptography`.
 
 A private key is a PEM file (PKCS#8) that nobody else may read, as `openssl genpkey -algorithm ed25519` writes it too.
 """

@@ -1,6 +1,6 @@
 """Sign a bundle, and admit the first release to a machine: what is done to bundles with keys and floors.
 
-Opens the room of `cryptography`, so it is opened itself only by the commands that need it.
+Imports `cryptography`, so it is imported lazily, by the commands that need it.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The desk: take images from the spool in order, have each answered, record the decision, put the results into the outbox.
+"""Take images from the inbox in order, have each answered, record the decision, put the results into the outbox.
 
 An image leaves the spool only when its decision is in the audit log and its results are in the outbox; a kill before that
 repeats the image, with the same results under the same UIDs. One thread, one worker, one image at a time.
@@ -26,10 +26,10 @@ _PAUSE_S = 0.5  # before a disk, or a worker that didn't start, is tried again
 
 
 class _StoppingError(Exception):
-    """The desk is to end; what it has in hand stays in the spool."""
+    """Processing is to end; what is in flight stays in the inbox."""
 
 
-class Desk:
+class Processing:
     """See the module.
 
     Args:
@@ -64,7 +64,7 @@ class Desk:
         self.is_ready = self.has_failed = False
         self._n_failed_starts, self._next_test_s = 0, 0.0
         self._wake, self._is_stopping = threading.Event(), False
-        self._thread = threading.Thread(target=self._run, name="desk", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="processing", daemon=True)
 
     def start(self) -> None:
         """Begin; the worker is started first, see `is_ready`."""

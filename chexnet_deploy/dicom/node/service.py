@@ -22,7 +22,7 @@ from chexnet_deploy.dicom.node.inbox import Kept, Pseudonyms, Spool, Verdict
 from chexnet_deploy.dicom.node.listener import Guard
 from chexnet_deploy.dicom.node.log import Journal, silence_libraries
 from chexnet_deploy.dicom.node.outbox import Entry, Outbox
-from chexnet_deploy.dicom.node.processing import Desk
+from chexnet_deploy.dicom.node.processing import Processing
 from chexnet_deploy.dicom.node.storage_scp import Scp
 from chexnet_deploy.dicom.node.storage_scu import Delivery, Sender
 from chexnet_deploy.dicom.node.systemd import Notifier, unit
@@ -61,7 +61,7 @@ class Node:
             for to in config.destinations
         ]
         model = config.model
-        self._desk = Desk(
+        self._processing = Processing(
             Worker(worker_command, start_deadline_s=model.start_deadline_s, answer_deadline_s=model.answer_deadline_s),
             self._spool,
             self._outbox,
@@ -81,16 +81,16 @@ class Node:
     def run(self, stop: threading.Event) -> int:
         """Work until `stop` is set; return the exit code."""
         self._audit.append("started", {"node": __version__, "config": self._config.listen.ae_title})
-        self._desk.start()
-        while not self._desk.is_ready:
-            if stop.wait(_LOOK_EVERY_S) or self._desk.has_failed:
+        self._processing.start()
+        while not self._processing.is_ready:
+            if stop.wait(_LOOK_EVERY_S) or self._processing.has_failed:
                 return self._end(0.0)
         for sender in self._senders:
             sender.start()
         self.address = self._guard.start()
         self._notifier.say("READY=1", f"STATUS=listening as {self._config.listen.ae_title}")
         self._journal.say("ready", host=self.address[0], port=self.address[1])
-        while not stop.wait(_LOOK_EVERY_S) and not self._desk.has_failed:
+        while not stop.wait(_LOOK_EVERY_S) and not self._processing.has_failed:
             pass
         self._notifier.say("STOPPING=1", "STATUS=finishing what was begun")
         return self._end(self._config.health.drain_deadline_s)
@@ -102,10 +102,10 @@ class Node:
             self._guard.stop_listening()
             self._wait_while(lambda: self._guard.n_associations > 0, deadline_s)
             self._guard.stop()
-        if self._desk.is_ready:
+        if self._processing.is_ready:
             self._wait_while(lambda: self._spool.n_pending > 0, deadline_s)
             self._wait_while(lambda: self._outbox.counts().waiting > 0, deadline_s)
-        self._desk.stop(_STOP_S)
+        self._processing.stop(_STOP_S)
         if self.address is not None:
             for sender in self._senders:
                 sender.stop(_STOP_S)
@@ -115,10 +115,10 @@ class Node:
         except AuditError as err:
             self._journal.say("audit-disk", error=type(err).__name__)
         self._journal.say("stopped", pending=self._spool.n_pending, waiting=left.waiting, parked=left.parked)
-        return EXIT_FAILED if self._desk.has_failed else EXIT_OK
+        return EXIT_FAILED if self._processing.has_failed else EXIT_OK
 
     def _wait_while(self, is_busy: Callable[[], bool], deadline_s: float) -> None:
-        while is_busy() and monotonic() < deadline_s and not self._desk.has_failed:
+        while is_busy() and monotonic() < deadline_s and not self._processing.has_failed:
             threading.Event().wait(_LOOK_EVERY_S)
 
     def _record_kept(self, kept: Kept) -> Verdict:
@@ -131,7 +131,7 @@ class Node:
         except AuditError:
             self._journal.say("audit-disk")
             return Verdict.NO_ROOM
-        self._desk.wake()
+        self._processing.wake()
         return kept.verdict
 
     def _record_delivery(self, entry: Entry, destination: Destination, delivery: Delivery) -> None:

@@ -1,6 +1,6 @@
 """Write one image's results to a folder: the structured report, and a picture of each finding asked for.
 
-The only door to highdicom, which takes half a second to open; see result.py for what a result holds.
+The only module that imports highdicom, which takes half a second; see result.py for what a result holds.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""The figures of an evaluation's page, drawn from its record alone. A matplotlib room.
+"""The figures of an evaluation's page, drawn from its record alone.
 
 Letters are at least 7 points high where a figure is as wide as a sheet of A4; colours come with line styles or markers.
 """

@@ -1,4 +1,4 @@
-"""From a DICOM file to its header and its gray picture, whatever the file is: the room's front door."""
+"""Decode a DICOM file of any kind into its header and its gray image."""
 
 import contextlib
 import threading

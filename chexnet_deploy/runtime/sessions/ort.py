@@ -1,6 +1,6 @@
 """A Session on ONNX Runtime, CPU or CUDA: the fp32 reference everywhere, and a backend for boxes without a GPU.
 
-The only room that imports onnxruntime, because of what must happen before it does.
+The only module that imports onnxruntime, because of what must happen before that import.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Images -> rows of a table, by a Ray cluster: in order, none lost and none twice. One of the two ray rooms.
+"""Images -> rows of a table, by a Ray cluster: in order, none lost and none twice.
 
 Ray Data hands blocks of places to workers and takes their rows back in the images' order. Rows reach the table on the machine
 that was asked for it and nowhere else, one after the other, each checked to be the next one: a table made by a cluster is
