@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+# From 1.29 on ONNX Runtime reports models and machines to its maker, unless told not to before it is first imported
+# (microsoft/onnxruntime#27379). A scanner does not call home.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime as ort
 
 from chexnet_deploy.bundle.bundle import Bundle
@@ -19,10 +23,6 @@ from chexnet_deploy.bundle.manifest import FLOAT16_DIALECTS
 from chexnet_deploy.errors import SessionError
 from chexnet_deploy.images.preprocessing import Pixels
 from chexnet_deploy.runtime.sessions.base import MAX_BATCH, Logits, Maps, Provider, check_finite, check_pixels
-
-# From 1.29 on ONNX Runtime reports models and machines to its maker, unless told not to before it is first imported
-# (microsoft/onnxruntime#27379). A scanner does not call home.
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 # TF32 would round the fp32 reference to ten bits of mantissa, silently; ONNX Runtime has it on.
 _PROVIDERS: Mapping[Provider, tuple[str, dict[str, str]]] = {

@@ -5,7 +5,7 @@ that was asked for it and nowhere else, one after the other, each checked to be 
 begun, gone on with and finished by the same code as any other (results.py). A worker that dies loses its block alone, which
 another one carries again; a block that ends worker after worker is an error, and not tried for ever.
 
-Every machine of the cluster sees bundle and images under the same paths, and has the same versions installed; see ray_worker.py.
+Every machine of the cluster sees bundle and images under the same paths, and has the same versions installed; see worker.py.
 """
 
 import os
@@ -16,6 +16,8 @@ from logging import CRITICAL, ERROR, getLogger
 from pathlib import Path
 from typing import Final
 
+# Ray reports its use to its maker, unless told not to before it starts. A hospital does not call home.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 import pyarrow as pa
 import ray
 import ray.data
@@ -28,9 +30,6 @@ from chexnet_deploy.images.listing import ImageFiles
 from chexnet_deploy.runtime.streaming import iter_lists, usable_cores
 from chexnet_deploy.runtime.table import Row, TableCard
 from chexnet_deploy.serving.ray.worker import BLOCK, Attempts, Job, Worker, package_versions
-
-# Ray reports its use to its maker, unless told not to before it starts. A hospital does not call home.
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 OBJECT_STORE_BYTES: Final = 2**28  # names and rows alone pass through it: a million take less
 # A block's last images leave threads idle. With sixteen batches for each thread that is a thirtieth of its time, and what a
