@@ -93,7 +93,7 @@ class RefusalReason(str, Enum):
     VIEW = "view"
     AGE = "age"
     SOURCE_HEADER = "source-header"  # the picture is good, but a result could not be filed under its study or patient
-    # Of the picture itself, by input_guard.py; too small is above.
+    # Of the picture itself, by content_check.py; too small is above.
     EXTREME_ASPECT = "extreme-aspect"
     BLANK = "blank"
     TOO_FEW_GRAY_LEVELS = "too-few-gray-levels"

@@ -28,7 +28,7 @@ NncfPreset: TypeAlias = Literal["PERFORMANCE", "MIXED"]
 # What ONNX Runtime's calibrators keep of all tensors before they look at it; without a limit, of all images: 25 GB at 224 px. The
 # number of images must be a multiple. Not CalibMaxIntermediateOutputs: its min-max forgets what it has kept, unseen (1.32).
 _IMAGES_AT_ONCE = 4
-_MODELOPT_PROGRAM = "int8_modelopt.py"
+_MODELOPT_PROGRAM = "modelopt.py"
 _MODELOPT_DEADLINE_S = 1800
 
 

@@ -1,4 +1,4 @@
-"""The long checks in full, of which `make test` runs seeded samples (tests/test_soak.py).
+"""The long checks in full, of which `make test` runs seeded samples (tests/benchmarks/test_soak.py).
 
     python -m benchmarks.robustness.soak      writes results/soak-cpu.json; exit 1 where a check fails
 

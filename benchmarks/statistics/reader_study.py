@@ -2,7 +2,7 @@
 
     python -m benchmarks.statistics.reader_study --data ROOT [--predictions CSV] [--out benchmarks/results/reader-study.json]
 
-Three studies, each in every protocol of metrics/readers.py:
+Three studies, each in every protocol of radiologists.py:
 
     readers        the five readers alone
     nih_labels     NIH's own labels, mined from reports, in the place of the model: what a network trained on them can

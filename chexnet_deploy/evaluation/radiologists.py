@@ -1,4 +1,4 @@
-"""The model beside radiologists: thresholds, and the three protocols of metrics/readers.py on the images both have.
+"""The model beside radiologists: thresholds, and the three protocols of radiologists.py on the images both have.
 
 A model's thresholds are those of the largest F1 on NIH labels, chosen on patients without expert reads who are not in
 the official test list either: its images are never used to tune anything. Or they are given.

@@ -1,6 +1,6 @@
 """The images a user names, by file, folder or list, as names in one order on every machine.
 
-Opens no image: what a file is, its contents say when it is read (images.py). A name is kept as text, relative to what was
+Opens no image: what a file is, its contents say when it is read (reader.py). A name is kept as text, relative to what was
 given, so that a hundred thousand of them take a few megabytes.
 """
 

@@ -1,7 +1,7 @@
 """F1 of one rater's yes/no answers against another's: by panel, on resamples, with intervals, and at which threshold.
 
 F1 = 2 TP / (2 TP + FP + FN), the Dice coefficient of the two sets of images, is symmetric in rater and label. Where
-neither calls an image positive it is 0/0: NaN. NaN becomes None in an Estimate. Knows no protocols: see readers.py.
+neither calls an image positive it is 0/0: NaN. NaN becomes None in an Estimate. Knows no protocols: see radiologists.py.
 
 What few positives allow. The interval of one F1 on n positives is about 3.9 sqrt(f (1-f) (2-f) / 2n) wide
 (`expected_interval_width`): at F1 = .4 and n = 10, 30, 100, 300 that is .54, .31, .17, .10. More negatives don't

@@ -1,6 +1,6 @@
 """What a table of findings is of, and how its rows look as bytes: the card, the columns, one row, and a row read back.
 
-Writes no file; see results.py.
+Writes no file; see table_file.py.
 """
 
 import csv

@@ -1,6 +1,6 @@
 """Draw the healthy chest of a phantom radiograph as a map of X-ray path lengths, in unit coordinates.
 
-Knows geometry and attenuation only: no findings (phantom_findings.py), no exposure, tables or files (phantom.py).
+Knows geometry and attenuation only: no findings (findings.py), no exposure, tables or files (draw.py).
 
 Anatomical coordinates: x is 0 on the midline and grows to the right of the picture, which is the patient's left; y is
 0 at the top edge and 1 at the bottom. A path length is in nominal attenuation units; the beam is exp(-path).

@@ -1,7 +1,7 @@
 """Draw the 14 findings of ChestX-ray14 into a phantom chest, each where radiologists look for it.
 
 A finding acts twice: `with_finding` changes the anatomy before anything is drawn (heart size, volume loss), and
-`paint_finding` adds to the path map afterwards. Never touches exposure, tables or files: see phantom.py for those.
+`paint_finding` adds to the path map afterwards. Never touches exposure, tables or files: see draw.py for those.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which attributes a result may take over from its source image's header, and what each may hold.
 
 Names and types are those of PS3.3 C.7.1.1 (Patient), C.7.2.2 (Patient Study), C.7.2.1 (General Study) and C.7.6.1 (General
-Image); what happens to a value that breaks them is said in patient_study.py.
+Image); what happens to a value that breaks them is said in source_header.py.
 """
 
 from dataclasses import dataclass, field

@@ -1,7 +1,7 @@
 """The rules of DICOM's value representations (PS3.5 section 6.2), applied to one text value at a time.
 
 A value is kept as it is, rewritten where only its form was wrong, or given up. Nothing is guessed, and a fault's words
-never repeat the value: they go to logs. Knows no tags and no data sets; see patient_study.py for those.
+never repeat the value: they go to logs. Knows no tags and no data sets; see source_header.py for those.
 """
 
 import re

@@ -1,6 +1,6 @@
 """What circulating CheXNet files don't say of themselves: the order of their findings, and how images were prepared.
 
-Facts alone, each with where it was read; legacy.py converts by them. A file's origin is for its user to name.
+Facts alone, each with where it was read; import_legacy.py converts by them. A file's origin is for its user to name.
 """
 
 from collections.abc import Mapping

@@ -128,7 +128,7 @@ class Grayscale:
             shown = shown / (2.0**self.voi.bits - 1.0)
         if self.is_inverted:
             shown = 1.0 - shown
-        # Half up, as images.py rounds 16-bit PNGs; the last term lets an exact half that float64 just misses be one.
+        # Half up, as reader.py rounds 16-bit PNGs; the last term lets an exact half that float64 just misses be one.
         table = np.floor(shown * 255.0 + 0.5 + 1e-9).astype(np.uint8)
         if self.padding is not None:
             table[self._is_padding(words, stored)] = 0

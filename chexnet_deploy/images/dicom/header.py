@@ -1,7 +1,7 @@
 """Read what the header of a DICOM radiograph says, and refuse what no radiograph's header says.
 
 The pixels are not touched: nothing here runs a codec. Whether the radiograph is one the model is meant for is
-scope_check.py's business.
+scope.py's business.
 """
 
 import io

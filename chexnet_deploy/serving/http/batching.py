@@ -106,7 +106,7 @@ class _Request:
 class Lane:
     """Runs what is submitted, one batch after another, in a thread of its own.
 
-    How much may wait is the caller's to bound (see admission.py).
+    How much may wait is the caller's to bound (see service.py).
 
     Args:
         session: open; not closed here.

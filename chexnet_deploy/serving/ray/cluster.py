@@ -2,7 +2,7 @@
 
 Ray Data hands blocks of places to workers and takes their rows back in the images' order. Rows reach the table on the machine
 that was asked for it and nowhere else, one after the other, each checked to be the next one: a table made by a cluster is
-begun, gone on with and finished by the same code as any other (results.py). A worker that dies loses its block alone, which
+begun, gone on with and finished by the same code as any other (table_file.py). A worker that dies loses its block alone, which
 another one carries again; a block that ends worker after worker is an error, and not tried for ever.
 
 Every machine of the cluster sees bundle and images under the same paths, and has the same versions installed; see worker.py.

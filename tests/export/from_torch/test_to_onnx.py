@@ -104,7 +104,7 @@ def test_graph_that_answers_otherwise_is_not_kept(
 @pytest.mark.slow
 @pytest.mark.parametrize("after_s", [0.7, 2.5])  # while torch is imported; while it exports
 def test_interrupted_export_leaves_nothing_behind(checkpoint_path: Path, tmp_path: Path, after_s: float) -> None:
-    # SIGKILL at many moments: tests/test_soak.py.
+    # SIGKILL at many moments: tests/benchmarks/test_soak.py.
     out, temporary = tmp_path / "out", tmp_path / "tmp"
     temporary.mkdir()
     program = "from chexnet_deploy.cli.main import main; print('ready', flush=True); main()"
