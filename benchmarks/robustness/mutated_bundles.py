@@ -229,6 +229,10 @@ class _Tally:
         )
 
 
+class _Logger:
+    """Stands for TensorRT's base class of loggers."""
+
+
 @contextmanager
 def watched() -> Iterator[Spy]:
     """Count what reaches ONNX Runtime and OpenVINO, which go on as ever, and TensorRT, of which a recorder takes the place.
@@ -251,8 +255,10 @@ def watched() -> Iterator[Spy]:
         spy.n_bytes += len(plan)
 
     runtime = SimpleNamespace(deserialize_cuda_engine=deserialize)
-    tensorrt = SimpleNamespace(__version__=TARGET.tensorrt, Logger=mock.MagicMock(), Runtime=lambda log: runtime)
-    driver = mock.MagicMock(Error=_HangError, MemoryError=_HangError)
+    tensorrt = SimpleNamespace(
+        __name__="watched", __version__=TARGET.tensorrt, ILogger=_Logger, Runtime=lambda log: runtime
+    )
+    driver = mock.MagicMock(binding="watched")
     with ExitStack() as stack:
         stack.enter_context(mock.patch("onnxruntime.InferenceSession", make_session))
         stack.enter_context(mock.patch("openvino.Core.read_model", read))
