@@ -50,7 +50,7 @@ def test_without_highdicom_the_extra_is_named() -> None:
     code = """
 import sys
 sys.modules["highdicom"] = None
-from chexnet_deploy.dicom.results import build_files
+from chexnet_deploy.dicom.results.files import build_files
 from chexnet_deploy.errors import MissingPackageError
 try:
     build_files(None, None, [])

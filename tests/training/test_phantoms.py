@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from chexnet_deploy.datasets.findings import FINDINGS
-from training import phantom
+from training.phantoms import draw as phantom
 from training.phantoms.draw import PhantomSpec, Study, draw_radiograph, draw_with_regions, plan_studies, write_phantom
 
 SIDE_PX = 96
