@@ -145,7 +145,7 @@ KILLED_AT_SYNC = f"""
 import os, signal, sys
 from pathlib import Path
 from chexnet_deploy.datasets.chestxray14 import ChestXray14
-from chexnet_deploy.preprocessing import Preprocessing
+from chexnet_deploy.images.preprocessing import Preprocessing
 from training.prepare import prepare
 
 left, sync = int(sys.argv[3]), os.fsync
