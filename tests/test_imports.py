@@ -61,6 +61,7 @@ print(len(prediction.probabilities), [m for m in {HEAVY} if m in sys.modules])
     assert done.stdout.strip() == "14 []", done.stderr
 
 
+@pytest.mark.slow
 def test_onnx_runtime_does_not_call_home(bundles: dict[str, Bundle], tmp_path: Path) -> None:
     # Its telemetry leaves a file in the temporary folder as soon as it starts. CI switches it off by itself.
     environment = {name: value for name, value in os.environ.items() if name not in ("CI", "ORT_DISABLE_TELEMETRY")}

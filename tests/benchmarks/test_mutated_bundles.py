@@ -21,6 +21,8 @@ from chexnet_deploy.errors import BundleError, TrustError
 from chexnet_deploy.files import sha256_hex
 from chexnet_deploy.images.preprocessing import Preprocessing
 
+pytestmark = pytest.mark.slow
+
 FILES = {ONNX_MODEL: bytes(range(256)) * 8, PROBE: b"p" * 300}
 NAMES = (MANIFEST, MANIFEST_SHA256, SIGNATURE, ONNX_MODEL, PROBE)
 

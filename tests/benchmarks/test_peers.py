@@ -27,6 +27,8 @@ from chexnet_deploy.images.preprocessing import Pixels
 from chexnet_deploy.runtime.sessions.base import run_in_batches
 from chexnet_deploy.runtime.sessions.ort import OrtSession
 
+pytestmark = pytest.mark.slow
+
 MACHINE = Machine(processor="a processor", cores=2, system="Linux", packages={})
 SLIGHT = Accuracy(
     mean_auroc=0.7495,

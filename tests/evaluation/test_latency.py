@@ -101,6 +101,7 @@ def bench(engine: Bundle, spec: EngineSpec, reference: Bundle, images: LabelledI
     return run_bench([(engine, spec)], reference, images, data="phantom", effort=QUICK).report
 
 
+@pytest.mark.slow
 def test_three_engines_side_by_side(bundles: dict[str, Bundle], images: LabelledImages) -> None:
     phases: set[str] = set()
     run = run_bench(
@@ -131,6 +132,7 @@ def test_three_engines_side_by_side(bundles: dict[str, Bundle], images: Labelled
     assert BenchReport.model_validate_json(run.report.model_dump_json()) == run.report
 
 
+@pytest.mark.slow
 def test_bench_and_evaluate_measure_images_that_predict_refuses(
     bundles: dict[str, Bundle], phantom: ChestXray14, tmp_path: Path
 ) -> None:

@@ -247,6 +247,7 @@ def test_maps_of_the_wrong_finding_find_less(phantom: ChestXray14) -> None:
     assert np.mean(wrong) < 0.4
 
 
+@pytest.mark.slow
 @pytest.mark.dataset
 def test_the_radiologist_s_boxes_can_be_scored(real_root: Path, record_property: Callable[[str, object], None]) -> None:
     dataset = ChestXray14.open(real_root)

@@ -7,6 +7,7 @@ import signal
 import threading
 from pathlib import Path
 
+import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from chexnet_deploy.bundle.bundle import Bundle
@@ -17,6 +18,8 @@ from chexnet_deploy.bundle.signing.trust import Trust
 from chexnet_deploy.serving.http.config import ServeConfig
 from chexnet_deploy.serving.http.service import Service
 from tests.serving.running import Start
+
+pytestmark = pytest.mark.slow
 
 
 def point(link: Path, bundle: Path) -> None:

@@ -92,6 +92,7 @@ def test_it_learns_and_keeps_its_best_epoch(finished: Path, phantom_root: Path) 
     assert manifest.trained_on.patients() == train_patients
 
 
+@pytest.mark.slow
 def test_test_patients_are_never_read(phantom_root: Path, tmp_path: Path) -> None:
     root = tmp_path / "root"
     shutil.copytree(phantom_root, root)

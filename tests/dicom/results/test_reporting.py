@@ -14,6 +14,7 @@ from chexnet_deploy.bundle.bundle import Bundle
 from tests.cli.test_cli import chexnet
 
 
+@pytest.mark.slow
 def test_each_radiograph_gets_a_folder_of_valid_objects(
     bundles: dict[str, Bundle], dciodvfy: Callable[[list[Path]], dict[Path, list[str]]], tmp_path: Path
 ) -> None:

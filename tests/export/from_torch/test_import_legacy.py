@@ -362,6 +362,7 @@ def test_another_imagenet_file_is_refused(imagenet: tuple[Path, Weights], tmp_pa
         load_imagenet_backbone(tmp_path / "none.pth")
 
 
+@pytest.mark.slow
 def test_an_imported_model_is_exported(ours: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from chexnet_deploy.export.from_torch.to_onnx import export_onnx
     from chexnet_deploy.runtime.predictor import Predictor

@@ -303,6 +303,7 @@ def test_only_fp32_is_quantised(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_gate_that_fails_leaves_nothing(
     bundles: dict[str, Bundle],
     calibration: CalibrationSet,
@@ -423,6 +424,7 @@ def test_concats_are_flat_in_the_forms_for_gpus_alone(bundles: dict[str, Bundle]
     assert bool(nested_concats(graph_of(bundles[name]))) is not is_flat
 
 
+@pytest.mark.slow
 def test_equalising_changes_no_answer_and_evens_the_ranges(
     bundles: dict[str, Bundle], calibration: CalibrationSet
 ) -> None:
