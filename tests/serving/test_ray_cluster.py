@@ -137,8 +137,6 @@ from chexnet_deploy.cli.main import app
 from chexnet_deploy.terminal import run_program
 from chexnet_deploy.serving.ray import cluster
 
-pytestmark = pytest.mark.slow
-
 class Deadly(cluster.Worker):
     def _open(self):
         os.kill(os.getpid(), signal.SIGKILL)
