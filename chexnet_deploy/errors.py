@@ -25,9 +25,11 @@ A message says what was found, what was needed, and the next step. Errors of oth
 the module that uses them, `from err`. Anything else that escapes is a bug: the command line exits 70.
 
 OnPhase is how long work reports progress: one signature for all, and no progress bar below the command line.
+require() wraps the import of an optional package.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import Enum
 from typing import TypeAlias
 
@@ -168,3 +170,24 @@ class TrustError(ChexnetError):
 
 OnPhase: TypeAlias = Callable[[str, int, int], None]
 """Called with the phase's name, what is done and of how much; a phase begins when it is first named."""
+
+
+@contextmanager
+def require(extra: str, *, so: str = "", instead: str = "") -> Iterator[None]:
+    """Import an optional package inside this block; where it is missing, the error says which extra to install.
+
+    Args:
+        extra: of chexnet-deploy.
+        so: what can't be done without it, as a clause.
+        instead: what else would help, as a clause.
+
+    Raises:
+        MissingPackageError: a package is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as err:
+        consequence, way_out = f", so {so}" if so else "", f", or {instead}" if instead else ""
+        raise MissingPackageError(
+            f"{err.name} is not installed{consequence}. Run: pip install 'chexnet-deploy[{extra}]'{way_out}"
+        ) from err

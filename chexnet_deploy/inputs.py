@@ -1,13 +1,12 @@
-"""Small text inputs (text, TOML), the base classes of checked records, lazy imports, and the wording of errors about them."""
+"""Small text inputs (text, TOML), the base classes of checked records, and the wording of errors about them."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from chexnet_deploy.errors import DatasetError, MissingPackageError, SpecError
+from chexnet_deploy.errors import DatasetError, SpecError
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -60,27 +59,6 @@ def describe(err: ValidationError) -> str:
     """Return pydantic's complaints as `field: reason`, the first three of them."""
     complaints = [f"{'.'.join(map(str, error['loc'])) or 'file'}: {error['msg']}" for error in err.errors()]
     return "; ".join(complaints[:3]) + (f"; and {len(complaints) - 3} more" if len(complaints) > 3 else "")
-
-
-@contextmanager
-def require(extra: str, *, so: str = "", instead: str = "") -> Iterator[None]:
-    """Import an optional package inside this block; where it is missing, the error says which extra to install.
-
-    Args:
-        extra: of chexnet-deploy.
-        so: what can't be done without it, as a clause.
-        instead: what else would help, as a clause.
-
-    Raises:
-        MissingPackageError: a package is not installed.
-    """
-    try:
-        yield
-    except ModuleNotFoundError as err:
-        consequence, way_out = f", so {so}" if so else "", f", or {instead}" if instead else ""
-        raise MissingPackageError(
-            f"{err.name} is not installed{consequence}. Run: pip install 'chexnet-deploy[{extra}]'{way_out}"
-        ) from err
 
 
 class Record(BaseModel):

@@ -5,8 +5,8 @@ import math
 import pytest
 from pydantic import ValidationError
 
-from chexnet_deploy.errors import MissingPackageError
-from chexnet_deploy.inputs import Record, StrictRecord, require
+from chexnet_deploy.errors import MissingPackageError, require
+from chexnet_deploy.inputs import Record, StrictRecord
 
 
 class Loose(Record):

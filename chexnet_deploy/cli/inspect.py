@@ -5,17 +5,18 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from chexnet_deploy.cli.options import JsonFlag, TrustOption, read_trust
 from chexnet_deploy.errors import MissingPackageError, SessionError, SpecError
-from chexnet_deploy.runtime.sessions.driver import CudaError, Driver, open_driver
 from chexnet_deploy.terminal import print_json
 
-app = typer.Typer()
+if TYPE_CHECKING:
+    from chexnet_deploy.runtime.sessions.driver import Driver
 
+app = typer.Typer()
 
 _TENSORRT = ("tensorrt", "tensorrt_cu12", "tensorrt_cu13", "tensorrt_rtx_cu12", "tensorrt_rtx_cu13")
 _BINDINGS = ("pycuda", "cuda-bindings")
@@ -59,6 +60,8 @@ def _needs(name: str, packages: tuple[str, ...], extra: str) -> Ability:
 
 
 def _tensorrt() -> Ability:
+    from chexnet_deploy.runtime.sessions.driver import CudaError, open_driver
+
     found = {package: _version(package) for package in (*_TENSORRT, *_BINDINGS)}
     if find_spec("tensorrt") is not None and not any(found[package] for package in _TENSORRT):
         found["tensorrt"] = "of unknown version"  # as Debian's packages install it on Jetson
@@ -79,13 +82,13 @@ def _tensorrt() -> Ability:
     )
 
 
-def _describe(driver: Driver) -> str:
+def _describe(driver: "Driver") -> str:
     cuda = driver.cuda_version()
     gpus = ", ".join(driver.describe(device).name for device in range(driver.count_gpus()))
     return f"{gpus} (driver for CUDA {cuda // 1000}.{cuda % 1000 // 10}, by {driver.binding})"
 
 
-def _missing_tensorrt(driver: Driver, found: dict[str, str | None]) -> str:
+def _missing_tensorrt(driver: "Driver", found: dict[str, str | None]) -> str:
     """Return the line that installs what this driver can run; nothing where it is there."""
     is_13 = driver.cuda_version() >= _CUDA_13
     if any(found[package] for package in ("tensorrt", "tensorrt_rtx_cu12")):

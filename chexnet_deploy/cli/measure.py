@@ -17,7 +17,6 @@ from chexnet_deploy.cli.options import (
     read_trust,
 )
 from chexnet_deploy.cli.printing import print_evaluation
-from chexnet_deploy.evaluation.bench_report import print_bench
 from chexnet_deploy.terminal import progress
 
 app = typer.Typer()
@@ -74,6 +73,8 @@ def bench(
     if as_json:
         typer.echo(report.model_dump_json())
     else:
+        from chexnet_deploy.evaluation.bench_report import print_bench
+
         print_bench(report, out / ("report.html" if html else "report.json"))
     raise typer.Exit(EXIT_CODES[report.verdict])
 

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
-from chexnet_deploy.bundle.manifest import Dialect, Precision
 from chexnet_deploy.errors import SpecError
 
 if TYPE_CHECKING:
+    from chexnet_deploy.bundle.manifest import Dialect, Precision
     from chexnet_deploy.bundle.signing.trust import Trust
 
 
@@ -49,12 +49,14 @@ def read_trust(path: Path | None) -> "Trust | None":
     return trust.read_trust(path)
 
 
-def parse_precisions(text: str) -> tuple[Precision, ...]:
+def parse_precisions(text: str) -> tuple["Precision", ...]:
     """Return the precisions a comma-separated list names, fp32 first and always.
 
     Raises:
         SpecError: an unknown precision.
     """
+    from chexnet_deploy.bundle.manifest import Precision
+
     known = [precision.value for precision in Precision]
     wanted = [name.strip() for name in text.split(",")]
     unknown = [name for name in wanted if name not in known]
@@ -63,12 +65,14 @@ def parse_precisions(text: str) -> tuple[Precision, ...]:
     return tuple(precision for precision in Precision if precision is Precision.FP32 or precision.value in wanted)
 
 
-def parse_dialects(text: str) -> tuple[Dialect, ...]:
+def parse_dialects(text: str) -> tuple["Dialect", ...]:
     """Return the forms of int8 that a comma-separated list names.
 
     Raises:
         SpecError: an unknown form, or one twice.
     """
+    from chexnet_deploy.bundle.manifest import Dialect
+
     known: tuple[Dialect, ...] = get_args(Dialect)
     wanted = [name.strip() for name in text.split(",")]
     if any(wanted.count(name) > 1 for name in wanted) or set(wanted) - set(known):

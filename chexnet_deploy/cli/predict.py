@@ -11,8 +11,7 @@ import typer
 
 from chexnet_deploy.cli.options import JsonFlag, OnProvider, ProviderName, TrustOption, read_trust
 from chexnet_deploy.cli.printing import print_answers, print_json_answers
-from chexnet_deploy.errors import TableError
-from chexnet_deploy.inputs import require
+from chexnet_deploy.errors import TableError, require
 from chexnet_deploy.terminal import going_on, print_json, progress
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from chexnet_deploy.cli.options import BundleArgument, JsonFlag, OnProvider, ProviderName, Threads, TrustOption
-from chexnet_deploy.inputs import require
+from chexnet_deploy.errors import require
 from chexnet_deploy.terminal import print_json
 
 app = typer.Typer()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from chexnet_deploy.cli.options import BundleArgument, JsonFlag
-from chexnet_deploy.inputs import require
+from chexnet_deploy.errors import require
 
 if TYPE_CHECKING:
     from types import ModuleType

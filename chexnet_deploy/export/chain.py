@@ -16,11 +16,10 @@ from chexnet_deploy.bundle.signing.trust import Trust
 from chexnet_deploy.datasets.chestxray14 import ChestXray14
 from chexnet_deploy.datasets.labelled import LabelledImages
 from chexnet_deploy.datasets.nih_tables import read_image_list
-from chexnet_deploy.errors import BundleError, CalibrationError, OnPhase
+from chexnet_deploy.errors import BundleError, CalibrationError, OnPhase, require
 from chexnet_deploy.evaluation.spec import read_spec
 from chexnet_deploy.files import write_file
 from chexnet_deploy.images.scope import ScopePolicy
-from chexnet_deploy.inputs import require
 from chexnet_deploy.runtime.sessions.driver import open_driver
 from chexnet_deploy.runtime.sessions.trt_versions import Backend, open_tensorrt
 

@@ -19,9 +19,8 @@ from PIL.ExifTags import Base as ExifTag
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
-from chexnet_deploy.errors import ImageError
+from chexnet_deploy.errors import ImageError, require
 from chexnet_deploy.images.gray import MAX_PIXELS, MIN_SIDE_PX, Gray, read_image_file, refusal
-from chexnet_deploy.inputs import require
 
 if TYPE_CHECKING:
     from chexnet_deploy.images.dicom.decoder import Decoder

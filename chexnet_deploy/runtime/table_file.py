@@ -18,9 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO, Final
 
-from chexnet_deploy.errors import ImageError, TableError
+from chexnet_deploy.errors import ImageError, TableError, require
 from chexnet_deploy.files import sha256_of_file, show_file, write_file
-from chexnet_deploy.inputs import require
 from chexnet_deploy.runtime.predictor import Prediction
 from chexnet_deploy.runtime.table import Row, TableCard, header_bytes, read_back, read_card, row_bytes
 

@@ -39,9 +39,9 @@ from chexnet_deploy.bundle.signing.releases import (
     refuse_older,
 )
 from chexnet_deploy.bundle.signing.signatures import Signature, SignatureFile
-from chexnet_deploy.errors import TrustError
+from chexnet_deploy.errors import TrustError, require
 from chexnet_deploy.files import PlainFile, sha256_hex
-from chexnet_deploy.inputs import StrictRecord, require
+from chexnet_deploy.inputs import StrictRecord
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -6,10 +6,9 @@ from datetime import datetime
 from pathlib import Path
 
 from chexnet_deploy.bundle.bundle import Bundle
-from chexnet_deploy.errors import ImageError
+from chexnet_deploy.errors import ImageError, require
 from chexnet_deploy.files import new_folder
 from chexnet_deploy.images.listing import ImageFiles
-from chexnet_deploy.inputs import require
 from chexnet_deploy.runtime.predict_files import _refuse_lone
 from chexnet_deploy.runtime.predictor import Prediction, Predictor
 from chexnet_deploy.runtime.sessions.base import Provider
