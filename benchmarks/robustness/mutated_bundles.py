@@ -34,10 +34,11 @@ import typer
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import BaseModel, ConfigDict
 
+from benchmarks.rigs.plan_card import CARD, TARGET
 from benchmarks.robustness.mutations import Mutation, random_flips, systematic
 from benchmarks.robustness.workbench import Workbench
 from chexnet_deploy.bundle.bundle import Bundle
-from chexnet_deploy.bundle.manifest import PLAN_MODEL, PROBE, EngineCard, Target, hash_files
+from chexnet_deploy.bundle.manifest import PLAN_MODEL, PROBE, hash_files
 from chexnet_deploy.bundle.signing.keys import public_der
 from chexnet_deploy.bundle.signing.releases import Release
 from chexnet_deploy.bundle.signing.sign import admit_first, sign_bundle
@@ -52,19 +53,6 @@ RESULTS = Path(__file__).parents[1] / "results" / "mutated-bundles.json"
 DEADLINE_S = 5.0
 RELEASE = Release(line="mutants", number=5)
 TRUSTED, REVOKED = ("release", "next"), ("former",)
-TARGET = Target(gpu="none", compute_capability="0.0", backend="tensorrt", tensorrt="0", driver="0.0", platform="none")
-CARD = EngineCard(
-    build_s=0.0,
-    plan_bytes=0,
-    batch=(1, 1, 1),
-    conv_types={},
-    fallbacks=(),
-    n_kernels=0,
-    n_reformats=0,
-    bytes_per_image=None,
-    activation_bytes=0,
-    warnings=(),
-)
 
 app = typer.Typer(add_completion=False)
 OnDone = Callable[[int], None]

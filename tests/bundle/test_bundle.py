@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import chexnet_deploy.runtime.sessions.ort as ort_room
+from benchmarks.rigs.plan_card import CARD, TARGET
 from chexnet_deploy.bundle.bundle import MAX_MANIFEST_BYTES, Bundle
 from chexnet_deploy.bundle.manifest import (
     INHERITED,
@@ -432,19 +433,6 @@ PARENT = Manifest(
     trained_on=PatientSet.of([1, 2]),
     scope=ScopePolicy(age_years=(0, 120)),
 )
-CARD = EngineCard(
-    build_s=1.0,
-    plan_bytes=1,
-    batch=(1, 1, 1),
-    conv_types={"float32": 1},
-    fallbacks=(),
-    n_kernels=1,
-    n_reformats=0,
-    bytes_per_image=None,
-    activation_bytes=0,
-    warnings=(),
-)
-HERE = Target(gpu="a", compute_capability="8.9", backend="tensorrt", tensorrt="10", driver="12.4", platform="Linux")
 
 
 def test_a_child_inherits_each_field_or_is_given_it() -> None:
@@ -457,9 +445,9 @@ def test_a_child_inherits_each_field_or_is_given_it() -> None:
 def test_a_child_says_of_the_weights_what_its_parent_says() -> None:
     files, check = {PLAN_MODEL: "4" * 64, PROBE: "1" * 64}, Check(name="y", value=0.5, limit=1.0)
     child = PARENT.child(
-        "5" * 64, files=files, checks=(check,), probe_max_abs_logit_error=0.5, target=HERE, engine=CARD
+        "5" * 64, files=files, checks=(check,), probe_max_abs_logit_error=0.5, target=TARGET, engine=CARD
     )
-    new = {"files": files, "checks": (check,), "probe_max_abs_logit_error": 0.5, "target": HERE, "engine": CARD}
+    new = {"files": files, "checks": (check,), "probe_max_abs_logit_error": 0.5, "target": TARGET, "engine": CARD}
     assert dict(child) == {**dict(PARENT), **new, "ancestors": ("3" * 64, "5" * 64)}
     assert Manifest.model_validate_json(child.to_json(), strict=True) == child
 
@@ -467,7 +455,7 @@ def test_a_child_says_of_the_weights_what_its_parent_says() -> None:
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"target": HERE}, "files must be model.plan"),
+        ({"target": TARGET}, "files must be model.plan"),
         ({"precision": Precision.INT8}, "an int8 model has a calibration"),
         ({"head_bias": (0.0,)}, "1 head biases for 2 findings"),
         ({"probe_max_abs_logit_error": -1.0}, "probe_max_abs_logit_error"),

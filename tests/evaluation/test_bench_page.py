@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.rigs.plan_card import TARGET
 from chexnet_deploy.bundle.bundle import Bundle
-from chexnet_deploy.bundle.manifest import EngineCard, Target
+from chexnet_deploy.bundle.manifest import EngineCard
 from chexnet_deploy.datasets.chestxray14 import ChestXray14
 from chexnet_deploy.datasets.labelled import LabelledImages
 from chexnet_deploy.evaluation.bench_report import BenchRun
@@ -46,14 +47,6 @@ def test_every_finding_and_limit_is_on_the_page(run: BenchRun, bundles: dict[str
 
 
 def test_a_plan_shows_its_card(run: BenchRun, bundles: dict[str, Bundle], tmp_path: Path) -> None:
-    target = Target(
-        gpu="NVIDIA L4",
-        compute_capability="8.9",
-        backend="tensorrt",
-        tensorrt="10.3.0",
-        driver="12.4",
-        platform="Linux x86_64",
-    )
     card = EngineCard(
         build_s=61.25,
         plan_bytes=9 << 20,
@@ -66,7 +59,7 @@ def test_a_plan_shows_its_card(run: BenchRun, bundles: dict[str, Bundle], tmp_pa
         bytes_per_image=9_820_000,
         warnings=("careful",),
     )
-    engines = (run.report.engines[0], run.report.engines[1].model_copy(update={"target": target, "card": card}))
+    engines = (run.report.engines[0], run.report.engines[1].model_copy(update={"target": TARGET, "card": card}))
     page = page_of(
         replace(run, report=run.report.model_copy(update={"engines": engines})), bundles, tmp_path / "x.html"
     )

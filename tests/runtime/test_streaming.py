@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.rigs.plan_card import CARD
 from chexnet_deploy.bundle.bundle import Bundle
-from chexnet_deploy.bundle.manifest import EngineCard
 from chexnet_deploy.datasets.chestxray14 import ChestXray14
 from chexnet_deploy.errors import ImageError, SessionError
 from chexnet_deploy.images.preprocessing import Pixels
@@ -137,11 +137,7 @@ def test_the_flow_fits_the_session(bundles: dict[str, Bundle]) -> None:
     assert choose_flow(manifest, threads=2, provider="cpu", cores=4) == Flow(1, calls=2, workers=5)
     assert choose_flow(manifest, threads=None, provider="cpu", cores=4) == Flow(1, calls=1, workers=5)
     assert choose_flow(manifest, threads=None, provider="cuda", cores=4) == Flow(16, calls=1, workers=5)
-    card = EngineCard(
-        build_s=1.0, plan_bytes=1, batch=(1, 4, 8), conv_types={}, fallbacks=(), n_kernels=1, n_reformats=0, bytes_per_image=None,
-        activation_bytes=1, warnings=(),
-    )  # fmt: skip
-    plan = manifest.model_copy(update={"engine": card})
+    plan = manifest.model_copy(update={"engine": CARD.model_copy(update={"batch": (1, 4, 8)})})
     assert choose_flow(plan, threads=None, provider="cpu", cores=4) == Flow(8, calls=1, workers=5)
 
 

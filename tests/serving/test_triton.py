@@ -12,35 +12,15 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
+from benchmarks.rigs.plan_card import CARD, TARGET
 from chexnet_deploy.bundle.bundle import Bundle
-from chexnet_deploy.bundle.manifest import EngineCard, Target, hash_files
+from chexnet_deploy.bundle.manifest import hash_files
 from chexnet_deploy.bundle.signing.releases import Release
 from chexnet_deploy.datasets.findings import FINDINGS
 from chexnet_deploy.errors import BundleError
 from chexnet_deploy.runtime.predictor import Predictor
 from chexnet_deploy.serving.triton import check_repository, write_repository
 from tests.conftest import SIDE_PX
-
-TARGET = Target(
-    gpu="NVIDIA L4",
-    compute_capability="8.9",
-    backend="tensorrt",
-    tensorrt="10.9.0.34",
-    driver="12.4",
-    platform="Linux x86_64",
-)
-CARD = EngineCard(
-    build_s=1.0,
-    plan_bytes=4,
-    batch=(1, 8, 16),
-    conv_types={"int8": 119},
-    fallbacks=(),
-    n_kernels=1,
-    n_reformats=0,
-    bytes_per_image=None,
-    activation_bytes=0,
-    warnings=(),
-)
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -56,7 +36,7 @@ def as_plan(
         update={
             "files": hash_files({"model.plan": b"plan", "probe.npz": probe}),
             "ancestors": (*bundle.manifest.ancestors, bundle.id),
-            "target": TARGET.model_copy(update={"backend": backend}),
+            "target": TARGET.model_copy(update={"backend": backend, "tensorrt": "10.9.0.34"}),
             "engine": CARD.model_copy(update={"batch": batch}),
         }
     )

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.rigs.plan_card import CARD, TARGET
 from chexnet_deploy.bundle.bundle import Bundle
-from chexnet_deploy.bundle.manifest import MANIFEST, PLAN_MODEL, PROBE, EngineCard, Manifest, Target
+from chexnet_deploy.bundle.manifest import MANIFEST, PLAN_MODEL, PROBE, Manifest
 from chexnet_deploy.errors import BundleError, ExportError, MissingPackageError, SessionError, SpecError
 from chexnet_deploy.evaluation.spec import read_spec, spec_names
 from chexnet_deploy.export.tensorrt.build import (
@@ -26,23 +27,14 @@ from chexnet_deploy.export.tensorrt.timing_cache import cache_key, read_cache, w
 from chexnet_deploy.runtime.sessions.trt_target import refuse_other_target
 from chexnet_deploy.runtime.sessions.trt_versions import Backend, family_of
 
-HERE = Target(
-    gpu="NVIDIA L4",
-    compute_capability="8.9",
-    backend="tensorrt",
-    tensorrt="10.3.0",
-    driver="12.4",
-    platform="Linux x86_64",
-)
-
 
 def compiled(conv_types: dict[str, str]) -> Compiled:
     return Compiled(plan=b"", layers=(), table="", timing_cache=b"", conv_types=conv_types, build_s=0.0, warnings=())
 
 
 def test_the_same_machine_and_a_newer_driver_are_taken() -> None:
-    refuse_other_target(HERE, HERE, "x")
-    refuse_other_target(HERE, HERE.model_copy(update={"driver": "12.10"}), "x")  # 12.10 is newer than 12.4
+    refuse_other_target(TARGET, TARGET, "x")
+    refuse_other_target(TARGET, TARGET.model_copy(update={"driver": "12.10"}), "x")  # 12.10 is newer than 12.4
 
 
 @pytest.mark.parametrize(
@@ -58,8 +50,8 @@ def test_the_same_machine_and_a_newer_driver_are_taken() -> None:
 )
 def test_another_machine_is_refused_with_both_named(field: str, value: str) -> None:
     with pytest.raises(SessionError, match="do not move between machines") as caught:
-        refuse_other_target(HERE, HERE.model_copy(update={field: value}), "plans/int8")
-    for word in (getattr(HERE, field), value, "plans/int8"):
+        refuse_other_target(TARGET, TARGET.model_copy(update={field: value}), "plans/int8")
+    for word in (getattr(TARGET, field), value, "plans/int8"):
         assert word in str(caught.value)
 
 
@@ -92,10 +84,10 @@ def test_what_each_tensorrt_builds_and_by_which_spec(
 
 
 def test_a_gpus_spec_is_for_that_gpu() -> None:
-    refuse_other_gpu(read_spec("l4-int8"), HERE)
-    refuse_other_gpu(read_spec("int8"), HERE)
+    refuse_other_gpu(read_spec("l4-int8"), TARGET)
+    refuse_other_gpu(read_spec("int8"), TARGET)
     with pytest.raises(SpecError, match=r"H200, here is NVIDIA L4"):
-        refuse_other_gpu(read_spec("h200-int8"), HERE)
+        refuse_other_gpu(read_spec("h200-int8"), TARGET)
 
 
 def test_specs_never_measured_promise_no_speed() -> None:
@@ -123,20 +115,9 @@ def test_an_int8_plan_that_moves_more_than_the_fp16_one_beside_it_warns(
     bundles: dict[str, Bundle], tmp_path: Path
 ) -> None:
     def write_plan(name: str, precision: str, traffic: int | None, **changes: object) -> Manifest:
-        card = EngineCard(
-            build_s=1.0,
-            plan_bytes=1,
-            batch=(1, 1, 1),
-            conv_types={},
-            fallbacks=(),
-            n_kernels=1,
-            n_reformats=0,
-            bytes_per_image=traffic,
-            activation_bytes=1,
-            warnings=(),
-        )
+        card = CARD.model_copy(update={"bytes_per_image": traffic})
         parent, files = bundles[precision].manifest, {PLAN_MODEL: "0" * 64, PROBE: "0" * 64}
-        plan = parent.model_copy(update={"target": HERE, "engine": card, "files": files, **changes})
+        plan = parent.model_copy(update={"target": TARGET, "engine": card, "files": files, **changes})
         (tmp_path / name).mkdir()
         (tmp_path / name / MANIFEST).write_bytes(plan.to_json())
         return plan
@@ -145,13 +126,13 @@ def test_an_int8_plan_that_moves_more_than_the_fp16_one_beside_it_warns(
     out = tmp_path / "int8"
 
     def warning(traffic: int | None = 9_820_000) -> str | None:
-        return more_traffic_than_fp16(out, int8, HERE, traffic)
+        return more_traffic_than_fp16(out, int8, TARGET, traffic)
 
     write_plan("a-broken", "fp16", 1)
     (tmp_path / "a-broken" / MANIFEST).write_text("{}")
     write_plan("fp32", "fp32", 1)
     write_plan("other-checkpoint", "fp16", 1, checkpoint_sha256="f" * 64)
-    write_plan("other-gpu", "fp16", 1, target=HERE.model_copy(update={"gpu": "NVIDIA T4"}))
+    write_plan("other-gpu", "fp16", 1, target=TARGET.model_copy(update={"gpu": "NVIDIA T4"}))
     write_plan("unknown", "fp16", None)
     assert warning() is None
     write_plan("z-fp16", "fp16", 8_690_000)
@@ -161,7 +142,7 @@ def test_an_int8_plan_that_moves_more_than_the_fp16_one_beside_it_warns(
     )
     assert warning(8_690_000) is None
     assert warning(None) is None
-    assert more_traffic_than_fp16(out, bundles["fp16"].manifest, HERE, 9_820_000) is None
+    assert more_traffic_than_fp16(out, bundles["fp16"].manifest, TARGET, 9_820_000) is None
 
 
 def test_wrong_requests_are_refused_before_a_gpu_is_looked_for(bundles: dict[str, Bundle], tmp_path: Path) -> None:
@@ -190,14 +171,14 @@ SHA256 = "0" * 64
 
 def test_a_timing_cache_comes_back_for_the_same_build_only(tmp_path: Path) -> None:
     path, spec = tmp_path / "cache", read_spec("int8")
-    key = cache_key(SHA256, HERE, spec)
+    key = cache_key(SHA256, TARGET, spec)
     assert read_cache(path, key) == (b"", None)
     write_cache(path, key, b"timings\nwith a line break")
     assert read_cache(path, key) == (b"timings\nwith a line break", None)
     others = (
-        cache_key("1" * 64, HERE, spec),
-        cache_key(SHA256, HERE.model_copy(update={"driver": "12.5"}), spec),
-        cache_key(SHA256, HERE, read_spec("fp16")),
+        cache_key("1" * 64, TARGET, spec),
+        cache_key(SHA256, TARGET.model_copy(update={"driver": "12.5"}), spec),
+        cache_key(SHA256, TARGET, read_spec("fp16")),
     )
     for other in others:
         content, message = read_cache(path, other)
@@ -206,7 +187,7 @@ def test_a_timing_cache_comes_back_for_the_same_build_only(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("damage", [b"", b"no JSON", b"[]\nx", b"{}\nx"])
 def test_a_damaged_timing_cache_is_left_aside(tmp_path: Path, damage: bytes) -> None:
-    path, key = tmp_path / "cache", cache_key(SHA256, HERE, read_spec("int8"))
+    path, key = tmp_path / "cache", cache_key(SHA256, TARGET, read_spec("int8"))
     write_cache(path, key, b"timings")
     whole = path.read_bytes()
     for content in (damage, whole[:-1]):

@@ -5,15 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.rigs.plan_card import CARD, TARGET
 from chexnet_deploy.bundle.bundle import Bundle
 from chexnet_deploy.bundle.manifest import (
     ONNX_MODEL,
     PLAN_MODEL,
     PROBE,
-    EngineCard,
     Manifest,
     Precision,
-    Target,
     hash_files,
 )
 from chexnet_deploy.bundle.probe import N_PROBES, Probe
@@ -23,20 +22,6 @@ from chexnet_deploy.evaluation.spec import read_spec
 from chexnet_deploy.export.tensorrt import build
 from chexnet_deploy.images.preprocessing import Pixels, Preprocessing
 from chexnet_deploy.runtime.sessions.base import Logits, Maps
-
-HERE = Target(gpu="a", compute_capability="8.9", backend="tensorrt", tensorrt="10", driver="12.4", platform="Linux")
-CARD = EngineCard(
-    build_s=1.0,
-    plan_bytes=1,
-    batch=(1, 1, 1),
-    conv_types={"float32": 1},
-    fallbacks=(),
-    n_kernels=1,
-    n_reformats=0,
-    bytes_per_image=None,
-    activation_bytes=0,
-    warnings=(),
-)
 
 
 class ByRule:
@@ -83,7 +68,7 @@ def keep(parent: Bundle, out: Path, shift: float, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(ByRule, "shift", shift)
     verdict, activation_bytes = build._judge(parent, read_spec("fp32"), b"plan", {}, "tensorrt", 0)
     assert (activation_bytes, ByRule.n_open) == (7, 0)
-    return build._keep(parent, out, b"plan", verdict, HERE, CARD)
+    return build._keep(parent, out, b"plan", verdict, TARGET, CARD)
 
 
 def test_a_plan_that_answers_as_the_fp32_model_is_kept(
@@ -97,7 +82,7 @@ def test_a_plan_that_answers_as_the_fp32_model_is_kept(
     )
     assert kept.probe_max_abs_logit_error == float(np.float32(1e-5))
     assert kept.ancestors == ("1" * 64, parent.id)
-    assert (kept.target, kept.engine, set(kept.files)) == (HERE, CARD, {PLAN_MODEL, PROBE})
+    assert (kept.target, kept.engine, set(kept.files)) == (TARGET, CARD, {PLAN_MODEL, PROBE})
     assert (kept.release, kept.tools) == (parent.manifest.release, parent.manifest.tools)
 
 
