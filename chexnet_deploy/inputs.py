@@ -73,6 +73,7 @@ class StrictRecord(Record):
     model_config = ConfigDict(strict=True)
 
 
-class _Record(BaseModel):
-    # "ignore", as computed fields are written too and must not stop a report from being read again.
+class ReportRecord(BaseModel):
+    """Base of a report with computed fields: they are written too, so an unknown field is no error when it is read again."""
+
     model_config = ConfigDict(frozen=True, extra="ignore")

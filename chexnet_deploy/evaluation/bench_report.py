@@ -14,7 +14,7 @@ from chexnet_deploy.evaluation.latency import LatencyReport
 from chexnet_deploy.evaluation.machine import Machine
 from chexnet_deploy.evaluation.parity import ParityReport, Verdict
 from chexnet_deploy.evaluation.spec import EngineSpec
-from chexnet_deploy.inputs import _Record
+from chexnet_deploy.inputs import ReportRecord
 from chexnet_deploy.runtime.sessions.base import Logits, Provider
 
 
@@ -31,7 +31,7 @@ def print_bench(report: "BenchReport", page: Path) -> None:
     typer.echo(f"{report.verdict}  {page}")
 
 
-class EngineResult(_Record):
+class EngineResult(ReportRecord):
     """One engine.
 
     Attributes:
@@ -67,7 +67,7 @@ class EngineResult(_Record):
     reasons: tuple[str, ...]
 
 
-class BenchReport(_Record):
+class BenchReport(ReportRecord):
     """All engines of one run, measured in turns on one machine.
 
     Attributes:

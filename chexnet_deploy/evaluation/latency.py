@@ -10,23 +10,21 @@ from time import perf_counter
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, computed_field
+from pydantic import Field, computed_field
 
 from chexnet_deploy.images.preprocessing import Pixels
+from chexnet_deploy.inputs import ReportRecord
 from chexnet_deploy.runtime.sessions.base import Session
 
 WARMUP_RUNS = 3
 
 
-class LatencyReport(BaseModel):
+class LatencyReport(ReportRecord):
     """One scenario of one session; times in host milliseconds, arrays in to arrays out.
 
     Attributes:
         samples_ms: every run, in the order they were made; a run answers a whole batch.
     """
-
-    # "ignore", as what is computed is written too and must not stop the report from being read again.
-    model_config = ConfigDict(frozen=True, extra="ignore")
 
     scenario: Literal["single_stream", "offline"]
     batch_size: Annotated[int, Field(ge=1)]

@@ -5,10 +5,10 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from chexnet_deploy.inputs import _Record
+from chexnet_deploy.inputs import ReportRecord
 
 
-class Machine(_Record):
+class Machine(ReportRecord):
     """Where the figures were measured."""
 
     processor: str

@@ -5,9 +5,8 @@ A figure that is undefined is None and named with its reason in the `undefined` 
 
 from typing import Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict
-
 from chexnet_deploy.datasets.predictions import ScoreKind
+from chexnet_deploy.inputs import Record
 from chexnet_deploy.metrics.localization import LocalizationReport
 from chexnet_deploy.metrics.radiologists import ReaderStudy
 
@@ -15,11 +14,7 @@ Interval: TypeAlias = tuple[float, float]
 """The two ends of a 95 % confidence interval."""
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Share(_Record):
+class Share(Record):
     """A share of images; None where undefined.
 
     Attributes:
@@ -34,7 +29,7 @@ class Share(_Record):
     n_patients: int
 
 
-class OperatingPoint(_Record):
+class OperatingPoint(Record):
     """Decisions of one finding: at and above the threshold it is called."""
 
     threshold: float
@@ -42,7 +37,7 @@ class OperatingPoint(_Record):
     specificity: Share
 
 
-class Curve(_Record):
+class Curve(Record):
     """An ROC curve at false-positive rates 0, 0.01, ..., 1.
 
     Attributes:
@@ -58,7 +53,7 @@ class Curve(_Record):
     undefined_share: float
 
 
-class ReliabilityPoint(_Record):
+class ReliabilityPoint(Record):
     """One bin of a reliability diagram."""
 
     mean_probability: float
@@ -66,7 +61,7 @@ class ReliabilityPoint(_Record):
     n_images: int
 
 
-class FindingScore(_Record):
+class FindingScore(Record):
     """One finding.
 
     Attributes:
@@ -93,7 +88,7 @@ class FindingScore(_Record):
     undefined: dict[str, str]
 
 
-class SubgroupFinding(_Record):
+class SubgroupFinding(Record):
     """One finding among the images of a subgroup; without an AUROC, `why_not` says why."""
 
     finding: str
@@ -104,7 +99,7 @@ class SubgroupFinding(_Record):
     why_not: str | None
 
 
-class Subgroup(_Record):
+class Subgroup(Record):
     """Some of the images, by what the labels say of their patients.
 
     Attributes:
@@ -117,7 +112,7 @@ class Subgroup(_Record):
     findings: tuple[SubgroupFinding, ...]
 
 
-class Threshold(_Record):
+class Threshold(Record):
     """Where a finding counts as called.
 
     Attributes:
@@ -132,7 +127,7 @@ class Threshold(_Record):
     n_positive: int | None = None
 
 
-class RocPoint(_Record):
+class RocPoint(Record):
     """A rater's decisions in the ROC plane; None where the label has one class only."""
 
     rater: str
@@ -140,7 +135,7 @@ class RocPoint(_Record):
     sensitivity: float | None
 
 
-class ReaderRoc(_Record):
+class ReaderRoc(Record):
     """One finding's curve against the readers' majority, with the raters who had no vote in it as points.
 
     Attributes:
@@ -159,7 +154,7 @@ class ReaderRoc(_Record):
     points: tuple[RocPoint, ...]
 
 
-class ReaderComparison(_Record):
+class ReaderComparison(Record):
     """The model beside radiologists.
 
     Attributes:
@@ -183,7 +178,7 @@ class ReaderComparison(_Record):
     roc: tuple[ReaderRoc, ...]
 
 
-class LocalizedImage(_Record):
+class LocalizedImage(Record):
     """One map against the boxes of its finding in one image; figures as in metrics.localization.MapScore."""
 
     image: str
@@ -194,7 +189,7 @@ class LocalizedImage(_Record):
     iobb: tuple[float, ...]
 
 
-class Localization(_Record):
+class Localization(Record):
     """Activation maps against a radiologist's boxes.
 
     Attributes:
@@ -214,7 +209,7 @@ class Localization(_Record):
     images: tuple[LocalizedImage, ...]
 
 
-class Evaluation(_Record):
+class Evaluation(Record):
     """Scores on labelled images.
 
     Attributes:
