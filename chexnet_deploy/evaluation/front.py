@@ -11,7 +11,7 @@ from chexnet_deploy.bundle.bundle import Bundle, find_reference
 from chexnet_deploy.bundle.signing.trust import Trust
 from chexnet_deploy.datasets.chestxray14 import ChestXray14, Split
 from chexnet_deploy.datasets.labelled import LabelledImages
-from chexnet_deploy.errors import MissingPackageError, OnPhase, SpecError
+from chexnet_deploy.errors import OnPhase, SpecError, require
 from chexnet_deploy.evaluation.bench_report import BenchReport, write_predictions
 from chexnet_deploy.evaluation.engines import Effort, run_bench
 from chexnet_deploy.evaluation.records import Evaluation
@@ -108,9 +108,5 @@ def evaluate(request: EvaluationRequest, out: Path | None, *, with_html: bool, o
 
 
 def _open_pages(name: Literal["bench_page", "evaluation_page"]) -> ModuleType:
-    try:
+    with require("report", so="no HTML can be made", instead="give --no-html."):
         return importlib.import_module(f"chexnet_deploy.evaluation.pages.{name}")
-    except ModuleNotFoundError as err:
-        raise MissingPackageError(
-            f"{err.name} is not installed, so no HTML can be made. Run: pip install 'chexnet-deploy[report]', or give --no-html."
-        ) from err
