@@ -25,6 +25,8 @@ MANIFEST_SHA256 = "manifest.sha256"
 PROBE = "probe.npz"
 ONNX_MODEL = "model.onnx"
 PLAN_MODEL = "model.plan"
+UNKNOWN = "unknown"
+"""Stands for a convolution's type where TensorRT's layer table does not say."""
 Dialect: TypeAlias = Literal["typed", "mixed", "trt8", "cpu"]
 """The forms of int8; export/quantize/variants.py says what each is."""
 FLOAT16_DIALECTS: tuple[Dialect, ...] = ("typed", "mixed")
@@ -100,7 +102,7 @@ class EngineCard(Record):
 
     Attributes:
         batch: smallest, tuned-for and largest batch of the plan's profile.
-        conv_types: how many of the model's convolutions run in each type; "unknown" where the table does not say.
+        conv_types: how many of the model's convolutions run in each type; UNKNOWN where the table does not say.
         fallbacks: ONNX names of the convolutions that run in another type than the precision's, as the bundle declares.
         n_kernels: layers that run something on the GPU.
         n_reformats: of them, those that only change a tensor's type or layout.

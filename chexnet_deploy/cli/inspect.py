@@ -20,7 +20,6 @@ app = typer.Typer()
 
 _TENSORRT = ("tensorrt", "tensorrt_cu12", "tensorrt_cu13", "tensorrt_rtx_cu12", "tensorrt_rtx_cu13")
 _BINDINGS = ("pycuda", "cuda-bindings")
-_CUDA_13 = 13000
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +82,17 @@ def _tensorrt() -> Ability:
 
 
 def _describe(driver: "Driver") -> str:
-    cuda = driver.cuda_version()
+    from chexnet_deploy.runtime.sessions.driver import name_cuda
+
     gpus = ", ".join(driver.describe(device).name for device in range(driver.count_gpus()))
-    return f"{gpus} (driver for CUDA {cuda // 1000}.{cuda % 1000 // 10}, by {driver.binding})"
+    return f"{gpus} (driver for CUDA {name_cuda(driver.cuda_version())}, by {driver.binding})"
 
 
 def _missing_tensorrt(driver: "Driver", found: dict[str, str | None]) -> str:
     """Return the line that installs what this driver can run; nothing where it is there."""
-    is_13 = driver.cuda_version() >= _CUDA_13
+    from chexnet_deploy.runtime.sessions.driver import CUDA_13
+
+    is_13 = driver.cuda_version() >= CUDA_13
     if any(found[package] for package in ("tensorrt", "tensorrt_rtx_cu12")):
         return ""
     if found["tensorrt_cu12"] or (is_13 and (found["tensorrt_cu13"] or found["tensorrt_rtx_cu13"])):

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chexnet_deploy.bundle.bundle import Bundle
+from chexnet_deploy.bundle.manifest import UNKNOWN
 from chexnet_deploy.bundle.probe import N_PROBES
 from chexnet_deploy.datasets.labelled import LabelledImages
 from chexnet_deploy.errors import BundleError, OnPhase, SpecError
@@ -252,10 +253,8 @@ def _judge(
             doubts.append(f"p99 of {len(speed[0].samples_ms)} runs; needed {MIN_RUNS_FOR_P99}. Give --min-runs")
         failures += [f"{which} {value:.2f} ms, limit {most} ms" for which, value, most in limits if not value <= most]
     conv_types = dict(session.conv_types())
-    if conv_types.get("unknown"):
-        doubts.append(
-            f"precision: the layer table does not show which type {conv_types['unknown']} convolutions run in"
-        )
+    if conv_types.get(UNKNOWN):
+        doubts.append(f"precision: the layer table does not show which type {conv_types[UNKNOWN]} convolutions run in")
     native = conv_types.get(manifest.precision.type_name, 0)
     # What an int8 form leaves in floating point is meant to be float: half of all in the mixed one.
     promised = sum(conv_types.values()) - len(manifest.float_convolutions)

@@ -15,6 +15,7 @@ from chexnet_deploy.bundle.manifest import (
     ONNX_MODEL,
     PLAN_MODEL,
     PROBE,
+    UNKNOWN,
     EngineCard,
     Manifest,
     Precision,
@@ -26,7 +27,7 @@ from chexnet_deploy.errors import BundleError, ExportError, GateError, OnPhase, 
 from chexnet_deploy.evaluation.gatekeeper import Gatekeeper, Verdict
 from chexnet_deploy.evaluation.spec import EngineSpec
 from chexnet_deploy.export.tensorrt.compile import Compiled, CompileOptions, compile_onnx
-from chexnet_deploy.export.tensorrt.layers import UNKNOWN, bytes_per_image, count_kernels, count_reformats
+from chexnet_deploy.export.tensorrt.layers import bytes_per_image, count_kernels, count_reformats
 from chexnet_deploy.export.tensorrt.timing_cache import cache_key, read_cache, write_cache
 from chexnet_deploy.files import write_file
 from chexnet_deploy.runtime.sessions.driver import CudaError, Driver, open_driver, primary_context

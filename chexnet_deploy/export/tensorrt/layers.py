@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-UNKNOWN = "unknown"
+from chexnet_deploy.bundle.manifest import UNKNOWN
 
 # One line a layer in the VERBOSE log of TensorRT for RTX 1.7 with ProfilingVerbosity.DETAILED; it has no inspector
 # without a GPU.

@@ -23,6 +23,8 @@ from chexnet_deploy.errors import MissingPackageError, SessionError
 # CU_STREAM_NON_BLOCKING: it neither waits for the legacy stream, which torch uses, nor stops it while it is captured.
 _NON_BLOCKING = 1
 _MAPPED = 2  # CU_MEMHOSTALLOC_DEVICEMAP
+CUDA_13 = 13000
+"""The version from which a driver runs what is built for CUDA 13, as `cuda_version` counts."""
 
 
 class CudaError(Exception):
@@ -320,6 +322,11 @@ def _open_binding() -> Driver:
 _primary: dict[tuple[str, int], Any] = {}
 _releases: list[tuple[int, Driver, Any]] = []
 _lock = threading.Lock()
+
+
+def name_cuda(version: int) -> str:
+    """Return a driver's `cuda_version` as NVIDIA writes it: 12040 is "12.4"."""
+    return f"{version // 1000}.{version % 1000 // 10}"
 
 
 def retain_primary_context(driver: Driver, device: int) -> Any:

@@ -1,6 +1,6 @@
 """A Session on a TensorRT plan: memory taken once on the GPU's primary context, a bounded pool of lanes.
 
-Raw pixels go up, float32 logits and maps come down. Never builds (see builder/), and never hands TensorRT the bytes of a
+Raw pixels go up, float32 logits and maps come down. Never builds (see export/tensorrt), and never hands TensorRT the bytes of a
 plan that was built for another machine. Not safe to use in a child after fork: CUDA itself is not.
 """
 

@@ -95,10 +95,8 @@ class Lane:
             for n in batches:
                 self._capture(api, n)
             self._driver.wait(self._stream)
-        except (
-            SessionError,
-            GraphError,
-        ) as err:  # of contexts made for graphs alone: runs without them are not touched
+        except (SessionError, GraphError) as err:
+            # Of contexts made for graphs alone: runs without them are not touched.
             self.free_graphs()
             raise GraphError(str(err)) from err
 

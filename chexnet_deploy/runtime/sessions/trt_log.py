@@ -5,6 +5,7 @@ from types import ModuleType
 from typing import Any
 
 from chexnet_deploy.errors import SessionError
+from chexnet_deploy.runtime.sessions.driver import CUDA_13, name_cuda
 from chexnet_deploy.runtime.sessions.trt_versions import Family
 
 _ERRORS_KEPT = 20
@@ -17,15 +18,15 @@ class TensorrtLog:
     Attributes:
         handle: the ILogger to give to TensorRT.
         errors: the latest, oldest first.
-        warnings: since `begin`.
-        lines: of every severity since `begin`, if it was told to keep them.
+        warnings: between `begin` and `end`: a session runs for months and reads none.
+        lines: of every severity between them, if it was told to keep them.
     """
 
     def __init__(self, trt: ModuleType) -> None:
         self.errors: deque[str] = deque(maxlen=_ERRORS_KEPT)
         self.warnings: list[str] = []
         self.lines: list[str] = []
-        self._keeps_lines = False
+        self._keeps_warnings = self._keeps_lines = False
         self.handle = _make_logger(trt, self)
 
     @classmethod
@@ -38,11 +39,13 @@ class TensorrtLog:
     def begin(self, *, keeps_lines: bool) -> None:
         """Forget what was said. A build says 10,000 lines and more, so they are kept only for whom they are the layer table."""
         self.errors.clear()
-        self.warnings, self.lines, self._keeps_lines = [], [], keeps_lines
+        self.warnings, self.lines = [], []
+        self._keeps_warnings, self._keeps_lines = True, keeps_lines
 
     def end(self) -> None:
-        """Keep no more lines."""
-        self.lines, self._keeps_lines = [], False
+        """Drop both, and keep no more."""
+        self.warnings, self.lines = [], []
+        self._keeps_warnings = self._keeps_lines = False
 
     def last_error(self) -> str:
         """Return ": " and the last error, once; or nothing."""
@@ -57,7 +60,7 @@ class TensorrtLog:
         """
         if self._keeps_lines:
             self.lines.extend(message.splitlines())
-        if severity == "WARNING":
+        if severity == "WARNING" and self._keeps_warnings:
             self.warnings.append(message.strip())
         elif severity in ("ERROR", "INTERNAL_ERROR"):
             self.errors.append(message.strip())
@@ -78,8 +81,8 @@ def create(kind: Any, trt: ModuleType, family: Family, cuda_version: int | None)
     log = TensorrtLog.of(trt)
     try:
         made = kind(log.handle)
-    except TypeError as err:  # what its bindings make of a null pointer
-        raise SessionError(_does_not_start(trt, family, cuda_version, log.last_error())) from err
+    except TypeError:  # what its bindings make of a null pointer
+        made = None
     if made is None:
         raise SessionError(_does_not_start(trt, family, cuda_version, log.last_error()))
     return made
@@ -88,8 +91,8 @@ def create(kind: Any, trt: ModuleType, family: Family, cuda_version: int | None)
 def _does_not_start(trt: ModuleType, family: Family, cuda_version: int | None, why: str) -> str:
     driver, extra = "here", "rtx" if family.is_rtx else "gpu-cu13"
     if cuda_version is not None:
-        driver = f"on this driver, which supports CUDA {cuda_version // 1000}.{cuda_version % 1000 // 10}"
-        extra = "gpu-cu12" if cuda_version < 13000 and not family.is_rtx else extra
+        driver = f"on this driver, which supports CUDA {name_cuda(cuda_version)}"
+        extra = "gpu-cu12" if cuda_version < CUDA_13 and not family.is_rtx else extra
     return (
         f"{family.backend} {trt.__version__} does not start {driver}{why}. "
         f"Install what is for it: pip install 'chexnet-deploy[{extra}]'"

@@ -5,7 +5,7 @@ import platform
 
 from chexnet_deploy.bundle.manifest import Target
 from chexnet_deploy.errors import SessionError
-from chexnet_deploy.runtime.sessions.driver import CudaError, Driver
+from chexnet_deploy.runtime.sessions.driver import CudaError, Driver, name_cuda
 from chexnet_deploy.runtime.sessions.trt_versions import Backend
 
 _LOG = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ def this_target(driver: Driver, backend: Backend, tensorrt: str, device: int = 0
         compute_capability=gpu.compute_capability,
         backend=backend,
         tensorrt=tensorrt,
-        driver=f"{cuda // 1000}.{cuda % 1000 // 10}",
+        driver=name_cuda(cuda),
         platform=f"{platform.system()} {platform.machine()}",
     )
 
