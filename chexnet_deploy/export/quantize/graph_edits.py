@@ -1,8 +1,4 @@
-"""Edits of ONNX graphs that the quantiser's modules share: reading and replacing nodes, flat concats, the gray first convolution.
-
-Flat concats are for GPUs. A dense block grows by one concat a layer, each of the one before and the new part. TensorRT for RTX
-writes every one of them to memory once more before the BatchNorm that reads it; a concat of the parts themselves is read by
-the kernel of that BatchNorm. CPU runtimes copy the parts anew for each concat, which costs int8 a factor of two to three.
+"""Edits of ONNX graphs that the quantiser's modules share: reading and replacing nodes, the gray first convolution.
 
 The gray first convolution is for CPUs: exact, with a third of the arithmetic, from uint8 pixels. The graph repeats the gray
 channel three times and normalises each with its own mean and deviation; the convolution sums them. That is one channel with
@@ -76,25 +72,6 @@ def quantised_activations(model: onnx.ModelProto) -> tuple[str, ...]:
     return tuple(
         node.output[0] for node in model.graph.node if node.op_type == "QuantizeLinear" and node.input[0] not in weights
     )
-
-
-def flatten_concats(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return the graph with each Concat reading no other Concat; those that nothing reads any more are dropped."""
-    flat = copy_of(model)
-    graph, producers = flat.graph, producers_of(flat.graph)
-    # In the graph's order, so what a concat reads is flat already.
-    for node in graph.node:
-        if node.op_type == "Concat":
-            parts = [leaf for name in node.input for leaf in _parts(producers.get(name), name)]
-            del node.input[:]
-            node.input.extend(parts)
-    read = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
-    set_nodes(graph, [node for node in graph.node if node.op_type != "Concat" or node.output[0] in read])
-    return flat
-
-
-def _parts(producer: onnx.NodeProto | None, name: str) -> list[str]:
-    return list(producer.input) if producer is not None and producer.op_type == "Concat" else [name]
 
 
 _INSIDE = 255

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, version_converter
 
 from chexnet_deploy.errors import ExportError
-from chexnet_deploy.export.quantize.graph_edits import copy_of, flatten_concats, set_nodes, set_weights, weights_of
+from chexnet_deploy.export.quantize.graph_edits import copy_of, set_nodes, set_weights, weights_of
 
 TYPED_OPSET = 19  # the first whose QuantizeLinear takes float16
 _FLOAT16_MAX = 65504.0
@@ -73,12 +73,10 @@ def fold_batch_norms(model: onnx.ModelProto) -> onnx.ModelProto:
 def to_float16(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return the graph with float16 between the normalisation and the head; both of these, and both outputs, stay float32.
 
-    It is a form for GPUs, so its concats are flat.
-
     Raises:
         ExportError: a weight is beyond float16.
     """
-    typed = flatten_concats(fold_batch_norms(model))
+    typed = fold_batch_norms(model)
     graph = typed.graph
     weights = weights_of(typed)
     first_conv = next(node for node in graph.node if node.op_type == "Conv")

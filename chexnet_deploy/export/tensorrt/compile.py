@@ -89,6 +89,8 @@ def compile_onnx(
         builder = create(trt.Builder, trt, family, cuda_version)
         network = builder.create_network(_flags(trt.NetworkDefinitionCreationFlag, family.creation_flags))
         _parse(trt, network, log, model, family)
+        if family.flattens_concats:
+            _flatten_concats(trt, network)
         config = builder.create_builder_config()
         _configure(trt, builder, network, config, family, options)
         if family.has_progress_monitor:
@@ -136,6 +138,26 @@ def _parse(trt: ModuleType, network: Any, log: TensorrtLog, model: bytes, family
         raise ExportError(f"the model takes {inputs}, needed {INPUT} alone. Export it with this package.")
 
 
+def _flatten_concats(trt: ModuleType, network: Any) -> None:
+    """Let whatever reads a concat of concats read one of all their parts; the builder drops what nothing reads any more."""
+    parts: dict[str, list[Any]] = {}
+    flat: dict[str, Any] = {}
+    for layer in [network.get_layer(i) for i in range(network.num_layers)]:
+        inputs = [layer.get_input(i) for i in range(layer.num_inputs)]
+        if layer.type != trt.LayerType.CONCATENATION:
+            for i, tensor in enumerate(inputs):
+                if tensor is not None and tensor.name in flat:
+                    layer.set_input(i, flat[tensor.name])
+            continue
+        name = layer.get_output(0).name
+        parts[name] = [part for tensor in inputs for part in parts.get(tensor.name, [tensor])]
+        if len(parts[name]) > len(inputs):
+            concat, whole = layer, network.add_concatenation(parts[name])
+            concat.__class__ = trt.IConcatenationLayer  # the bindings return the base class
+            whole.axis, whole.name = concat.axis, f"{layer.name} (flat)"
+            flat[name] = whole.get_output(0)
+
+
 def _configure(
     trt: ModuleType, builder: Any, network: Any, config: Any, family: Family, options: CompileOptions
 ) -> None:
@@ -143,7 +165,7 @@ def _configure(
     for name in family.precision_flags.get(spec.precision.value, ()):
         config.set_flag(getattr(trt.BuilderFlag, name))
     if spec.precision is Precision.FP16 and family.precision_flags:
-        _pin_float16(trt, network)
+        _pin_types(trt, network)
     if family.tactic_sources:
         config.set_tactic_sources(_flags(trt.TacticSource, family.tactic_sources))
     for name in family.builder_flags:
@@ -177,15 +199,15 @@ def _configure(
     config.add_optimization_profile(profile)
 
 
-def _pin_float16(trt: ModuleType, network: Any) -> None:
-    """Ask a weakly typed network for float16 where the ONNX holds it: the fastest kernel may be another type's."""
+def _pin_types(trt: ModuleType, network: Any) -> None:
+    """Ask a weakly typed network for the types that the ONNX holds: the fastest kernel may be another type's."""
     for i in range(network.num_layers):
         layer = network.get_layer(i)
         if layer.type == trt.LayerType.CONVOLUTION:
             convolution = network.get_layer(i)
             convolution.__class__ = trt.IConvolutionLayer  # the bindings return the base class
-            if convolution.kernel.dtype in (np.dtype(np.float16), trt.DataType.HALF):
-                layer.precision = trt.DataType.HALF
+            is_half = convolution.kernel.dtype in (np.dtype(np.float16), trt.DataType.HALF)
+            layer.precision = trt.DataType.HALF if is_half else trt.DataType.FLOAT
 
 
 def _inspect(trt: ModuleType, family: Family, plan: Any, cuda_version: int | None) -> str:
@@ -193,7 +215,13 @@ def _inspect(trt: ModuleType, family: Family, plan: Any, cuda_version: int | Non
     runtime = create(trt.Runtime, trt, family, cuda_version)
     engine = runtime.deserialize_cuda_engine(plan)
     inspector = None if engine is None else engine.create_engine_inspector()
-    return "" if inspector is None else str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+    if inspector is None:
+        return ""
+    # Where batch sizes are open, types are shown for the shapes of an execution context alone.
+    execution = engine.create_execution_context()
+    if execution is not None and execution.set_input_shape(INPUT, engine.get_tensor_profile_shape(INPUT, 0)[1]):
+        inspector.execution_context = execution
+    return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
 
 def _flags(enum: Any, names: tuple[str, ...]) -> int:

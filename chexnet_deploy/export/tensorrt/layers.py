@@ -70,6 +70,7 @@ class Layer:
         kind: TensorRT's word for it, e.g. "correlation"; empty where the table holds the name alone.
         inputs: activations only; weights are constants.
         origins: names of the ONNX nodes it was made from.
+        weights: the type of its weights; "unknown" where the table names none.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Layer:
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     origins: tuple[str, ...]
+    weights: str = UNKNOWN
 
     @property
     def is_kernel(self) -> bool:
@@ -105,12 +107,12 @@ def parse_inspector(text: str) -> tuple[Layer, ...]:
     """Return the layer table of the engine inspector's JSON, of an engine built with ProfilingVerbosity.DETAILED.
 
     Types stand in prose up to TensorRT 10 ("Channel major FP16 format where channel % 8 == 0") and for fused layers
-    ("Half"). A row may be a name alone, or lack any of its parts; what is no JSON has no rows. Written from published
-    outputs of 8.4 to 10; not yet run on an engine of ours.
+    ("Half"); 8.6 says "N/A due to dynamic shapes" where the inspector was given no shapes. A row may be a name alone, or
+    lack any of its parts; what is no JSON has no rows. Read from engines of 8.6 and published outputs of 8.4 to 10.
     """
     layers = []
     try:
-        rows = json.loads(text).get("Layers", ())
+        rows = json.loads(text, strict=False).get("Layers", ())  # 8.6 puts U+001E between the names of fused layers
     except ValueError:
         return ()
     for row in rows:
@@ -118,12 +120,13 @@ def parse_inspector(text: str) -> tuple[Layer, ...]:
         name = str(entry.get("Name", ""))
         inputs, outputs = (tuple(map(_inspected_tensor, entry.get(key) or ())) for key in ("Inputs", "Outputs"))
         origins = tuple(_ORIGIN.findall(entry.get("Metadata", ""))) or tuple(name.split(" + "))
-        layers.append(Layer(name, str(entry.get("LayerType", "")), inputs, outputs, origins))
+        weights = _type_in(str((entry.get("Weights") or {}).get("Type", "")))
+        layers.append(Layer(name, str(entry.get("LayerType", "")), inputs, outputs, origins, weights))
     return tuple(layers)
 
 
 def conv_types(layers: Sequence[Layer], conv_names: Sequence[str]) -> dict[str, str]:
-    """Return the type that each ONNX convolution's activations come in, by its node's name.
+    """Return the type that each ONNX convolution's activations come in, or else its weights, by its node's name.
 
     "unknown" stands where the table does not say: the convolution is hidden in a block of layers, is found in layers of different
     types, or reads the pixels themselves because their cast is fused into it.
@@ -162,11 +165,12 @@ def count_kernels(layers: Sequence[Layer]) -> int:
 
 def count_reformats(layers: Sequence[Layer]) -> int:
     """Return how many layers only change a tensor's type or layout: what is not fused costs a pass over memory."""
-    return sum("reformat" in layer.kind.lower() or "reformat" in layer.name.lower() for layer in layers)
+    return sum(layer.is_kernel and "reformat" in f"{layer.kind} {layer.name}".lower() for layer in layers)
 
 
 def _input_type(layer: Layer) -> str:
-    return UNKNOWN if not layer.inputs or layer.inputs[0].type == "uint8" else layer.inputs[0].type
+    said = layer.inputs[0].type if layer.inputs else UNKNOWN
+    return layer.weights if said in (UNKNOWN, "uint8") else said
 
 
 def _logged_tensors(text: str) -> tuple[Tensor, ...]:
@@ -185,4 +189,6 @@ def _inspected_tensor(entry: Mapping[str, Any]) -> Tensor:
 
 def _type_in(prose: str) -> str:
     lower = prose.lower()
+    if lower.startswith("n/a"):
+        return UNKNOWN
     return next((kind for word, kind in _WORDS if word in lower), prose or UNKNOWN)

@@ -1,5 +1,6 @@
 """TensorRT for RTX really compiles what this package exports; it needs no GPU for that."""
 
+import gzip
 import json
 import signal
 import threading
@@ -225,6 +226,27 @@ def test_an_entry_of_the_inspector_by_hand(prose: str, kind: str, width: int | N
     assert count_reformats(layers) == 1
     assert conv_types(layers, ["/a/Conv"]) == {"/a/Conv": kind}
     assert bytes_per_image(layers) == (None if width is None else 2 * (width * 3 * 4 + 2 * 5 * 4))
+
+
+@pytest.mark.parametrize(
+    ("form", "types", "n_kernels", "n_reformats"),
+    [
+        ("fp16n", {"float16": 121}, 194, 3),  # the head too, before float32 was pinned as well
+        # Nothing fuses the quantising of BatchNorm's output into it: a pass over memory before each int8 convolution.
+        ("int8-trt8", {"int8": 119, "float16": 1, "float32": 1}, 254, 63),
+    ],
+)
+def test_the_tables_of_two_engines_on_an_h200(
+    form: str, types: dict[str, int], n_kernels: int, n_reformats: int
+) -> None:
+    packed = Path(__file__).parents[3] / "benchmarks" / "results" / f"gpu-h200-{form}.layers.json.gz"
+    layers = parse_inspector(gzip.decompress(packed.read_bytes()).decode())
+    convolutions = [
+        name for layer in layers for name in layer.origins if name.endswith("/Conv") and "onv" in layer.kind
+    ]
+    assert Counter(conv_types(layers, convolutions).values()) == types
+    assert (count_kernels(layers), count_reformats(layers)) == (n_kernels, n_reformats)
+    assert bytes_per_image(layers) is None  # 8.6 was asked without shapes
 
 
 def test_rows_without_their_parts_are_kept_and_nothing_is_guessed() -> None:

@@ -1,5 +1,6 @@
 """What can be refused before a GPU is touched. Building and running on one: tests marked gpu."""
 
+import json
 import subprocess
 import sys
 import time
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu.propose import propose
 from benchmarks.rigs.plan_card import CARD, TARGET
 from chexnet_deploy.bundle.bundle import Bundle
 from chexnet_deploy.bundle.manifest import MANIFEST, PLAN_MODEL, PROBE, Manifest
@@ -90,10 +92,17 @@ def test_a_gpus_spec_is_for_that_gpu() -> None:
         refuse_other_gpu(read_spec("h200-int8"), TARGET)
 
 
-def test_specs_never_measured_promise_no_speed() -> None:
+def test_only_specs_that_were_measured_promise_a_speed() -> None:
+    results = Path(__file__).parents[3] / "benchmarks" / "results" / "gpu-h200.json"
+    proposed = "\n".join(propose(json.loads(results.read_text()), margin=1.2))
     for name in spec_names():
         spec = read_spec(name)
-        assert spec.gate.latency == ("not gated" if spec.gpu is None else "unproven"), name
+        limits = spec.gate.latency
+        if isinstance(limits, str):
+            assert limits == ("not gated" if spec.gpu is None else "unproven"), name
+        else:
+            assert spec.gpu == "H200"
+            assert f"latency = {{ p50_ms = {limits.p50_ms}, p99_ms = {limits.p99_ms} }}" in proposed, name
 
 
 def test_a_convolution_that_fell_back_is_named(bundles: dict[str, Bundle]) -> None:

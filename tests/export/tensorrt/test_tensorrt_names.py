@@ -25,6 +25,8 @@ CLASS_OF = {
     "execution": "IExecutionContext",
     "jit": "IRuntimeConfig",
     "convolution": "IConvolutionLayer",
+    "concat": "IConcatenationLayer",
+    "whole": "IConcatenationLayer",
     "inspector": "EngineInspector",
     "builder": "Builder",
     "network": "INetworkDefinition",
