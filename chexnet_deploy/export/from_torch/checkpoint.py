@@ -110,13 +110,23 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(model.eval(), manifest, sha256_hex(content))
 
 
-def _read_manifest(path: Path, content: bytes) -> CheckpointManifest:
+def has_manifest(content: bytes) -> bool:
+    """Return whether a sound safetensors file is a checkpoint of this project's, as against weights alone."""
+    return _METADATA_KEY in _metadata(content)
+
+
+def _metadata(content: bytes) -> dict[str, str]:
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    raw = header.get("__metadata__", {}).get(_METADATA_KEY)
+    metadata: dict[str, str] = header.get("__metadata__", {})
+    return metadata
+
+
+def _read_manifest(path: Path, content: bytes) -> CheckpointManifest:
+    raw = _metadata(content).get(_METADATA_KEY)
     if raw is None:
         raise CheckpointError(
             f"{path} carries no chexnet-deploy manifest, so its findings and preprocessing are unknown. "
-            f"Needed: a file written by python -m training."
+            f"Needed: a file written by python -m training, or made of this one by chexnet-deploy import."
         )
     try:
         return CheckpointManifest.model_validate_json(raw, strict=True)
