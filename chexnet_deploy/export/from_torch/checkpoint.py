@@ -32,7 +32,8 @@ class CheckpointManifest(BaseModel):
         operating_points: probability thresholds by finding, chosen on validation patients.
         recipe: the training recipe as read from its TOML.
         split_sha256: hash of the image names in each split it was trained with; None where nobody knows any more.
-        trained_on: the patients whose images the weights were fitted to; None where nobody knows any more.
+        trained_on: the patients whose images the weights were fitted to, before this run too; None where nobody knows any more.
+        started_from: hash of the checkpoint that training started from; None where it was another start.
         metrics: of the validation patients; None where undefined.
         tools: version of each tool that took part.
     """
@@ -46,6 +47,7 @@ class CheckpointManifest(BaseModel):
     recipe: dict[str, JsonValue]
     split_sha256: Sha256 | None
     trained_on: PatientSet | None = None
+    started_from: Sha256 | None = None
     metrics: dict[str, float | None]
     tools: dict[str, str]
 
