@@ -4,6 +4,7 @@ On several GPUs: `torchrun --nproc_per_node=8 -m training ROOT --out FOLDER`.
 """
 
 import os
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from chexnet_deploy.errors import SpecError
 from chexnet_deploy.export.from_torch.import_legacy import IMAGENET_FILE
 from chexnet_deploy.terminal import progress, run_program
 from training.logbook import METRICS
@@ -31,6 +33,10 @@ def main(
         Path | None, typer.Option(help="Folder of prepared images; default: made in the run's folder.")
     ] = None,
     imagenet: Annotated[Path | None, typer.Option(help=f"ImageNet weights: {IMAGENET_FILE}")] = None,
+    start_from: Annotated[
+        Path | None,
+        typer.Option(help="A .safetensors checkpoint to start from; its resolution and findings may be others."),
+    ] = None,
     shards: Annotated[
         int | None,
         typer.Option(min=1, help="Parts of a batch with BatchNorm statistics of their own; default: one a process."),
@@ -42,9 +48,13 @@ def main(
     workers: Annotated[int, typer.Option(min=1, help="Processes that decode images for the cache.")] = os.cpu_count()
     or 1,
 ) -> None:
-    """Train CheXNet; writes best.safetensors, metrics.jsonl, a learning curve and resume.pt into the run's folder."""
+    """Train CheXNet; writes best.safetensors, run.json, metrics.jsonl, a learning curve and resume.pt into the run's folder."""
     chosen = read_recipe(recipe)
     processes = join_processes()
+    if start_from is not None:
+        if imagenet is not None:
+            raise SpecError("found --imagenet and --start-from, needed one start. Omit one of them.")
+        chosen = chosen.model_copy(update={"initial_weights": "checkpoint"})
     if chosen.initial_weights == "imagenet" and imagenet is None:
         if processes.is_first:
             typer.echo(
@@ -52,7 +62,11 @@ def main(
                 err=True,
             )
         chosen = chosen.model_copy(update={"initial_weights": "scratch"})
-    options = Options(cache=cache, imagenet=imagenet, shards=shards, save_every=save_every, workers=workers)
+    options = Options(
+        cache=cache, imagenet=imagenet, start_from=start_from, shards=shards, save_every=save_every, workers=workers
+    )
+    # Progress bars are for terminals; a log under nohup or a scheduler gets lines.
+    on_epoch = None if sys.stdout.isatty() else typer.echo
     runs = {out: chosen}
     if seeds > 1:
         options = replace(options, cache=cache or out / CACHE)
@@ -60,7 +74,7 @@ def main(
         runs = {out / f"seed-{seed}": chosen.model_copy(update={"seed": seed}) for seed in numbers}
     for folder, one in runs.items():
         with progress() if processes.is_first else nullcontext(lambda phase, done, total: None) as on_phase:
-            best = train(root, one, folder, on_phase, options=options, processes=processes)
+            best = train(root, one, folder, on_phase, options=options, processes=processes, on_epoch=on_epoch)
         if processes.is_first:
             typer.echo(f"{best}\n{(folder / METRICS).read_text().splitlines()[-1]}")
     leave_processes(processes)

@@ -1,7 +1,8 @@
-"""What a run leaves to be read: metrics.jsonl, throughput.jsonl, TensorBoard's scalars and a picture of the learning curve."""
+"""What a run leaves to be read: run.json, metrics.jsonl, throughput.jsonl, TensorBoard's scalars, a picture of the curve."""
 
 import json
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from matplotlib.figure import Figure
 
 from chexnet_deploy.files import write_file
 
+CARD = "run.json"
 METRICS = "metrics.jsonl"
 THROUGHPUT = "throughput.jsonl"
 CURVE = "learning_curve.png"
@@ -18,6 +20,20 @@ TENSORBOARD = "tensorboard"
 def write_metrics(run: Path, history: Sequence[Mapping[str, Any]]) -> None:
     """Write metrics.jsonl, a line an epoch; it holds nothing that two equal runs would differ in."""
     write_file(run / METRICS, "".join(json.dumps(epoch) + "\n" for epoch in history).encode())
+
+
+def write_card(run: Path, card: Mapping[str, Any]) -> None:
+    """Write run.json: what a reader of the weights asks of the run that made them."""
+    write_file(run / CARD, (json.dumps(card, indent=1) + "\n").encode())
+
+
+def epoch_line(line: Mapping[str, Any], n_epochs: int, left_s: float) -> str:
+    """Return an epoch in one line of text, with the time that the others will take."""
+    area = "undefined" if line["val_mean_auroc"] is None else f"{line['val_mean_auroc']:.4f}"
+    return (
+        f"epoch {line['epoch']} of {n_epochs}: loss {line['train_loss']:.4f}, validation loss {line['val_loss']:.4f}, "
+        f"mean AUROC {area} of {line['val_findings_counted']} findings; {timedelta(seconds=round(left_s))} left"
+    )
 
 
 def append_throughput(run: Path, line: Mapping[str, Any]) -> None:

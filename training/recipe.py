@@ -38,6 +38,7 @@ class Recipe(BaseModel):
         findings: the head's outputs, in order.
         batch_size: images a step, over all processes.
         initial_weights: "imagenet" needs a file of torchvision's; without it training starts from scratch, and says so.
+            "checkpoint" needs one of this project's, of any resolution and findings.
         optimiser: "adam" with torch's own momentum, or "adamw", which takes weight_decay off the weights alone.
         schedule: "one_cycle" over the run; "cosine" after a warm-up; "plateau" divides by ten after an epoch whose
             validation loss is not the lowest.
@@ -56,7 +57,7 @@ class Recipe(BaseModel):
     resize_px: Annotated[int, Field(ge=32, le=1024, multiple_of=32)]
     epochs: Annotated[int, Field(ge=1)]
     batch_size: Annotated[int, Field(ge=2)]
-    initial_weights: Literal["scratch", "imagenet"] = "scratch"
+    initial_weights: Literal["scratch", "imagenet", "checkpoint"] = "scratch"
     optimiser: Literal["adam", "adamw"] = "adamw"
     max_learning_rate: Annotated[float, Field(gt=0.0)]
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0

@@ -7,7 +7,7 @@ alone, and never those of test patients.
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -27,21 +27,23 @@ from chexnet_deploy.datasets.chestxray14 import ChestXray14, Split, truth
 from chexnet_deploy.datasets.findings import FINDINGS
 from chexnet_deploy.datasets.patients import PatientSet
 from chexnet_deploy.errors import CheckpointError, OnPhase, SpecError
-from chexnet_deploy.export.from_torch.checkpoint import CheckpointManifest, write_checkpoint
+from chexnet_deploy.evaluation.machine import describe_machine
+from chexnet_deploy.export.from_torch.checkpoint import Checkpoint, CheckpointManifest, write_checkpoint
 from chexnet_deploy.export.from_torch.import_legacy import load_imagenet_backbone
 from chexnet_deploy.export.from_torch.model import CheXNet, Normalise
-from chexnet_deploy.files import write_file
+from chexnet_deploy.files import sha256_hex, write_file
 from chexnet_deploy.images.preprocessing import Preprocessing
 from chexnet_deploy.metrics.roc import auroc, mean_auroc, youden_threshold
 from chexnet_deploy.runtime.sessions.base import sigmoid
 from training.augment import augment
 from training.batches import ReadAhead, Shard, TrainingImages, steps_per_epoch
 from training.cache import Cache
-from training.logbook import append_throughput, draw_curve, write_metrics, write_scalars
+from training.logbook import append_throughput, draw_curve, epoch_line, write_card, write_metrics, write_scalars
 from training.objective import Loss, build_optimiser, build_schedule, start_from_prevalence
 from training.prepare import prepare
 from training.processes import Processes
 from training.recipe import Recipe
+from training.start import copy_outputs, read_start, trained_on
 
 BEST = "best.safetensors"
 RESUME = "resume.pt"
@@ -53,11 +55,12 @@ _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How a run is carried out; nothing here changes what comes out of it, but `shards`.
+    """How a run is carried out; nothing here changes what comes out of it, but `shards` and where it starts.
 
     Attributes:
         cache: folder of prepared images; default: in the run's folder, made if need be.
         imagenet: torchvision's densenet121 file, for recipes that start from it.
+        start_from: a checkpoint, likewise: the features, and the outputs of findings that both have.
         shards: parts of a batch that see BatchNorm statistics of their own; default: one a process.
         save_every: steps between two writings of resume.pt inside an epoch; 0 for none.
         workers: processes that decode images for the cache.
@@ -65,6 +68,7 @@ class Options:
 
     cache: Path | None = None
     imagenet: Path | None = None
+    start_from: Path | None = None
     shards: int | None = None
     save_every: int = 0
     workers: int = 1
@@ -78,6 +82,7 @@ def train(
     *,
     options: Options = Options(),
     processes: Processes = Processes(),  # noqa: B008 - frozen
+    on_epoch: Callable[[str], None] | None = None,
 ) -> Path:
     """Train on the official train patients, choose the epoch on the validation patients, return the best checkpoint.
 
@@ -90,14 +95,16 @@ def train(
         on_phase: called with the phase's name, what is done and of how much.
         options: how.
         processes: this process's place among those of the run.
+        on_epoch: called with a line of text after each epoch.
 
     Raises:
-        DatasetError, ImageError: the data set can't be used.
+        DatasetError, ImageError: the data set can't be used, or the checkpoint to start from was trained on validation patients.
         SpecError: the recipe doesn't fit the data, the processes or the files given; or the folder holds something else.
         CheckpointError: resume.pt belongs to another recipe or split, or the loss is no longer finite.
     """
     dataset = ChestXray14.open(root)
     preprocessing = Preprocessing(resize_px=recipe.resize_px)
+    start = read_start(recipe, options.start_from, preprocessing, dataset)
     folder = options.cache or run / CACHE
     if processes.is_first:
         _make_folder(run)
@@ -109,14 +116,14 @@ def train(
         options,
         processes,
         split_sha256=dataset.split_sha256(),
-        # All of them: a quarantined image's patient may have others.
-        trained_on=PatientSet.of({radiograph.patient for radiograph in dataset.split("train")}),
+        trained_on=trained_on(dataset, start),
+        start=start,
     )
     if processes.is_first:
         prepare(dataset, preprocessing, folder, workers=options.workers, on_phase=on_phase)
     processes.wait_for_all()
     images = read_images(dataset, recipe, folder)
-    return trainer.fit(images["train"], images["val"], on_phase)
+    return trainer.fit(images["train"], images["val"], on_phase, on_epoch)
 
 
 def _make_folder(run: Path) -> None:
@@ -184,9 +191,11 @@ class Trainer:
         *,
         split_sha256: str | None = None,
         trained_on: PatientSet | None = None,
+        start: Checkpoint | None = None,
     ) -> None:
         self.recipe, self.preprocessing, self.run, self.options = recipe, preprocessing, run, options
         self.processes, self.split_sha256, self.trained_on = processes, split_sha256, trained_on
+        self._start, self.started_from = start, None if start is None else start.sha256
         self.device = processes.device
         self.shards = options.shards or processes.count
         self.mine = processes.my_shards(self.shards)
@@ -202,6 +211,8 @@ class Trainer:
                     'or set initial_weights = "scratch" to train from scratch.'
                 )
             model.features.load_state_dict(load_imagenet_backbone(options.imagenet))
+        if start is not None:
+            model.features.load_state_dict(start.model.features.state_dict())
         self.model: CheXNet = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.normalise = Normalise(preprocessing).to(self.device)
         self.network: nn.Module = self.model
@@ -216,18 +227,32 @@ class Trainer:
         self.statistics = [self._copy_buffers() for _ in self.mine]
         self.history: list[dict[str, Any]] = []
         self.n_steps = 0
+        self._spent_s, self._began_s = 0.0, perf_counter()
         self._saved = self._read_saved()
 
-    def fit(self, train: TrainingImages, val: TrainingImages, on_phase: OnPhase) -> Path:
+    def fit(
+        self,
+        train: TrainingImages,
+        val: TrainingImages,
+        on_phase: OnPhase,
+        on_epoch: Callable[[str], None] | None = None,
+    ) -> Path:
         """Run what is left of the epochs and return the path of the best checkpoint."""
-        total = steps_per_epoch(len(train.rows), self.recipe.batch_size) * self.recipe.epochs
+        each = steps_per_epoch(len(train.rows), self.recipe.batch_size)
+        total = each * self.recipe.epochs
         self.get_ready(train)
         epoch, step, losses = self._resume()
+        began_s, n_done = perf_counter(), epoch * each + step
         while epoch < self.recipe.epochs:
             losses = self._run_epoch(train, epoch, step, losses, on_phase, total)
             self._finish_epoch(epoch, losses, val)
             epoch, step, losses = epoch + 1, 0, []
             self._save(epoch, step, losses)
+            if self.processes.is_first:
+                self._write_card(len(train.rows), len(val.rows))
+                if on_epoch is not None:
+                    per_step_s = (perf_counter() - began_s) / (epoch * each - n_done)
+                    on_epoch(epoch_line(self.history[-1], self.recipe.epochs, per_step_s * (total - epoch * each)))
         return self.run / BEST
 
     def get_ready(self, train: TrainingImages) -> None:
@@ -236,6 +261,8 @@ class Trainer:
         self.loss = Loss(self.recipe.loss, labels).to(self.device)
         if self.recipe.loss != "weighted_bce":  # its answers are balanced, so one half is where they start
             start_from_prevalence(self.model.classifier, labels)
+        if self._start is not None:
+            copy_outputs(self.model, self.recipe.findings, self._start)
         steps = steps_per_epoch(len(train.rows), self.recipe.batch_size)
         self.schedule = build_schedule(self.optimiser, self.recipe, steps * self.recipe.epochs)
 
@@ -409,6 +436,7 @@ class Trainer:
             recipe=self.recipe.model_dump(mode="json"),
             split_sha256=self.split_sha256,
             trained_on=self.trained_on,
+            started_from=self.started_from,
             metrics={
                 "val_loss": val_loss,
                 **{f"val_auroc_{name}": None if math.isnan(area) else area for name, area in areas.items()},
@@ -416,6 +444,25 @@ class Trainer:
             tools={name: version(name) for name in ("chexnet-deploy", "torch")},
         )
         write_checkpoint(self.run / BEST, model, manifest)
+
+    def _write_card(self, n_train: int, n_val: int) -> None:
+        is_gpu = self.device.type == "cuda"
+        best = max(self.history, key=lambda line: _goodness(line, self.recipe))
+        card = {
+            "checkpoint_sha256": sha256_hex((self.run / BEST).read_bytes()),
+            "best_epoch": best["epoch"],
+            "recipe": self.recipe.model_dump(mode="json"),
+            "started_from": self.started_from,
+            "data": {"n_train_images": n_train, "n_val_images": n_val, "split_sha256": self.split_sha256},
+            "curve": self.history,
+            "hours": round((self._spent_s + perf_counter() - self._began_s) / 3600.0, 4),
+            "device": torch.cuda.get_device_name(self.device) if is_gpu else "cpu",
+            "processes": self.processes.count,
+            "shards": self.shards,
+            "machine": describe_machine().model_dump(mode="json"),
+            "torch": version("torch"),
+        }
+        write_card(self.run, card)
 
     def _save(self, epoch: int, step: int, losses: list[float]) -> None:
         """Write everything a resumed run needs, complete or not at all."""
@@ -427,6 +474,8 @@ class Trainer:
             "recipe": self.recipe.model_dump(mode="json"),
             "split_sha256": self.split_sha256,
             "shards": self.shards,
+            "started_from": self.started_from,
+            "spent_s": self._spent_s + perf_counter() - self._began_s,
             "epoch": epoch,
             "step": step,
             "losses": losses,
@@ -449,14 +498,15 @@ class Trainer:
             return None
         try:
             state: dict[str, Any] = torch.load(path, map_location=self.device, weights_only=True)
-            made_with = (state["recipe"], state["split_sha256"], state["shards"])
+            made_with = (state["recipe"], state["split_sha256"], state["shards"], state["started_from"])
         except Exception as err:  # what torch raises on a damaged file depends on the damaged byte
             raise CheckpointError(
                 f"{path} can't be read. Delete it to start this run again from its beginning."
             ) from err
-        if made_with != (self.recipe.model_dump(mode="json"), self.split_sha256, self.shards):
+        if made_with != (self.recipe.model_dump(mode="json"), self.split_sha256, self.shards, self.started_from):
             raise CheckpointError(
-                f"{path} was made with another recipe, split or number of shards. Give another folder, or delete this one."
+                f"{path} was made with another recipe, split, number of shards or checkpoint to start from. "
+                f"Give another folder, or delete this one."
             )
         return state
 
@@ -473,7 +523,7 @@ class Trainer:
         self.optimiser.load_state_dict(state["optimiser"])
         self.schedule.load_state_dict({**self.schedule.state_dict(), **state["schedule"]})
         self.scaler.load_state_dict(state["scaler"])
-        self.history, self.n_steps = state["history"], state["n_steps"]
+        self.history, self.n_steps, self._spent_s = state["history"], state["n_steps"], state["spent_s"]
         return state["epoch"], state["step"], state["losses"]
 
 

@@ -153,7 +153,10 @@ def _check_export(
 
 @app.command("import")
 def import_checkpoint(
-    file: Annotated[Path, typer.Argument(help="A CheXNet file of PyTorch, e.g. model.pth.tar; no code in it is run.")],
+    file: Annotated[
+        Path,
+        typer.Argument(help="A CheXNet file of PyTorch, e.g. model.pth.tar or .safetensors; no code in it is run."),
+    ],
     out: Annotated[Path, typer.Option(help="New .safetensors file, for export.")],
     form: Annotated[
         str | None, typer.Option(help="Where it comes from: arnoweng, zoogzog, jrzech or torchxrayvision-all.")

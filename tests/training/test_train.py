@@ -1,19 +1,30 @@
 """The trainer: the same run twice gives the same bytes, an interrupted run goes on exactly, and it refuses what it can't use."""
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from tensorboard.backend.event_processing import event_accumulator
 
 from chexnet_deploy.datasets.chestxray14 import ChestXray14
-from chexnet_deploy.errors import CheckpointError, SpecError
-from chexnet_deploy.export.from_torch.checkpoint import read_checkpoint
-from training.logbook import CURVE, METRICS, TENSORBOARD, THROUGHPUT
+from chexnet_deploy.datasets.findings import FINDINGS
+from chexnet_deploy.datasets.patients import PatientSet
+from chexnet_deploy.errors import CheckpointError, ChexnetError, DatasetError, SpecError
+from chexnet_deploy.export.from_torch.checkpoint import read_checkpoint, write_checkpoint
+from chexnet_deploy.images.preprocessing import Preprocessing
+from training.logbook import CARD, CURVE, METRICS, TENSORBOARD, THROUGHPUT, epoch_line
 from training.recipe import Augmentation, Recipe, read_recipe
-from training.train import BEST, RESUME, Options, train
+from training.start import trained_on
+from training.train import BEST, CACHE, RESUME, Options, train
+
+CHECKOUT = Path(__file__).parents[2]
 
 RECIPE = Recipe(
     resize_px=32,
@@ -167,6 +178,94 @@ def test_missing_imagenet_weights_are_told_before_images_are_prepared(phantom_ro
     with pytest.raises(CheckpointError, match=r"is not there\. Get https"):
         train(phantom_root, recipe, run, ignore, options=Options(imagenet=tmp_path / "none.pth"))
     assert not (run / "cache").exists()
+
+
+def edit(source: Path, path: Path, **changes: object) -> Path:
+    """Write a checkpoint that says something else of itself."""
+    checkpoint = read_checkpoint(source)
+    write_checkpoint(path, checkpoint.model, checkpoint.manifest.model_copy(update=changes))
+    return path
+
+
+def test_a_run_starts_from_a_checkpoint_of_another_resolution_and_other_findings(
+    finished: Path, phantom_root: Path, tmp_path: Path
+) -> None:
+    earlier = edit(finished / BEST, tmp_path / "earlier.safetensors", trained_on=PatientSet.of({99_999}))
+    (tmp_path / "recipe.toml").write_text(
+        "findings = ['Hernia', 'Mass']\nresize_px = 64\nepochs = 1\nbatch_size = 64\nmax_learning_rate = 1e-12\nseed = 0\n"
+    )
+    run = tmp_path / "run"
+    words = [phantom_root, "--out", run, "--recipe", tmp_path / "recipe.toml", "--start-from", earlier]
+    done = subprocess.run(
+        [sys.executable, "-m", "training", *map(str, words)], cwd=CHECKOUT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    # Standard output is no terminal here.
+    assert re.match(r"epoch 1 of 1: loss [\d.]+, validation loss [\d.]+, mean AUROC .*; 0:00:00 left\n", done.stdout)
+    start, made = read_checkpoint(earlier), read_checkpoint(run / BEST)
+    assert made.manifest.started_from == start.sha256
+    assert made.manifest.recipe["initial_weights"] == "checkpoint"
+    # Nothing was learnt at that rate: two outputs of the fourteen, and the features, are as they were.
+    rows = [FINDINGS.index("Hernia"), FINDINGS.index("Mass")]
+    for name, tensor in made.model.named_parameters():
+        earlier_tensor = start.model.state_dict()[name]
+        torch.testing.assert_close(
+            tensor, earlier_tensor[rows] if name.startswith("classifier") else earlier_tensor, atol=1e-9, rtol=0
+        )
+    train_patients = {radiograph.patient for radiograph in ChestXray14.open(phantom_root).split("train")}
+    assert made.manifest.trained_on is not None
+    assert made.manifest.trained_on.patients() == train_patients | {99_999}
+    card = json.loads((run / CARD).read_text())
+    assert (card["checkpoint_sha256"], card["started_from"]) == (made.sha256, start.sha256)
+    assert card["curve"] == [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
+    assert card["data"]["split_sha256"] == made.manifest.split_sha256
+    assert card["best_epoch"] == 1
+    assert 0 < card["hours"] < 1
+    assert card["machine"]["cores"] == os.cpu_count()
+
+
+def test_whom_an_earlier_checkpoint_was_trained_on_stays_unknown(
+    finished: Path, phantom_root: Path, tmp_path: Path
+) -> None:
+    start = read_checkpoint(edit(finished / BEST, tmp_path / "x.safetensors", trained_on=None))
+    assert trained_on(ChestXray14.open(phantom_root), start) is None
+
+
+def test_a_start_that_does_not_fit_is_refused(finished: Path, phantom_root: Path, tmp_path: Path) -> None:
+    recipe = RECIPE.model_copy(update={"initial_weights": "checkpoint"})
+
+    def refuse(error: type[ChexnetError], words: str, recipe: Recipe, start_from: Path | None, run: Path) -> None:
+        with pytest.raises(error, match=words):
+            train(phantom_root, recipe, run, ignore, options=Options(start_from=start_from))
+        assert not (run / CACHE).exists() or run == finished
+
+    new = tmp_path / "new"
+    refuse(SpecError, 'found initial_weights = "checkpoint" and no checkpoint', recipe, None, new)
+    refuse(SpecError, 'found initial_weights = "scratch" and .*best', RECIPE, finished / BEST, new)
+    val = {radiograph.patient for radiograph in ChestXray14.open(phantom_root).split("val")}
+    seen = edit(finished / BEST, tmp_path / "seen.safetensors", trained_on=PatientSet.of(val))
+    refuse(DatasetError, "that the model was trained on.* needed none for choosing the epoch", recipe, seen, new)
+    other = edit(finished / BEST, tmp_path / "other.safetensors", preprocessing=Preprocessing(mean=(0.5, 0.5, 0.5)))
+    refuse(SpecError, "another mean and deviation", recipe, other, new)
+    refuse(CheckpointError, "can't be read", recipe, tmp_path / "none.safetensors", new)
+    refuse(CheckpointError, "or checkpoint to start from", recipe, finished / BEST, finished)
+
+
+@pytest.mark.parametrize(
+    ("left_s", "area", "said"),
+    [
+        (
+            0.4,
+            0.81234,
+            "epoch 2 of 9: loss 0.1000, validation loss 0.2000, mean AUROC 0.8123 of 14 findings; 0:00:00 left",
+        ),
+        (3725.0, 0.5, "mean AUROC 0.5000 of 14 findings; 1:02:05 left"),
+        (200_000.0, None, "mean AUROC undefined of 14 findings; 2 days, 7:33:20 left"),
+    ],
+)
+def test_an_epoch_in_one_line(left_s: float, area: float | None, said: str) -> None:
+    line = {"epoch": 2, "train_loss": 0.1, "val_loss": 0.2, "val_mean_auroc": area, "val_findings_counted": 14}
+    assert epoch_line(line, 9, left_s).endswith(said)
 
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "training" / "recipes").iterdir()))

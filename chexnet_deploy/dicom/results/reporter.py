@@ -62,11 +62,12 @@ class Reporter:
             MissingPackageError: highdicom is not installed.
         """
         image = self._predictor.loader.read_dicom(path)
+        # First, so that a picture is refused for the same reason here as by whoever makes no results of it.
+        prediction = self._predictor.predict(image.gray)
         try:
             source = read_source_image(image.header.read_dataset())
         except DicomError as err:
             raise ImageRefusedError(RefusalReason.SOURCE_HEADER, f"{path}: {err}") from err
-        prediction = self._predictor.predict(image.gray)
         result = Result(source, prediction, self._bundle.manifest, self._bundle.id, self._device, made_at)
         present = [finding for finding, is_present in prediction.present.items() if is_present]
         present.sort(key=lambda finding: -prediction.probabilities[finding])

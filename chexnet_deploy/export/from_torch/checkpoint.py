@@ -32,7 +32,8 @@ class CheckpointManifest(BaseModel):
         operating_points: probability thresholds by finding, chosen on validation patients.
         recipe: the training recipe as read from its TOML.
         split_sha256: hash of the image names in each split it was trained with; None where nobody knows any more.
-        trained_on: the patients whose images the weights were fitted to; None where nobody knows any more.
+        trained_on: the patients whose images the weights were fitted to, before this run too; None where nobody knows any more.
+        started_from: hash of the checkpoint that training started from; None where it was another start.
         metrics: of the validation patients; None where undefined.
         tools: version of each tool that took part.
     """
@@ -46,6 +47,7 @@ class CheckpointManifest(BaseModel):
     recipe: dict[str, JsonValue]
     split_sha256: Sha256 | None
     trained_on: PatientSet | None = None
+    started_from: Sha256 | None = None
     metrics: dict[str, float | None]
     tools: dict[str, str]
 
@@ -110,13 +112,23 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(model.eval(), manifest, sha256_hex(content))
 
 
-def _read_manifest(path: Path, content: bytes) -> CheckpointManifest:
+def has_manifest(content: bytes) -> bool:
+    """Return whether a sound safetensors file is a checkpoint of this project's, as against weights alone."""
+    return _METADATA_KEY in _metadata(content)
+
+
+def _metadata(content: bytes) -> dict[str, str]:
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    raw = header.get("__metadata__", {}).get(_METADATA_KEY)
+    metadata: dict[str, str] = header.get("__metadata__", {})
+    return metadata
+
+
+def _read_manifest(path: Path, content: bytes) -> CheckpointManifest:
+    raw = _metadata(content).get(_METADATA_KEY)
     if raw is None:
         raise CheckpointError(
             f"{path} carries no chexnet-deploy manifest, so its findings and preprocessing are unknown. "
-            f"Needed: a file written by python -m training."
+            f"Needed: a file written by python -m training, or made of this one by chexnet-deploy import."
         )
     try:
         return CheckpointManifest.model_validate_json(raw, strict=True)

@@ -20,14 +20,12 @@ class LegacyForm:
         findings: the outputs, in order.
         preprocessing: what comes nearest to the published one.
         notes: where it is not the published one, and what else to know before a result is believed.
-        pickled_model: how the published file holds its model, where that is a pickled object and so refused.
         input: gray is one channel in -1024..1024; rgb is three, normalised as `preprocessing` says.
     """
 
     findings: tuple[str, ...]
     preprocessing: Preprocessing
     notes: tuple[str, ...]
-    pickled_model: str = ""
     input: Literal["rgb", "gray"] = "rgb"
 
 
@@ -59,7 +57,6 @@ FORMS: Final[Mapping[str, LegacyForm]] = MappingProxyType(
                 "trained on its own split: of the official test patients with even numbers, 1,100 of 1,391 are not in its test "
                 "list, so a result on the official test split means nothing",
             ),
-            pickled_model="['model']",
         ),
         # github.com/mlmed/torchxrayvision, datasets.py (default_pathologies, normalize), models.py (DenseNet, op_norm, "all")
         "torchxrayvision-all": LegacyForm(

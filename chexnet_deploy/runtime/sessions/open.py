@@ -1,6 +1,7 @@
 """Bundle -> session: the only place that chooses a backend. Checks the known answers first, and writes nothing."""
 
 import importlib.util
+from typing import get_args
 
 import numpy as np
 
@@ -23,15 +24,16 @@ def open_session(
     Args:
         bundle: verified. Where its release should become the oldest that runs here, call `bundle.keep_release()` next.
         threads: CPU threads for one call, for ONNX bundles; None takes all cores.
-        provider: what runs an ONNX bundle.
+        provider: what runs an ONNX bundle; never another one in its place.
         lanes: calls that a plan answers at a time; each takes a stream and memory of its own.
         device: the GPU's number, for plans.
 
     Raises:
         MissingPackageError: the backend is not installed.
-        SessionError: the plan is for another machine, the backend refuses the model, or it answers otherwise than when
-            the bundle was made.
+        SessionError: no provider has that name or it can't be had here, the plan is for another machine, the backend refuses
+            the model, or it answers otherwise than when the bundle was made.
     """
+    provider = resolve_provider(provider)
     session: Session
     if bundle.manifest.target is not None:
         from chexnet_deploy.runtime.sessions.trt import TrtSession
@@ -48,14 +50,20 @@ def open_session(
 
 
 def resolve_provider(provider: Provider) -> Provider:
-    """Return what `provider` means here: "auto" is OpenVINO where it is installed, and else ONNX Runtime on the CPU."""
+    """Return what `provider` means here: "auto" is OpenVINO where it is installed, and else ONNX Runtime on the CPU.
+
+    Raises:
+        SessionError: no provider has that name.
+    """
+    if provider not in get_args(Provider):
+        raise SessionError(f"no provider is named {provider!r}. Needed: one of {', '.join(get_args(Provider))}.")
     if provider != "auto":
         return provider
     return "cpu" if importlib.util.find_spec("openvino") is None else "openvino"
 
 
 def _open_onnx(bundle: Bundle, threads: int | None, provider: Provider) -> Session:
-    if resolve_provider(provider) == "openvino":
+    if provider == "openvino":
         try:
             from chexnet_deploy.runtime.sessions.openvino import OpenvinoSession
         except ModuleNotFoundError as err:
@@ -67,7 +75,7 @@ def _open_onnx(bundle: Bundle, threads: int | None, provider: Provider) -> Sessi
         raise MissingPackageError(
             "neither openvino nor onnxruntime is installed. Run: pip install 'chexnet-deploy[cpu]'"
         ) from err
-    return OrtSession.open(bundle, threads=threads, provider="cuda" if provider == "cuda" else "cpu")
+    return OrtSession.open(bundle, threads=threads, provider=provider)
 
 
 def check_known_answers(session: Session, bundle: Bundle, *, n_probes: int) -> float:

@@ -147,6 +147,8 @@ def load_onnx(model: bytes, options: Any = None, provider: Provider = "cpu") -> 
     Raises:
         SessionError: ONNX Runtime refuses the model, or would run it on another provider.
     """
+    if provider not in _PROVIDERS:
+        raise SessionError(f"ONNX Runtime has no provider named {provider!r} here. Needed: {' or '.join(_PROVIDERS)}.")
     name, settings = _PROVIDERS[provider]
     if name not in ort.get_available_providers():
         raise SessionError(

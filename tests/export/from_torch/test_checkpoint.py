@@ -128,6 +128,7 @@ def test_missing_file_and_directory_are_refused(tmp_path: Path) -> None:
 def test_missing_manifest_is_refused(original: tuple[bytes, Weights, str], tmp_path: Path) -> None:
     path = save(tmp_path / "x.safetensors", {"features.conv0.weight": original[1]["features.conv0.weight"]}, None)
     assert "carries no chexnet-deploy manifest" in refusal(path)
+    assert "made of this one by chexnet-deploy import" in refusal(path)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from chexnet_deploy.bundle.manifest import ONNX_MODEL, PROBE, hash_files
 from chexnet_deploy.bundle.probe import Probe
 from chexnet_deploy.errors import SessionError
 from chexnet_deploy.images.preprocessing import Pixels
+from chexnet_deploy.runtime.predictor import Predictor
 from chexnet_deploy.runtime.score import score_files
 from chexnet_deploy.runtime.sessions.base import MAX_BATCH, Logits, Maps, check_finite, check_pixels
 from chexnet_deploy.runtime.sessions.open import check_known_answers, open_session
@@ -108,6 +109,28 @@ def test_a_wrong_head_bias_is_refused(bundles: dict[str, Bundle], tmp_path: Path
 def test_bytes_that_are_no_model_are_refused() -> None:
     with pytest.raises(SessionError, match="refuses this model"):
         OrtSession(b"no model", 32)
+
+
+@pytest.mark.parametrize("name", ["gpu", "CUDA", "CPUExecutionProvider", "tensorrt", "", None, ["cuda", "cpu"]])
+def test_a_provider_of_another_name_is_refused_with_those_there_are(bundles: dict[str, Bundle], name: object) -> None:
+    with pytest.raises(SessionError, match=r"no provider is named .*\. Needed: one of auto, openvino, cpu, cuda\."):
+        Predictor.open(bundles["fp32"].path, provider=name)  # type: ignore[arg-type]
+    with pytest.raises(SessionError, match=r"no provider is named"):
+        open_session(bundles["fp32"], provider=name)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8-cpu"])
+def test_cuda_is_never_the_cpu(bundles: dict[str, Bundle], precision: str) -> None:
+    if "CUDAExecutionProvider" in ort.get_available_providers():
+        pytest.skip("NOT RUN without CUDA: this ONNX Runtime has it")
+    with pytest.raises(SessionError, match=r"has no CUDAExecutionProvider\. Install onnxruntime-gpu"):
+        Predictor.open(bundles[precision].path, provider="cuda")
+
+
+def test_onnx_runtime_takes_its_own_providers_alone(bundles: dict[str, Bundle]) -> None:
+    for name in ("openvino", "auto", "gpu"):
+        with pytest.raises(SessionError, match=r"no provider named .* here\. Needed: cpu or cuda\."):
+            OrtSession.open(bundles["fp32"], provider=name)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
