@@ -23,7 +23,9 @@ CHILD = make_dicom(edits={"PatientAge": "005Y"})
 
 
 def manifest(scope: ScopePolicy | None = None) -> Manifest:
-    return tiny_manifest({}, preprocessing=Preprocessing(resize_px=32), scope=scope)
+    return tiny_manifest(
+        {"model.onnx": b"m", "probe.npz": b"p"}, preprocessing=Preprocessing(resize_px=32), scope=scope
+    )
 
 
 @pytest.fixture
