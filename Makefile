@@ -6,8 +6,9 @@ STAMP := $(VENV)/.installed
 # torch pinned in pyproject.toml; on a machine without a GPU, PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 # saves several GB of CUDA.
 PIP_FLAGS ?=
-# A file's tests run in one process: some share a service or a node.
+# A file's tests run in one process, as some share a service or a node, and the files in the order of tests/conftest.py.
 TEST_PROCESSES ?= 2
+PYTEST := $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-all lint soak real clean
 
@@ -21,10 +22,10 @@ demo: $(STAMP)  ## phantom data -> trained model -> fp32, fp16, int8 bundles -> 
 	$(BIN)/python -m training.demo
 
 test: $(STAMP) lint  ## the quick tests
-	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(STAMP) lint  ## everything that must pass
-	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile
+	$(PYTEST)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -4,6 +4,11 @@ import fcntl
 import os
 from pathlib import Path
 
+# Each process of several computes on one core: threads that wait for each other's cores take most of the time. Said before
+# NumPy and torch are loaded, and to the programs that tests start.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1")
+
 import numpy as np
 import pytest
 
@@ -15,6 +20,14 @@ from chexnet_deploy.images.preprocessing import Preprocessing
 
 CHECKOUT = Path(__file__).parents[1]
 SIDE_PX = 32  # the smallest DenseNet-121 takes: one cell of activation map
+
+
+@pytest.hookimpl(trylast=True)  # when what is not asked for is gone
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let one file make the bundles for all, and those that need none go next: other processes have work meanwhile."""
+    needing = {item.path for item in items if "bundles" in getattr(item, "fixturenames", ())}
+    first = next((item.path for item in items if item.path in needing), None)
+    items.sort(key=lambda item: 0 if item.path == first else 2 if item.path in needing else 1)
 
 
 @pytest.fixture(scope="session")

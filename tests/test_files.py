@@ -1,19 +1,21 @@
 import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from chexnet_deploy.bundle.bundle import Bundle
-from chexnet_deploy.bundle.manifest import PROBE, Manifest, Precision, hash_files
+from chexnet_deploy.bundle.manifest import PROBE
 from chexnet_deploy.errors import BundleError
-from chexnet_deploy.files import new_directory, sha256_hex, write_directory, write_file
-from chexnet_deploy.images.preprocessing import Preprocessing
+from chexnet_deploy.files import PlainFile, new_directory, sha256_hex, write_directory, write_file
+from tests.tiny import tiny_manifest
 
 CHECKOUT = Path(__file__).parents[1]
 FILES = {"model.onnx": b"m" * 300_000, PROBE: b"p" * 1000}
@@ -44,22 +46,8 @@ except BundleError as err:
 """
 
 
-def tiny_manifest() -> Manifest:
-    return Manifest(
-        precision=Precision.FP32,
-        findings=("Mass",),
-        preprocessing=Preprocessing(),
-        head_bias=(0.0,),
-        operating_points={},
-        files=hash_files(FILES),
-        checkpoint_sha256="0" * 64,
-        probe_max_abs_logit_error=0.0,
-        tools={},
-    )
-
-
 def write_tiny(path: Path) -> Bundle:
-    return Bundle.write(path, tiny_manifest(), FILES["model.onnx"], FILES[PROBE])
+    return Bundle.write(path, tiny_manifest(FILES), FILES["model.onnx"], FILES[PROBE])
 
 
 @contextmanager
@@ -123,7 +111,7 @@ def test_something_there_is_not_replaced(tmp_path: Path, kind: str) -> None:
 
 def test_file_size_limit_leaves_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-c", WRITE_BUNDLE_WITH_A_FILE_LIMIT, str(tmp_path / "new")]
-    command.append(tiny_manifest().model_dump_json())
+    command.append(tiny_manifest(FILES).model_dump_json())
     done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=60, check=True)
     assert str(tmp_path / "new") in done.stdout
     assert "It needs" in done.stdout
@@ -213,3 +201,102 @@ def test_write_file_keeps_old_content_after_a_failure(
             write_file(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_bytes() == b"old"
     assert names(tmp_path) == ["file"]
+
+
+# --- Files that somebody else laid out: what is refused, and that nothing waits -----------------------------------------
+
+
+def plain(path: Path, **options: Any) -> PlainFile:
+    return PlainFile(**{"path": path, "limit_bytes": 10**7, "error": BundleError, "next_step": "Copy it.", **options})
+
+
+@pytest.mark.parametrize("size", [0, 1, 2**20 - 1, 2**20, 2**20 + 1, 3 * 2**20])
+def test_bytes_and_hash(tmp_path: Path, size: int) -> None:
+    content = bytes(i % 251 for i in range(size))
+    (tmp_path / "file").write_bytes(content)
+    assert plain(tmp_path / "file").read() == content
+    assert plain(tmp_path / "file").sha256() == sha256_hex(content)
+
+
+def test_limit_is_exact(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"12345")
+    assert plain(tmp_path / "file", limit_bytes=5).read() == b"12345"
+    with pytest.raises(BundleError, match="has 5 bytes, more than the 4"):
+        plain(tmp_path / "file", limit_bytes=4).read()
+
+
+def test_a_hard_link_is_refused_and_then_not(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    (tmp_path / "other").hardlink_to(tmp_path / "file")
+    with pytest.raises(BundleError, match="2 names"):
+        plain(tmp_path / "file").read()
+    assert plain(tmp_path / "file", follows_links=True).read() == b"x"
+    (tmp_path / "other").unlink()
+    assert plain(tmp_path / "file").read() == b"x"
+
+
+def test_a_symlink_is_followed_only_where_asked(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    (tmp_path / "link").symlink_to("file")
+    with pytest.raises(BundleError, match="not a plain file"):
+        plain(tmp_path / "link").read()
+    assert plain(tmp_path / "link", follows_links=True).read() == b"x"
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for follows in (False, True):
+        with pytest.raises(BundleError, match="not a plain file"):
+            plain(tmp_path / "pipe", follows_links=follows).read()
+
+
+@pytest.mark.parametrize("path", [Path("/dev/zero"), Path("/dev/full")])
+def test_a_device_is_refused(path: Path) -> None:
+    with pytest.raises(BundleError, match="not a plain file"):
+        plain(path).read()
+
+
+@pytest.mark.parametrize("change", ["grows", "shrinks"])
+def test_a_file_that_changes_meanwhile_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * (3 * 2**20))
+    read = os.read
+
+    def read_and_change(handle: int, size: int) -> bytes:
+        chunk = read(handle, size)
+        os.truncate(path, 4 * 2**20 if change == "grows" else 2**20)
+        return chunk
+
+    monkeypatch.setattr(os, "read", read_and_change)
+    for method in (PlainFile.read, PlainFile.sha256):
+        path.write_bytes(b"x" * (3 * 2**20))
+        with pytest.raises(BundleError, match="changed while it was read"):
+            method(plain(path))
+
+
+def test_files_come_from_the_folder_that_was_opened(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "file").write_bytes(b"a")
+    folder = os.open(tmp_path / "a", os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        (tmp_path / "a").rename(tmp_path / "b")
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a" / "file").write_bytes(b"evil")
+        assert plain(tmp_path / "a" / "file", folder=folder).read() == b"a"
+    finally:
+        os.close(folder)
+
+
+def test_no_handle_is_left_open(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 256), hard))
+    try:
+        for _ in range(300):
+            plain(tmp_path / "file").read()
+            with pytest.raises(BundleError):
+                plain(tmp_path / "file", limit_bytes=0).read()
+            with pytest.raises(BundleError):
+                plain(tmp_path).read()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from chexnet_deploy.bundle.manifest import Precision
 from chexnet_deploy.errors import OnPhase
+from chexnet_deploy.evaluation import bench
 from chexnet_deploy.evaluation.bench_report import BenchReport
 from chexnet_deploy.evaluation.engines import Effort
-from chexnet_deploy.evaluation.front import bench
 from chexnet_deploy.export.chain import export_bundles
 from training.recipe import read_recipe
 from training.train import train

@@ -11,10 +11,8 @@ more than n / (d + c) images a second, which is 1 / (1 / decoding alone + 1 / co
 held against. The smaller of the two rates alone can only be reached where they run on different chips.
 """
 
-import json
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,13 +27,11 @@ import numpy as np
 import typer
 from PIL import Image
 
+from benchmarks.common import COMMAND, RESULTS, checkout_environment, resident_mib, write_results
 from chexnet_deploy.bundle.bundle import Bundle
 from chexnet_deploy.cli.options import OnProvider, ProviderName
 from chexnet_deploy.errors import OnPhase
-from chexnet_deploy.evaluation.machine import describe_machine
-from chexnet_deploy.images.listing import find_images
-from chexnet_deploy.images.preprocessing import Pixels, Preprocessing
-from chexnet_deploy.images.reader import read_image
+from chexnet_deploy.images import Pixels, Preprocessing, find_images, read_image
 from chexnet_deploy.runtime.predictor import Predictor
 from chexnet_deploy.runtime.sessions.base import Provider, Session
 from chexnet_deploy.runtime.sessions.open import open_session, resolve_provider
@@ -43,8 +39,6 @@ from chexnet_deploy.runtime.streaming import Flow, choose_flow, usable_cores
 from chexnet_deploy.terminal import progress, run_program
 from training.phantoms.draw import PhantomSpec, draw_radiograph, plan_studies
 
-CHECKOUT = Path(__file__).parents[2]
-RESULTS = Path(__file__).parents[1] / "results" / "folder-cpu.json"
 BAR: Final = 0.9
 MEMORY_GROWTH_LIMIT_MIB: Final = 16.0
 SETTLED_ROWS: Final = 100
@@ -79,7 +73,7 @@ def main(
     n_phantoms: Annotated[int, typer.Option(min=8, help="How many, where there is no folder.")] = 1000,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each side.")] = 3,
     provider: OnProvider = ProviderName.AUTO,
-    out: Annotated[Path, typer.Option(help="The JSON to write.")] = RESULTS,
+    out: Annotated[Path, typer.Option(help="The JSON to write.")] = RESULTS / "folder-cpu.json",
 ) -> None:
     """Measure, write the JSON and print it in words; exits 1 below the bar or where memory grows."""
     opened, cores, backend = Bundle.open(bundle), usable_cores(), resolve_provider(provider.value)
@@ -105,7 +99,7 @@ def main(
                     speeds[name].append(timed(sides[name]))
                 on_phase("measuring", turn * len(names) + i + 1, rounds * len(names))
     results = summarise(opened, median_kb, speeds, series, cores, backend)
-    out.write_text(json.dumps(results, indent=1) + "\n")
+    write_results(out, results)
     print_results(results)
     raise typer.Exit(0 if results["times_additive_bound"] >= BAR and results["memory_is_flat"] else 1)
 
@@ -186,20 +180,20 @@ def timed(side: Side) -> Speed:
 
 def watch_predict(bundle: Path, folder: Path, table: Path, provider: Provider) -> list[Sample]:
     """Run the command as a user does and look at its rows and memory until it ends."""
-    words = [sys.executable, "-m", "chexnet_deploy", "predict", str(bundle), str(folder), "--out", str(table)]
-    words += ["--provider", provider]
+    words = [*COMMAND, "predict", str(bundle), str(folder), "--out", str(table), "--provider", provider]
     samples: list[Sample] = []
     written, rows, n_read = table.with_name(f"{table.name}.partial"), 0, 0
     start = perf_counter()
-    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
-    with subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        words, env=checkout_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
         while process.poll() is None:
             if written.exists():
                 with written.open("rb") as file:
                     file.seek(n_read)
                     new = file.read()
                 n_read, rows = n_read + len(new), rows + new.count(b"\n")
-                samples.append(Sample(perf_counter() - start, max(0, rows - 1), _resident_mib(process.pid)))
+                samples.append(Sample(perf_counter() - start, max(0, rows - 1), resident_mib(process.pid)))
             sleep(SAMPLE_EVERY_S)
         if process.returncode:
             raise RuntimeError(f"predict ended with {process.returncode}")
@@ -230,7 +224,6 @@ def summarise(
     growth_mib = max(max(s.resident_mib for s in _settled(run)) - _settled(run)[0].resident_mib for run in series)
     flow = choose_flow(bundle.manifest, threads=1, provider=provider, cores=cores)
     return {
-        "machine": describe_machine().model_dump(),
         "cores": cores,
         "provider": provider,
         "precision": bundle.manifest.precision.value,
@@ -272,15 +265,6 @@ def _children_s() -> float:
 
 def _settled(samples: Sequence[Sample]) -> list[Sample]:
     return [sample for sample in samples if sample.rows >= SETTLED_ROWS]
-
-
-def _resident_mib(pid: int) -> float:
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except FileNotFoundError:
-        return 0.0
-    fields = dict(line.split(":", 1) for line in status.splitlines())
-    return float(fields["VmRSS"].split()[0]) / 1024.0 if "VmRSS" in fields else 0.0  # a zombie has none
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ map. Warm: the system keeps all files in memory. Cold: it was told to forget the
 memory may still know. A cache of few images is quicker than one of 112,120 on both counts, as it fits nearer the core.
 """
 
-import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -22,16 +21,14 @@ import torch
 import typer
 from numpy.typing import NDArray
 
+from benchmarks.common import RESULTS, write_results
 from chexnet_deploy.datasets.chestxray14 import ChestXray14
 from chexnet_deploy.errors import DatasetError
-from chexnet_deploy.evaluation.machine import describe_machine
-from chexnet_deploy.images.preprocessing import Preprocessing
-from chexnet_deploy.images.reader import read_image
+from chexnet_deploy.images import Preprocessing, read_image
 from chexnet_deploy.terminal import progress, run_program
 from training.cache import PIXELS, Cache
 from training.prepare import prepare
 
-RESULTS = Path(__file__).parents[1] / "results" / "loading-cpu.json"
 BAR: Final = 5.0
 STATES: Final = ("warm", "cold")
 SIDES: Final = ("png", "cache")
@@ -43,7 +40,7 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def main(
     data: Annotated[Path, typer.Option(help="ChestX-ray14 with images of 1024 x 1024 px.")],
-    out: Annotated[Path, typer.Option(help="The JSON to write.")] = RESULTS,
+    out: Annotated[Path, typer.Option(help="The JSON to write.")] = RESULTS / "loading-cpu.json",
     rounds: Annotated[int, typer.Option(min=3, help="Turns of each side.")] = 9,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows copied at a time.")] = 16,
 ) -> None:
@@ -75,7 +72,6 @@ def main(
     medians = {name: median(samples) for name, samples in seconds.items()}
     faster = {state: medians[f"png_{state}"] / medians[f"cache_{state}"] for state in STATES}
     results = {
-        "machine": describe_machine().model_dump(),
         "n_images": len(paths),
         "original_px": list(ORIGINAL_SHAPE),
         "resize_px": preprocessing.resize_px,
@@ -86,7 +82,7 @@ def main(
         "bar_times_faster": BAR,
         "s_per_image": seconds,
     }
-    out.write_text(json.dumps(results, indent=1) + "\n")
+    write_results(out, results)
     for state, times in faster.items():
         typer.echo(
             f"{state}: PNG {medians[f'png_{state}'] * 1e3:.2f} ms, cache {medians[f'cache_{state}'] * 1e3:.4f} ms an "

@@ -5,7 +5,6 @@
 Both sides of a ratio are timed in turns in one process; a ratio is the median of the pairs' ratios.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -16,14 +15,12 @@ import numpy as np
 import typer
 from PIL import Image
 
+from benchmarks.common import RESULTS, write_results
 from chexnet_deploy.bundle.bundle import Bundle
-from chexnet_deploy.evaluation.machine import describe_machine
 from chexnet_deploy.images.reader import read_image
 from chexnet_deploy.runtime.predictor import Predictor
 from chexnet_deploy.runtime.sessions.ort import load_onnx
 from chexnet_deploy.terminal import run_program
-
-RESULTS = Path(__file__).parents[1] / "results" / "overhead-cpu.json"
 
 app = typer.Typer(add_completion=False)
 
@@ -56,7 +53,6 @@ def main(
         max(runs, len(images)),
     )
     results = {
-        "machine": describe_machine().model_dump(),
         "resize_px": side,
         "precision": opened.manifest.precision.value,
         "predictor_over_onnxruntime_batch_1": predictor_ratio,
@@ -64,8 +60,7 @@ def main(
         "n_images": len(images),
         "pairs": runs,
     }
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    typer.echo(json.dumps(results, indent=1))
+    typer.echo(write_results(RESULTS / "overhead-cpu.json", results))
 
 
 def ratio(ours: Callable[[int], object], theirs: Callable[[int], object], runs: int) -> float:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import typer
 
+from benchmarks.common import RESULTS
 from benchmarks.cpu.peers_page import Results, Row, draw, markdown_table
 from benchmarks.int8.accuracy import cores, packages
 from chexnet_deploy.datasets.chestxray14 import ChestXray14
@@ -29,7 +30,7 @@ from chexnet_deploy.terminal import run_program
 if TYPE_CHECKING:
     from benchmarks.cpu.peers_models import Models
 
-RESULTS = Path(__file__).parents[1] / "results" / "peers-cpu.json"
+OUT = RESULTS / "peers-cpu.json"
 ISA_VARIABLE: Final = "ONEDNN_MAX_CPU_ISA"  # of oneDNN, which is what OpenVINO computes with
 ROUNDS: Final[Mapping[int, int]] = {1: 40, 16: 10}
 
@@ -46,7 +47,7 @@ def main(
     prepare: Annotated[bool, typer.Option(help="Make the models and measure their accuracy, then stop.")] = False,
     rounds: Annotated[int | None, typer.Option(min=2, help="Of each batch size; default: 40 and 10.")] = None,
     isa: Annotated[Literal["native", "avx2"], typer.Option(help="Instructions that OpenVINO may use.")] = "native",
-    out: Annotated[Path, typer.Option(help="The JSON to write or read.")] = RESULTS,
+    out: Annotated[Path, typer.Option(help="The JSON to write or read.")] = OUT,
     table: Annotated[bool, typer.Option(help="Print the table of the committed results and stop.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the committed results to a file and stop.")] = None,
 ) -> None:

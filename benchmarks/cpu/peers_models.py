@@ -9,14 +9,11 @@ from typing import Any, Final
 import numpy as np
 import openvino
 import torch
-from pydantic import BaseModel, ConfigDict
 
 from benchmarks.int8.accuracy import Accuracy, Judge, cores
 from benchmarks.int8.recipes import Answer, StaticOpenvino, nncf_int8, ort_default
-from chexnet_deploy.bundle.bundle import Bundle
-from chexnet_deploy.bundle.manifest import Precision
-from chexnet_deploy.datasets.chestxray14 import ChestXray14
-from chexnet_deploy.datasets.labelled import LabelledImages
+from chexnet_deploy.bundle import Bundle, Precision
+from chexnet_deploy.datasets import ChestXray14, LabelledImages
 from chexnet_deploy.datasets.nih_tables import read_image_list
 from chexnet_deploy.export.chain import export_bundles
 from chexnet_deploy.export.from_torch.checkpoint import Checkpoint, read_checkpoint
@@ -25,6 +22,7 @@ from chexnet_deploy.export.from_torch.to_onnx import trace
 from chexnet_deploy.export.quantize.calibration import CalibrationSet, choose_calibration
 from chexnet_deploy.files import write_file
 from chexnet_deploy.images.preprocessing import Pixels
+from chexnet_deploy.inputs import Record
 from chexnet_deploy.runtime.score import iter_pixels
 from chexnet_deploy.runtime.sessions.base import Logits, Session, run_in_batches
 from chexnet_deploy.runtime.sessions.openvino import OpenvinoSession
@@ -42,15 +40,13 @@ PEERS_OPENVINO = (OPENVINO_FP32, *NNCF.values())
 _BATCH = 16
 
 
-class Prepared(BaseModel):
+class Prepared(Record):
     """What is known of the models before any is timed.
 
     Attributes:
         accuracy: by engine, beside torch.
         nncf_with_open_batch: noise_mean of NNCF's model (PERFORMANCE) compiled with an open batch dimension.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     n_calibration_images: int
     n_test_images: int

@@ -4,19 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 
-from pydantic import BaseModel, ConfigDict
-
 from benchmarks.int8.accuracy import Accuracy
 from chexnet_deploy.evaluation.machine import Machine
+from chexnet_deploy.inputs import Record
 
 OURS_FP32, OURS_INT8 = "ours, fp32", "ours, int8"
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Row(_Record):
+class Row(Record):
     """One engine.
 
     Attributes:
@@ -31,7 +26,7 @@ class Row(_Record):
     note: str = ""
 
 
-class Results(_Record):
+class Results(Record):
     """All engines on one machine.
 
     Attributes:

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 from PIL import Image
 
+from benchmarks.common import RESULTS
 from chexnet_deploy.datasets.chestxray14 import ChestXray14
 from chexnet_deploy.evaluation.bench_report import BenchReport, summary_rows
 from chexnet_deploy.evaluation.engines import Effort
@@ -24,7 +25,7 @@ from chexnet_deploy.terminal import progress, run_program
 from training.chain import RUN, train_export_bench
 from training.logbook import METRICS
 
-RESULTS = Path(__file__).parents[1] / "results" / "real-cpu.json.gz"
+OUT = RESULTS / "real-cpu.json.gz"
 CALIBRATION_IMAGES = 256
 FULL_SIDE_PX = 1024
 
@@ -88,12 +89,12 @@ def write_results(report: BenchReport, data: Path, folder: Path) -> None:
         "epochs": [json.loads(line) for line in (folder / RUN / METRICS).read_text().splitlines()],
         "report": report.model_dump(mode="json"),
     }
-    RESULTS.write_bytes(gzip.compress(json.dumps(results).encode(), mtime=0))
+    OUT.write_bytes(gzip.compress(json.dumps(results).encode(), mtime=0))
 
 
 def read_results() -> dict[str, Any]:
     """Return the committed results."""
-    results: dict[str, Any] = json.loads(gzip.decompress(RESULTS.read_bytes()))
+    results: dict[str, Any] = json.loads(gzip.decompress(OUT.read_bytes()))
     return results
 
 

@@ -16,10 +16,10 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from benchmarks.common import RESULTS, write_results
 from benchmarks.cpu.real import full_size_test_images
 from chexnet_deploy.datasets.chestxray14 import ChestXray14
 from chexnet_deploy.evaluation.engines import Effort
-from chexnet_deploy.evaluation.machine import describe_machine
 from chexnet_deploy.evaluation.request import EvaluationRequest
 from chexnet_deploy.evaluation.run import run_evaluation
 from chexnet_deploy.terminal import progress, run_program
@@ -30,7 +30,6 @@ from training.processes import join_processes
 from training.recipe import read_recipe
 from training.train import Options, train
 
-RESULTS = Path(__file__).parents[1] / "results"
 TEST_PATIENTS, SEED, PREVALENCE, SIDE_PX = 420, 2, 0.20, 128  # as the demo's phantoms
 CALIBRATION_IMAGES = 256
 
@@ -82,7 +81,6 @@ def main(
             evaluation = run_evaluation(request, on_phase=on_phase).evaluation
         dataset = ChestXray14.open(data)
         results: dict[str, Any] = {
-            "machine": describe_machine().model_dump(),
             "torch": torch.__version__,
             "recipe": chosen.model_dump(mode="json"),
             "trained_on": {split: len(dataset.split(split)) for split in ("train", "val")},
@@ -113,7 +111,7 @@ def main(
             else _reader_means(evaluation.readers.model_dump(mode="json")),
         }
         out = RESULTS / f"recipe-{name or Path(recipe).stem}.json"
-        out.write_text(json.dumps(results, indent=1) + "\n")
+        write_results(out, results)
     finally:
         if work is None:
             shutil.rmtree(folder)

@@ -17,12 +17,10 @@ from typing import Annotated, Final
 import pydicom
 import typer
 
-from benchmarks.cpu.scaling_page import RESULTS, Input, Results, markdown, read_peers
+from benchmarks.cpu.scaling_page import OUT, Input, Results, markdown, read_peers
 from chexnet_deploy.bundle.bundle import Bundle
 from chexnet_deploy.evaluation.machine import describe_machine
-from chexnet_deploy.images.listing import find_images
-from chexnet_deploy.images.preprocessing import Preprocessing
-from chexnet_deploy.images.reader import ImageReader
+from chexnet_deploy.images import ImageReader, Preprocessing, find_images
 from chexnet_deploy.runtime.predictor import Predictor
 from chexnet_deploy.runtime.table import Row, TableCard, row_bytes
 from chexnet_deploy.runtime.table_file import open_table
@@ -42,7 +40,7 @@ def main(
     n_images: Annotated[int, typer.Option(min=2, help="PNGs, at the most.")] = 100,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     table: Annotated[bool, typer.Option("--table", help="Print the tables, measure nothing.")] = False,
-    out: Annotated[Path, typer.Option(help="The JSON.")] = RESULTS,
+    out: Annotated[Path, typer.Option(help="The JSON.")] = OUT,
 ) -> None:
     """Measure, or print what was measured."""
     if not table:

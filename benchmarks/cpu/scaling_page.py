@@ -1,28 +1,23 @@
 """The tables of docs/scaling.md, from what benchmarks/cpu/scaling.py and benchmarks/cpu/peers.py measured. Measures nothing."""
 
-from pathlib import Path
 from statistics import median
 from typing import Final
 
-from pydantic import BaseModel, ConfigDict
-
-from benchmarks.cpu.peers import RESULTS as PEERS
+from benchmarks.common import RESULTS
+from benchmarks.cpu.peers import OUT as PEERS
 from benchmarks.cpu.peers_page import OURS_INT8
 from benchmarks.cpu.peers_page import Results as Peers
 from chexnet_deploy.evaluation.machine import Machine
+from chexnet_deploy.inputs import Record
 
-RESULTS: Final = Path(__file__).parents[1] / "results" / "scaling-cpu.json"
+OUT = RESULTS / "scaling-cpu.json"
 MILLION: Final = 1_000_000
 NETWORK_GBIT_S: Final = 10
 GPU_RATES: Final = (1_000, 4_000, 16_000)  # images a second, to read the formula at; none was measured
 ONE, BATCH = 1, 16
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Input(_Record):
+class Input(Record):
     """One kind of file.
 
     Attributes:
@@ -38,7 +33,7 @@ class Input(_Record):
     core_ms: tuple[float, ...]
 
 
-class Results(_Record):
+class Results(Record):
     """What was measured on one machine.
 
     Attributes:

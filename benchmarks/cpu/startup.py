@@ -9,7 +9,6 @@ when the destination has the report. Idle: one Predictor in this process answers
 """
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -22,14 +21,14 @@ from typing import Annotated, Any, Final
 
 import typer
 
+from benchmarks.common import RESULTS, checkout_environment, write_results
 from benchmarks.rigs.node_rig import NodeProcess, Pacs, find_dcmtk, store, write_radiograph
 from chexnet_deploy.bundle.bundle import Bundle
-from chexnet_deploy.evaluation.machine import describe_machine
 from chexnet_deploy.runtime.predictor import Predictor
 from chexnet_deploy.runtime.sessions.base import Provider
 from chexnet_deploy.terminal import run_program
 
-RESULTS: Final = Path(__file__).parents[1] / "results" / "startup-cpu.json"
+OUT = RESULTS / "startup-cpu.json"
 PROVIDERS: Final[tuple[Provider, ...]] = ("openvino", "cpu")
 START_BAR_S: Final = 5.0
 IDLE_BAR: Final = 2.0
@@ -53,18 +52,17 @@ def main(
     starts: Annotated[int, typer.Option(min=3, help="Of each program.")] = 7,
     idle_s: Annotated[float, typer.Option(min=0.0, help="Before each answer after idling.")] = 60.0,
     idles: Annotated[int, typer.Option(min=1, help="Of each provider.")] = 5,
-    out: Annotated[Path, typer.Option(help="JSON to write.")] = RESULTS,
+    out: Annotated[Path, typer.Option(help="JSON to write.")] = OUT,
     table: Annotated[bool, typer.Option("--table", help="Print the committed results and stop.")] = False,
 ) -> None:
     """Measure, print and write."""
     if table:
-        typer.echo(markdown_table(json.loads(RESULTS.read_text())))
+        typer.echo(markdown_table(json.loads(OUT.read_text())))
         return
     if bundle is None or image is None:
         raise typer.BadParameter("give a bundle and a radiograph")
     manifest = Bundle.open(bundle).manifest
     results = {
-        "machine": describe_machine().model_dump(),
         "resize_px": manifest.preprocessing.resize_px,
         "precision": manifest.precision.value,
         "start_bar_s": START_BAR_S,
@@ -74,8 +72,7 @@ def main(
         "idle_s": idle_s,
         "first_after_idle": {provider: _idle(bundle, image, provider, idle_s, idles) for provider in PROVIDERS},
     }
-    out.write_text(json.dumps(results, indent=1) + "\n")
-    typer.echo(json.dumps(results, indent=1))
+    typer.echo(write_results(out, results))
 
 
 def markdown_table(results: Mapping[str, Any]) -> str:
@@ -116,6 +113,7 @@ def _starts(bundle: Path, image: Path, n_starts: int) -> Mapping[str, object]:
                 check=True,
                 capture_output=True,
                 text=True,
+                env=checkout_environment(),
             )
             seconds[provider].append(round(perf_counter() - start, 3))
             peak_mib[provider] = max(peak_mib.get(provider, 0.0), round(int(done.stdout) / 1024, 1))
@@ -173,5 +171,4 @@ def _summary(seconds: Sequence[float]) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("PYTHONPATH", str(Path(__file__).parents[2]))
     run_program(app)

@@ -5,7 +5,6 @@
 The plain loop decodes each PNG in a DataLoader's workers whenever it is seen, and trains in float32 without a memory format.
 """
 
-import json
 import statistics
 import tempfile
 from collections.abc import Iterator
@@ -21,10 +20,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.common import RESULTS, write_results
 from chexnet_deploy.datasets.chestxray14 import ChestXray14, truth
 from chexnet_deploy.datasets.findings import FINDINGS
 from chexnet_deploy.datasets.nih_tables import Radiograph
-from chexnet_deploy.evaluation.machine import describe_machine
 from chexnet_deploy.export.from_torch.model import CheXNet
 from chexnet_deploy.images.preprocessing import Preprocessing
 from chexnet_deploy.terminal import progress, run_program
@@ -34,7 +33,6 @@ from training.processes import Processes
 from training.recipe import Recipe, read_recipe
 from training.train import Options, Trainer
 
-RESULTS = Path(__file__).parents[1] / "results"
 STEPS, WARMUP_STEPS, WORKERS = 6, 2, 2
 
 app = typer.Typer(add_completion=False)
@@ -70,7 +68,6 @@ def main(
     speeds = {name: [STEPS * chosen.batch_size / each for each in values] for name, values in seconds.items()}
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     results = {
-        "machine": describe_machine().model_dump(),
         "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None,
         "torch": torch.__version__,
         "recipe": chosen.model_dump(mode="json"),
@@ -78,7 +75,7 @@ def main(
         "median_images_per_s": medians,
         "ratio": statistics.median(a / b for a, b in zip(speeds["ours"], speeds["plain"], strict=True)),
     }
-    out.write_text(json.dumps(results, indent=1) + "\n")
+    write_results(out, results)
     typer.echo(
         f"plain {medians['plain']:.2f}, ours {medians['ours']:.2f} images/s: {results['ratio']:.2f} times\n{out}"
     )

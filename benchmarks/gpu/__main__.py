@@ -23,6 +23,7 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks.common import CHECKOUT, RESULTS
 from benchmarks.gpu.reference import Reference
 from benchmarks.gpu.rows import Row, Rows
 from benchmarks.gpu.summary import line, summarise
@@ -33,8 +34,6 @@ from chexnet_deploy.files import sha256_of_file, write_file
 from chexnet_deploy.runtime.sessions.driver import open_driver
 from chexnet_deploy.terminal import print_table, run_program
 
-CHECKOUT = Path(__file__).parents[2]
-RESULTS = CHECKOUT / "benchmarks" / "results" / "gpu.json"
 LEAST_S = 1.0  # less is not worth a start
 _SMI = "driver_version,memory.total,power.limit,clocks.max.sm,temperature.gpu"
 
@@ -55,7 +54,7 @@ def main(
     ] = None,
     out: Annotated[
         Path, typer.Option(help="Results, gone on with where they are there; the page goes beside them.")
-    ] = RESULTS,
+    ] = RESULTS / "gpu.json",
     work: Annotated[
         Path | None,
         typer.Option(help="Kept between calls: plans, timing caches, pixels, logs. Default: beside the results."),

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from chexnet_deploy.bundle.bundle import Bundle
-from chexnet_deploy.datasets.chestxray14 import ChestXray14
-from chexnet_deploy.datasets.labelled import LabelledImages
+from chexnet_deploy.datasets import ChestXray14, LabelledImages
 from chexnet_deploy.errors import ChexnetError
 from chexnet_deploy.evaluation.parity import compare
 from chexnet_deploy.evaluation.spec import read_spec

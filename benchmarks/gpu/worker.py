@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from benchmarks.common import CHECKOUT
 from benchmarks.gpu.measure import measure_batch, score
 from benchmarks.gpu.meter import Meter
 from benchmarks.gpu.rows import Task
@@ -26,10 +27,8 @@ from chexnet_deploy.bundle.bundle import Bundle
 from chexnet_deploy.errors import ChexnetError
 from chexnet_deploy.evaluation.spec import BatchProfile, read_spec
 from chexnet_deploy.files import write_file
-from chexnet_deploy.runtime.sessions.base import Session
-from chexnet_deploy.runtime.sessions.open import open_session
+from chexnet_deploy.runtime import Session, open_session
 
-CHECKOUT = Path(__file__).parents[2]
 LANES = 3
 LEAK_RUNS = 10_000
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
 from chexnet_deploy.datasets.labelled import LabelledImages
 from chexnet_deploy.evaluation.parity import ParityReport, compare
 from chexnet_deploy.evaluation.spec import read_spec
+from chexnet_deploy.inputs import Record
 from chexnet_deploy.metrics.delong import compare_all
 from chexnet_deploy.runtime.sessions.base import Logits
 
@@ -19,11 +19,7 @@ MIN_POSITIVES = 30  # images; a finding with fewer moves by whole hundredths whe
 _PACKAGES = ("torch", "onnx", "onnxruntime", "openvino", "nncf")
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Accuracy(_Record):
+class Accuracy(Record):
     """An int8 model beside its fp32 model; logit noise is the RMS logit difference over the fp32 logits' standard deviation.
 
     Attributes:
@@ -45,7 +41,7 @@ class Accuracy(_Record):
     signal_db: float | None
 
 
-class Against(_Record):
+class Against(Record):
     """Ours beside another recipe on the same test images, in AUROC.
 
     Attributes:

@@ -16,20 +16,19 @@ import onnx
 import typer
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
-from pydantic import BaseModel, ConfigDict
 
+from benchmarks.common import RESULTS
 from chexnet_deploy.bundle.bundle import Bundle
 from chexnet_deploy.bundle.manifest import ONNX_MODEL, PROBE, Manifest, hash_files
-from chexnet_deploy.datasets.chestxray14 import ChestXray14
-from chexnet_deploy.datasets.labelled import LabelledImages
+from chexnet_deploy.datasets import ChestXray14, LabelledImages
 from chexnet_deploy.evaluation.engines import Effort, run_bench
 from chexnet_deploy.evaluation.machine import Machine, describe_machine
 from chexnet_deploy.evaluation.spec import read_spec
+from chexnet_deploy.inputs import ReportRecord
 from chexnet_deploy.runtime.sessions.base import run_in_batches
 from chexnet_deploy.runtime.sessions.ort import OrtSession
 from chexnet_deploy.terminal import print_table, run_program
 
-RESULTS = Path(__file__).parents[1] / "results" / "planted-cpu.json"
 SCALE_FACTOR, SQUASH, SLOT_NOISE = 4.0, 0.25, 0.05
 
 Plant = Callable[[onnx.ModelProto, list[float]], list[float]]
@@ -37,20 +36,16 @@ Plant = Callable[[onnx.ModelProto, list[float]], list[float]]
 app = typer.Typer(add_completion=False)
 
 
-class Outcome(BaseModel):
+class Outcome(ReportRecord):
     """What the gate said of one bundle."""
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     verdict: str
     reasons: tuple[str, ...]
 
 
-class Results(BaseModel):
+class Results(ReportRecord):
     """All outcomes on one machine."""
-
-    model_config = ConfigDict(frozen=True)
 
     machine: Machine
     data: str
@@ -61,7 +56,7 @@ class Results(BaseModel):
 def main(
     bundles: Annotated[Path, typer.Argument(help="Folder with fp32 and int8.")],
     data: Annotated[Path, typer.Option(help="Labelled images in ChestX-ray14's layout.")],
-    out: Annotated[Path, typer.Option(help="Results.")] = RESULTS,
+    out: Annotated[Path, typer.Option(help="Results.")] = RESULTS / "planted-cpu.json",
 ) -> None:
     """Plant each failure, bench it beside fp32, and print what caught it."""
     images = LabelledImages.of(ChestXray14.open(data).split("test"), Bundle.open(bundles / "fp32").manifest.findings)

@@ -18,8 +18,8 @@ import numpy as np
 import onnx
 import typer
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 
+from benchmarks.common import RESULTS
 from benchmarks.int8.accuracy import MIN_POSITIVES, Accuracy, Against, Judge, cores, packages
 from benchmarks.int8.recipes import (
     Answer,
@@ -33,8 +33,7 @@ from benchmarks.int8.recipes import (
     without_gptq,
     without_margin,
 )
-from chexnet_deploy.datasets.chestxray14 import ChestXray14
-from chexnet_deploy.datasets.labelled import LabelledImages
+from chexnet_deploy.datasets import ChestXray14, LabelledImages
 from chexnet_deploy.evaluation.machine import Machine, describe_machine
 from chexnet_deploy.export.from_torch.checkpoint import read_checkpoint
 from chexnet_deploy.export.from_torch.to_onnx import trace
@@ -42,12 +41,12 @@ from chexnet_deploy.export.quantize.bias import correct_head_bias
 from chexnet_deploy.export.quantize.calibration import MIN_IMAGES, CalibrationSet, choose_calibration
 from chexnet_deploy.export.quantize.variants import Calibrated, Prepared, calibrate, choose_integers
 from chexnet_deploy.images.preprocessing import Pixels
+from chexnet_deploy.inputs import Record
 from chexnet_deploy.runtime.score import iter_pixels
 from chexnet_deploy.runtime.sessions.base import Logits, run_in_batches
 from chexnet_deploy.runtime.sessions.ort import OrtSession
 from chexnet_deploy.terminal import run_program
 
-RESULTS = Path(__file__).parents[1] / "results"
 BATCH = 16
 N_DRAWS = 5
 OURS, OURS_TYPED = "ours, cpu form", "ours, typed form"
@@ -55,11 +54,7 @@ OURS, OURS_TYPED = "ours, cpu form", "ours, typed form"
 app = typer.Typer(add_completion=False)
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Row(_Record):
+class Row(Record):
     """One recipe.
 
     Attributes:
@@ -78,7 +73,7 @@ class Row(_Record):
     why_not: str | None = None
 
 
-class Results(_Record):
+class Results(Record):
     """All recipes on one model."""
 
     machine: Machine

@@ -8,7 +8,6 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -28,7 +27,7 @@ NncfPreset: TypeAlias = Literal["PERFORMANCE", "MIXED"]
 # What ONNX Runtime's calibrators keep of all tensors before they look at it; without a limit, of all images: 25 GB at 224 px. The
 # number of images must be a multiple. Not CalibMaxIntermediateOutputs: its min-max forgets what it has kept, unseen (1.32).
 _IMAGES_AT_ONCE = 4
-_MODELOPT_PROGRAM = "modelopt.py"
+_MODELOPT_PROGRAM = Path(__file__).with_name("modelopt.py")
 _MODELOPT_DEADLINE_S = 1800
 
 
@@ -79,9 +78,8 @@ def modelopt_int8(model: bytes, pixels: Pixels, method: Literal["max", "entropy"
         folder = Path(name)
         (folder / "model.onnx").write_bytes(model)
         np.save(folder / "pixels.npy", pixels)
-        program = resources.files("benchmarks") / _MODELOPT_PROGRAM
         done = subprocess.run(
-            [str(interpreter), str(program), "model.onnx", "pixels.npy", method, "int8.onnx"],
+            [str(interpreter), str(_MODELOPT_PROGRAM), "model.onnx", "pixels.npy", method, "int8.onnx"],
             cwd=folder,
             env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
             capture_output=True,

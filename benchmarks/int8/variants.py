@@ -17,12 +17,11 @@ from unittest.mock import patch
 import numpy as np
 import onnx
 import typer
-from pydantic import BaseModel, ConfigDict
 
+from benchmarks.common import RESULTS
 from benchmarks.int8.accuracy import Accuracy, Judge, packages
 from chexnet_deploy.bundle.manifest import FLOAT16_DIALECTS, Dialect
-from chexnet_deploy.datasets.chestxray14 import ChestXray14
-from chexnet_deploy.datasets.labelled import LabelledImages
+from chexnet_deploy.datasets import ChestXray14, LabelledImages
 from chexnet_deploy.evaluation.machine import Machine, describe_machine
 from chexnet_deploy.evaluation.spec import read_spec
 from chexnet_deploy.export.from_torch.checkpoint import read_checkpoint
@@ -34,24 +33,20 @@ from chexnet_deploy.export.quantize.qdq import to_float16
 from chexnet_deploy.export.tensorrt.compile import CompileOptions, compile_onnx
 from chexnet_deploy.export.tensorrt.layers import bytes_per_image, count_kernels
 from chexnet_deploy.images.preprocessing import Pixels
+from chexnet_deploy.inputs import Record
 from chexnet_deploy.runtime.score import iter_pixels
 from chexnet_deploy.runtime.sessions.base import Logits, run_in_batches
 from chexnet_deploy.runtime.sessions.ort import OrtSession
 from chexnet_deploy.runtime.sessions.trt_versions import open_tensorrt
 from chexnet_deploy.terminal import run_program
 
-RESULTS = Path(__file__).parents[1] / "results"
 COMPUTE_CAPABILITY = "8.9"
 FP16 = "fp16"
 
 app = typer.Typer(add_completion=False)
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Traffic(_Record):
+class Traffic(Record):
     """What RTX's layer table says of a form."""
 
     n_kernels: int
@@ -59,7 +54,7 @@ class Traffic(_Record):
     conv_types: dict[str, int]
 
 
-class Form(_Record):
+class Form(Record):
     """One form.
 
     Attributes:
@@ -75,7 +70,7 @@ class Form(_Record):
     traffic: Traffic | None
 
 
-class Results(_Record):
+class Results(Record):
     """All forms of one model."""
 
     machine: Machine

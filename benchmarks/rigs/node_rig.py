@@ -22,10 +22,11 @@ from pydicom.uid import ComputedRadiographyImageStorage, ExplicitVRLittleEndian,
 from pynetdicom import AE
 from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]  # made when it is imported
 
+from benchmarks.common import CHECKOUT, resident_mib
+
 # Connections are cut here all the time. What the library says of it is noise, and keeps the sockets alive by its tracebacks.
 logging.getLogger("pynetdicom").setLevel(logging.CRITICAL + 1)
 
-CHECKOUT = Path(__file__).parents[2]
 SCANNER, NODE, PACS = "SCANNER", "CHEXNET", "PACS"
 READY_S = 60.0
 SETTLED_S = 0.3  # storescp writes in place
@@ -176,8 +177,7 @@ class NodeProcess:
     def resident_mib(self) -> float:
         """Return the node's resident memory, without its worker's."""
         assert self.process is not None
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return float(status.split("VmRSS:")[1].split()[0]) / 1024.0
+        return resident_mib(self.process.pid)
 
     def kill(self) -> None:
         """SIGKILL."""

@@ -6,10 +6,10 @@ import struct
 from typing import Literal
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict
 
 from benchmarks.rigs.synthetic_dicom import COMPRESSED, WORDS, make_dicom
 from chexnet_deploy.images.dicom.header import read_header
+from chexnet_deploy.inputs import ReportRecord
 
 # What a length, a count or a side is set to by somebody who means ill.
 _LIES = (
@@ -32,7 +32,7 @@ _LIES = (
 )
 
 
-class Seed(BaseModel):
+class Seed(ReportRecord):
     """A whole file and what it looks like.
 
     Attributes:
@@ -41,8 +41,6 @@ class Seed(BaseModel):
         starts: where its elements, chunks or segments begin: edits there change the structure and not one pixel.
         codestream_at: where compressed DICOM pixels begin; 0 where there are none.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     content: bytes

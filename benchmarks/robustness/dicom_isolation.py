@@ -6,33 +6,30 @@ Both ways take turns, image by image, so that other work on the machine meets bo
 size; both ways must give the same one.
 """
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Annotated
 
 import numpy as np
 import typer
-from pydantic import BaseModel, ConfigDict
 
+from benchmarks.common import RESULTS, write_results
 from benchmarks.rigs.synthetic_dicom import LOSSLESS, make_dicom
-from chexnet_deploy.evaluation.machine import describe_machine
 from chexnet_deploy.images.dicom.child import decode_words
 from chexnet_deploy.images.dicom.decoder import Decoder
 from chexnet_deploy.images.dicom.header import read_header
 from chexnet_deploy.images.gray import Gray
+from chexnet_deploy.inputs import ReportRecord
 from chexnet_deploy.terminal import run_program
 
-RESULTS = Path(__file__).parents[1] / "results" / "dicom-isolation-cpu.json"
 MOST_MS = 10.0
 ROWS, COLUMNS = 1955, 1841  # a real CR chest's
 
 app = typer.Typer(add_completion=False)
 
 
-class Cost(BaseModel):
+class Cost(ReportRecord):
     """Median times of one image, from the file's bytes to gray.
 
     Attributes:
@@ -40,8 +37,6 @@ class Cost(BaseModel):
         in_process_ms: the same codec, called here.
         difference_ms: median of the differences of neighbouring images.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     isolated_ms: float
     in_process_ms: float
@@ -52,9 +47,8 @@ class Cost(BaseModel):
 def main(runs: Annotated[int, typer.Option(help="Of each way and transfer syntax.")] = 25) -> None:
     """Measure and write the result."""
     costs = measure(ROWS, COLUMNS, runs)
-    results = {"machine": describe_machine().model_dump(), "costs": {k: v.model_dump() for k, v in costs.items()}}
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    typer.echo(json.dumps(results, indent=1))
+    results = {"costs": {k: v.model_dump() for k, v in costs.items()}}
+    typer.echo(write_results(RESULTS / "dicom-isolation-cpu.json", results))
     if any(cost.difference_ms > MOST_MS for cost in costs.values()):
         raise typer.Exit(1)
 

@@ -8,7 +8,6 @@ header that stays whole. What is read in spite of the damage is counted, and how
 every damaged bit, so only a checksum of the sender could.
 """
 
-import json
 import random
 import resource
 import tempfile
@@ -20,18 +19,16 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from pydantic import BaseModel, ConfigDict
 
+from benchmarks.common import RESULTS, write_results
 from benchmarks.robustness.damaged_files import Seed, damage, seed_of, synthetic_seeds
 from chexnet_deploy.errors import ImageError, OnPhase
-from chexnet_deploy.evaluation.machine import describe_machine
+from chexnet_deploy.images import Gray, ImageReader
 from chexnet_deploy.images.dicom.decoder import DecodeLimits, Decoder
 from chexnet_deploy.images.dicom.process import DecodeError
-from chexnet_deploy.images.gray import Gray
-from chexnet_deploy.images.reader import ImageReader
+from chexnet_deploy.inputs import ReportRecord
 from chexnet_deploy.terminal import progress, run_program
 
-RESULTS = Path(__file__).parents[1] / "results" / "hostile-images-cpu.json"
 SLOWEST_ANSWER_S = 3.0
 MEMORY_GROWTH_MIB = 256.0
 DEADLINE_S = 2.0  # a service's own: what remains of 3 s goes to starting the next process
@@ -39,7 +36,7 @@ DEADLINE_S = 2.0  # a service's own: what remains of 3 s goes to starting the ne
 app = typer.Typer(add_completion=False)
 
 
-class HostileOutcome(BaseModel):
+class HostileOutcome(ReportRecord):
     """What became of the inputs.
 
     Attributes:
@@ -53,8 +50,6 @@ class HostileOutcome(BaseModel):
         escaped: exceptions other than ImageError, which would have ended a service's request with a bug.
         failures: bars missed.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     tried: int
     answers: dict[str, int]
@@ -71,7 +66,7 @@ def main(
     n: Annotated[int, typer.Option("-n", help="Inputs.")] = 20_000,
     seed: Annotated[int, typer.Option(help="Of the generator.")] = 0,
     samples: Annotated[Path | None, typer.Option(help="A folder of .dcm files to damage too.")] = None,
-    out: Annotated[Path, typer.Option(help="Where the result goes.")] = RESULTS,
+    out: Annotated[Path, typer.Option(help="Where the result goes.")] = RESULTS / "hostile-images-cpu.json",
 ) -> None:
     """Read many hostile images and write what became of them."""
     seeds = synthetic_seeds()
@@ -79,11 +74,7 @@ def main(
         seeds += [seed_of(path.stem, path.read_bytes()) for path in sorted(samples.glob("*.dcm"))]
     with progress() as on_phase, tempfile.TemporaryDirectory(prefix="chexnet-hostile-") as folder:
         outcome = read_hostile(seeds, n, seed=seed, folder=Path(folder), on_phase=on_phase)
-    text = json.dumps(
-        {"machine": describe_machine().model_dump(), "seed": seed, "outcome": outcome.model_dump()}, indent=1
-    )
-    out.write_text(text + "\n")
-    typer.echo(text)
+    typer.echo(write_results(out, {"seed": seed, "outcome": outcome.model_dump()}))
     if outcome.failures:
         raise typer.Exit(1)
 

@@ -4,7 +4,6 @@ python -m benchmarks.robustness.killed_training
 """
 
 import hashlib
-import json
 import os
 import random
 import signal
@@ -18,14 +17,12 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from chexnet_deploy.evaluation.machine import describe_machine
+from benchmarks.common import CHECKOUT, RESULTS, write_results
 from chexnet_deploy.terminal import progress, run_program
 from training.logbook import METRICS
 from training.phantoms.draw import PhantomSpec, write_phantom
 from training.train import BEST, RESUME
 
-CHECKOUT = Path(__file__).parents[2]
-RESULTS = Path(__file__).parents[1] / "results" / "killed-training-cpu.json"
 PHANTOM = PhantomSpec(patients=150, test_patients=20, side_px=64, seed=5, prevalence=0.2)
 # Written every two steps, so that a good part of the kills falls into a writing.
 SAVE_EVERY = 2
@@ -54,7 +51,7 @@ def main(
     kills: Annotated[int, typer.Option(min=1, help="How many.")] = 20,
     epochs: Annotated[int, typer.Option(min=1, help="Of the run.")] = 24,
     seed: Annotated[int, typer.Option(help="Of the moments.")] = 0,
-    out: Annotated[Path, typer.Option(help="Results.")] = RESULTS,
+    out: Annotated[Path, typer.Option(help="Results.")] = RESULTS / "killed-training-cpu.json",
 ) -> None:
     """Train once whole and once in pieces, and compare."""
     with tempfile.TemporaryDirectory() as name, progress() as on_phase:
@@ -81,7 +78,6 @@ def main(
             on_phase("killed", len(killed), kills)
         _start(folder, "pieces").wait()
         results: dict[str, Any] = {
-            "machine": describe_machine().model_dump(),
             "torch": torch.__version__,
             "epochs": epochs,
             "kills": killed,
@@ -92,7 +88,7 @@ def main(
             },
             "same_state": _state(folder / "whole") == _state(folder / "pieces"),
         }
-    out.write_text(json.dumps(results, indent=1) + "\n")
+    write_results(out, results)
     typer.echo(
         f"{len(killed)} kills, {results['n_inside_a_writing']} inside a writing; same: {results['same']}, {results['same_state']}"
     )

@@ -11,7 +11,6 @@ watched, and untouched bundles must reach them: else a count of zero would prove
 
 import base64
 import itertools
-import json
 import random
 import shutil
 import signal
@@ -32,8 +31,8 @@ from unittest import mock
 
 import typer
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from pydantic import BaseModel, ConfigDict
 
+from benchmarks.common import RESULTS, write_results
 from benchmarks.rigs.plan_card import CARD, TARGET
 from benchmarks.robustness.mutations import Mutation, random_flips, systematic
 from benchmarks.robustness.workbench import Workbench
@@ -44,12 +43,11 @@ from chexnet_deploy.bundle.signing.releases import Release
 from chexnet_deploy.bundle.signing.sign import admit_first, sign_bundle
 from chexnet_deploy.bundle.signing.trust import Trust, TrustedKey
 from chexnet_deploy.errors import BundleError, SessionError, TrustError
-from chexnet_deploy.evaluation.machine import describe_machine
+from chexnet_deploy.inputs import ReportRecord
 from chexnet_deploy.runtime.predictor import Predictor
 from chexnet_deploy.runtime.sessions import trt as trt_room
 from chexnet_deploy.terminal import progress, run_program
 
-RESULTS = Path(__file__).parents[1] / "results" / "mutated-bundles.json"
 DEADLINE_S = 5.0
 RELEASE = Release(line="mutants", number=5)
 TRUSTED, REVOKED = ("release", "next"), ("former",)
@@ -58,10 +56,8 @@ app = typer.Typer(add_completion=False)
 OnDone = Callable[[int], None]
 
 
-class Family(BaseModel):
+class Family(ReportRecord):
     """What became of one kind of mutation."""
-
-    model_config = ConfigDict(frozen=True)
 
     tried: int
     refused_by: dict[str, int]
@@ -69,10 +65,8 @@ class Family(BaseModel):
     slowest_ms: float
 
 
-class Outcome(BaseModel):
+class Outcome(ReportRecord):
     """All mutations; they passed when nothing failed and no byte reached a backend."""
-
-    model_config = ConfigDict(frozen=True)
 
     tried: int
     refused: int
@@ -112,14 +106,12 @@ def main(
         speed = time_verification(timed or bundle, Path(folder) / "timed")
         on_phase("time", 1, 1)
     results = {
-        "machine": describe_machine().model_dump(),
         "seconds": perf_counter() - start,
         "bundle_bytes": sum(file.stat().st_size for file in bundle.iterdir()),
         **outcome.model_dump(),
         "verification": speed,
     }
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    typer.echo(json.dumps(results, indent=1))
+    typer.echo(write_results(RESULTS / "mutated-bundles.json", results))
     if outcome.failures or outcome.bytes_to_backends:
         raise typer.Exit(1)
 

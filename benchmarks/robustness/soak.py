@@ -6,7 +6,6 @@ The demo with its bars; export killed at every moment of its life; bundles and P
 asked many times.
 """
 
-import json
 import random
 import shutil
 import signal
@@ -16,31 +15,27 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter, sleep
-from typing import Any
 
 import numpy as np
 import typer
-from pydantic import BaseModel, ConfigDict
 
+from benchmarks.common import COMMAND, RESULTS, resident_mib, write_results
 from benchmarks.statistics.phantom_difficulty import measure_difficulty
 from chexnet_deploy.bundle.bundle import Bundle
 from chexnet_deploy.errors import BundleError, ChexnetError, ImageError
-from chexnet_deploy.evaluation.machine import describe_machine
 from chexnet_deploy.images.reader import read_image
+from chexnet_deploy.inputs import ReportRecord
 from chexnet_deploy.runtime.predictor import Predictor
 from chexnet_deploy.terminal import progress, run_program
 
-RESULTS = Path(__file__).parents[1] / "results" / "soak-cpu.json"
 MEMORY_GROWTH_LIMIT_MIB = 16.0
 
 app = typer.Typer(add_completion=False)
 OnDone = Callable[[int], None]
 
 
-class Outcome(BaseModel):
+class Outcome(ReportRecord):
     """One check; it passed when nothing failed."""
-
-    model_config = ConfigDict(frozen=True)
 
     tried: int
     failures: tuple[str, ...]
@@ -74,11 +69,9 @@ def main() -> None:
     finally:
         shutil.rmtree(folder)
     results = {
-        "machine": describe_machine().model_dump(),
         "outcomes": {name: outcome.model_dump() for name, outcome in outcomes.items()},
     }
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    typer.echo(json.dumps(results, indent=1))
+    typer.echo(write_results(RESULTS / "soak-cpu.json", results))
     if any(outcome.failures for outcome in outcomes.values()):
         raise typer.Exit(1)
 
@@ -110,7 +103,7 @@ def kill_exports(checkpoint: Path, data: Path, folder: Path, n: int, *, on_done:
 
     def command(out: Path) -> list[str]:
         words = ("export", checkpoint, "--out", out, "--precision", "fp32,int8", "--data", data)
-        return [sys.executable, "-m", "chexnet_deploy", *map(str, words), "--calibration-images", "100"]
+        return [*COMMAND, *map(str, words), "--calibration-images", "100"]
 
     start = perf_counter()
     subprocess.run(command(folder / "whole"), check=True, capture_output=True)
@@ -195,7 +188,7 @@ def predict_often(bundle: Path, image: Path, n: int, *, on_done: OnDone) -> Outc
     failures = []
     with Predictor.open(bundle) as predictor:
         first = predictor.predict(image)
-        settled_mib = _resident_mib()
+        settled_mib = resident_mib()
         for i in range(n):
             again = predictor.predict(image)
             if again.probabilities != first.probabilities or any(
@@ -203,17 +196,12 @@ def predict_often(bundle: Path, image: Path, n: int, *, on_done: OnDone) -> Outc
             ):
                 failures.append(f"answer {i + 1} differs from the first")
             if i == n // 10:
-                settled_mib = _resident_mib()
+                settled_mib = resident_mib()
             on_done(i + 1)
-        growth_mib = _resident_mib() - settled_mib
+        growth_mib = resident_mib() - settled_mib
     if growth_mib > MEMORY_GROWTH_LIMIT_MIB:
         failures.append(f"memory grew by {growth_mib:.1f} MiB, limit {MEMORY_GROWTH_LIMIT_MIB}")
     return Outcome(tried=n, failures=tuple(failures), figures={"memory growth in MiB": growth_mib})
-
-
-def _resident_mib() -> float:
-    fields: dict[str, Any] = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return float(fields["VmRSS"].split()[0]) / 1024.0
 
 
 if __name__ == "__main__":

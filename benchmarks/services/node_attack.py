@@ -7,7 +7,6 @@ and then declare a PDU of 4 GB, 10 that associate and fall silent, 10 that send 
 300 MB. Beside them a modality sends C-ECHO, one association each, and at the end an image that must be answered.
 """
 
-import json
 import socket
 import struct
 import tempfile
@@ -19,14 +18,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from pydantic import BaseModel, ConfigDict
 
+from benchmarks.common import RESULTS, write_results
 from benchmarks.rigs.node_rig import NODE, SCANNER, NodeProcess, Pacs, echo_s, find_dcmtk, store, write_radiograph
 from chexnet_deploy.dicom.node.pdu import HEADER_BYTES, PduType, write_pdv
-from chexnet_deploy.evaluation.machine import describe_machine
+from chexnet_deploy.inputs import ReportRecord
 from chexnet_deploy.terminal import run_program
 
-RESULTS = Path(__file__).parents[1] / "results" / "node-attack-cpu.json"
 COMPUTED_RADIOGRAPHY, IMPLICIT = "1.2.840.10008.5.1.4.1.1.1", "1.2.840.10008.1.2"
 STORE_MIB, IDLE, DECLARING, SILENT, TRICKLING = 300, 100, 10, 10, 10
 ECHO_LIMIT_S, GONE_LIMIT_S, MEMORY_LIMIT_MIB = 1.0, 10.0, 100.0
@@ -34,7 +32,7 @@ ECHO_LIMIT_S, GONE_LIMIT_S, MEMORY_LIMIT_MIB = 1.0, 10.0, 100.0
 app = typer.Typer(add_completion=False)
 
 
-class Attacked(BaseModel):
+class Attacked(ReportRecord):
     """What was seen.
 
     Attributes:
@@ -43,8 +41,6 @@ class Attacked(BaseModel):
         memory_growth_mib: of the node's process, at its peak, against before the attack.
         stored_mib: of the 300 MB, what the node took before it ended the association.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     echoes_s: tuple[float, ...]
     gone_s: dict[str, tuple[float, ...]]
@@ -71,7 +67,7 @@ class Attacked(BaseModel):
 @app.command()
 def main(
     bundle: Annotated[Path, typer.Option(help="What answers.")],
-    out: Annotated[Path, typer.Option(help="Results.")] = RESULTS,
+    out: Annotated[Path, typer.Option(help="Results.")] = RESULTS / "node-attack-cpu.json",
 ) -> None:
     """Attack, print and write what was seen."""
     storescp = find_dcmtk("storescp")
@@ -79,8 +75,7 @@ def main(
         raise typer.BadParameter("DCMTK's storescp is needed. Run: apt-get install dcmtk")
     with tempfile.TemporaryDirectory(prefix="chexnet-attack-") as name:
         attacked = attack(Path(name), bundle, storescp, seconds=12.0)
-    results = {"machine": describe_machine().model_dump(), "attack": attacked.model_dump(), "misses": attacked.misses}
-    out.write_text(json.dumps(results, indent=1) + "\n")
+    write_results(out, {"attack": attacked.model_dump(), "misses": attacked.misses})
     typer.echo(
         f"{len(attacked.echoes_s)} C-ECHOs, slowest {max(attacked.echoes_s):.3f} s; memory "
         f"+{attacked.memory_growth_mib:.1f} MiB; {attacked.stored_mib:.0f} of {STORE_MIB} MiB taken; missed: {attacked.misses}"

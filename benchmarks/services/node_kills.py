@@ -9,7 +9,6 @@ to what is answered without a node; and the audit log must be whole.
 """
 
 import contextlib
-import json
 import os
 import random
 import shutil
@@ -23,25 +22,24 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from pydantic import BaseModel, ConfigDict
 from pydicom import Dataset, dcmread
 from pydicom.filebase import DicomBytesIO
 
+from benchmarks.common import RESULTS, write_results
 from benchmarks.rigs.node_rig import NodeProcess, Pacs, find_dcmtk, store, write_radiograph
 from chexnet_deploy.dicom.node.audit import read_head, verify
 from chexnet_deploy.dicom.node.config import read_config
 from chexnet_deploy.dicom.node.radiograph_worker import RadiographWork
-from chexnet_deploy.evaluation.machine import describe_machine
+from chexnet_deploy.inputs import ReportRecord
 from chexnet_deploy.terminal import progress, run_program
 
-RESULTS = Path(__file__).parents[1] / "results" / "node-kills-cpu.json"
 LONGEST_LIFE_S = 0.8  # after the node is ready: some dozens of images
 PATIENCE_S = 60.0  # without another document
 
 app = typer.Typer(add_completion=False)
 
 
-class Survived(BaseModel):
+class Survived(ReportRecord):
     """What was seen.
 
     Attributes:
@@ -51,8 +49,6 @@ class Survived(BaseModel):
         cut_transfers: images whose association broke off before the answer.
         statuses: how often each C-STORE status came.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     kills: int
     acknowledged: int
@@ -74,7 +70,7 @@ def main(
     bundle: Annotated[Path, typer.Option(help="What answers.")],
     kills: Annotated[int, typer.Option(min=1, help="How many.")] = 200,
     seed: Annotated[int, typer.Option(help="Of the moments.")] = 0,
-    out: Annotated[Path, typer.Option(help="Results.")] = RESULTS,
+    out: Annotated[Path, typer.Option(help="Results.")] = RESULTS / "node-kills-cpu.json",
 ) -> None:
     """Kill, count and write what was seen."""
     storescp = find_dcmtk("storescp")
@@ -84,8 +80,7 @@ def main(
         survived = kill_node(
             Path(name), bundle, storescp, kills=kills, seed=seed, on_done=lambda done: on_phase("killed", done, kills)
         )
-    results = {"machine": describe_machine().model_dump(), "survived": survived.model_dump()}
-    out.write_text(json.dumps(results, indent=1) + "\n")
+    write_results(out, {"survived": survived.model_dump()})
     typer.echo(
         f"{survived.kills} kills, {survived.cut_transfers} inside a transfer; {survived.acknowledged} images "
         f"acknowledged, {len(survived.lost)} lost, {len(survived.wrong)} wrong documents; {survived.audit_lines} audit lines whole"

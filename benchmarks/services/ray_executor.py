@@ -6,11 +6,9 @@ Without a folder, phantoms of 1024 x 1024 px are written to a temporary one. Thr
 two of which one is killed when a quarter of the rows is there. Exits 1 where a table differs.
 """
 
-import json
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,16 +17,14 @@ from typing import Annotated, Any, Final
 
 import typer
 
+from benchmarks.common import COMMAND, RESULTS, checkout_environment, write_results
 from benchmarks.cpu.folder import draw_phantoms
 from chexnet_deploy.bundle.bundle import Bundle
-from chexnet_deploy.evaluation.machine import describe_machine
 from chexnet_deploy.files import sha256_of_file
 from chexnet_deploy.images.listing import find_images
 from chexnet_deploy.runtime.streaming import usable_cores
 from chexnet_deploy.terminal import progress, run_program
 
-RESULTS: Final = Path(__file__).parents[1] / "results" / "ray-cpu.json"
-CHECKOUT: Final = Path(__file__).parents[2]
 WITH_RAY: Final = ("--executor", "ray", "--workers", "2")
 DEADLINE_S: Final = 3600.0
 DONE: Final = (0, 3)  # 3: but for quarantined images
@@ -41,7 +37,7 @@ def main(
     bundle: Annotated[Path, typer.Argument(help="A bundle.")],
     folder: Annotated[Path | None, typer.Option(help="Radiographs; default: phantoms.")] = None,
     n_phantoms: Annotated[int, typer.Option(min=100, help="How many, where there is no folder.")] = 2000,
-    out: Annotated[Path, typer.Option(help="The JSON to write.")] = RESULTS,
+    out: Annotated[Path, typer.Option(help="The JSON to write.")] = RESULTS / "ray-cpu.json",
 ) -> None:
     """Run, compare, and write what was found."""
     opened = Bundle.open(bundle)
@@ -60,7 +56,6 @@ def main(
         hashes = {name: sha256_of_file(table) for name, table in tables.items()}
         cards = {name: table.with_name(f"{table.name}.json").read_text() for name, table in tables.items()}
     results: dict[str, Any] = {
-        "machine": describe_machine().model_dump(),
         "cores": usable_cores(),
         "precision": opened.manifest.precision.value,
         "resize_px": opened.manifest.preprocessing.resize_px,
@@ -72,17 +67,16 @@ def main(
         "tables_are_equal": len(set(hashes.values())) == 1,
         "cards_are_equal": len(set(cards.values())) == 1,
     }
-    out.write_text(json.dumps(results, indent=1) + "\n")
-    typer.echo(json.dumps(results, indent=1))
+    typer.echo(write_results(out, results))
     raise typer.Exit(0 if results["tables_are_equal"] and results["cards_are_equal"] else 1)
 
 
 def carry(bundle: Path, folder: Path, table: Path, *options: str, kill_after: int | None = None) -> float:
     """Run the command as a user does, kill a worker after so many rows, and return how many seconds it all took."""
-    words = [sys.executable, "-m", "chexnet_deploy", "predict", str(bundle), str(folder), "--out", str(table), *options]
+    words = [*COMMAND, "predict", str(bundle), str(folder), "--out", str(table), *options]
     start = perf_counter()
     with subprocess.Popen(
-        words, env={**os.environ, "PYTHONPATH": str(CHECKOUT)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        words, env=checkout_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as process:
         if kill_after is not None:
             _wait_for_rows(table, process, kill_after)

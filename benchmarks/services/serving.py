@@ -15,7 +15,6 @@ import asyncio
 import json
 import signal
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
@@ -25,6 +24,7 @@ from typing import Annotated, Any, Final
 import numpy as np
 import typer
 
+from benchmarks.common import COMMAND, RESULTS, resident_mib, write_results
 from benchmarks.services.serving_client import (
     Client,
     Sample,
@@ -35,11 +35,10 @@ from benchmarks.services.serving_client import (
     percentile_ms,
 )
 from chexnet_deploy.bundle.bundle import Bundle
-from chexnet_deploy.evaluation.machine import describe_machine
 from chexnet_deploy.runtime.sessions.open import open_session
 from chexnet_deploy.terminal import run_program
 
-RESULTS = Path(__file__).parents[1] / "results" / "serving-cpu.json"
+OUT = RESULTS / "serving-cpu.json"
 MODEL: Final = "chexnet"
 CLIENTS: Final = 16
 ATTACKERS: Final = 200
@@ -60,18 +59,7 @@ class Service:
 
     def __init__(self, bundle: Path, *options: str) -> None:
         began_s = perf_counter()
-        command = [
-            sys.executable,
-            "-m",
-            "chexnet_deploy",
-            "serve",
-            str(bundle),
-            "--name",
-            MODEL,
-            "--port",
-            "0",
-            *options,
-        ]
+        command = [*COMMAND, "serve", str(bundle), "--name", MODEL, "--port", "0", *options]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         self.port = 0
         assert self.process.stderr is not None  # as asked for
@@ -84,11 +72,6 @@ class Service:
             self.process.wait()
             raise RuntimeError("the service did not start")
         self.ready_s = perf_counter() - began_s
-
-    def rss_mib(self) -> float:
-        """Return the memory of the process (VmRSS, proc(5))."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(status.split("VmRSS:")[1].split()[0]) / 1024
 
     def stop(self) -> int:
         """End it as an orchestrator does."""
@@ -154,7 +137,7 @@ def measure_batching(bundle: Path, request: bytes, rounds: int, seconds: float) 
 
 def measure_load(service: Service, request: bytes, rate: float, seconds: float, seed: int | None) -> dict[str, Any]:
     """Send at a rate for a while, evenly without a seed; return what came of it."""
-    before_mib = service.rss_mib()
+    before_mib = resident_mib(service.process.pid)
     samples = asyncio.run(open_loop(service.port, request, rate=rate, seconds=seconds, seed=seed))
     counts = {str(status): sum(s.status == status for s in samples) for status in sorted({s.status for s in samples})}
     return {
@@ -166,7 +149,7 @@ def measure_load(service: Service, request: bytes, rate: float, seconds: float, 
         "p99_ms": percentile_ms(samples, 99, 200),
         "refusal_p99_ms": percentile_ms(samples, 99, 503),
         "rss_before_mib": before_mib,
-        "rss_after_mib": service.rss_mib(),
+        "rss_after_mib": resident_mib(service.process.pid),
     }
 
 
@@ -196,12 +179,12 @@ def main(
     seconds: Annotated[float, typer.Option(min=1.0, help="Of each open-loop load.")] = 300.0,
     rounds: Annotated[int, typer.Option(min=1, help="Turns with and without batching.")] = 5,
     turn_s: Annotated[float, typer.Option(min=0.5, help="Of each closed loop in a turn.")] = 5.0,
-    out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = RESULTS,
+    out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = OUT,
     table: Annotated[bool, typer.Option("--table", help="Print the committed results and stop.")] = False,
 ) -> None:
     """Measure the HTTP service and write JSON."""
     if table:
-        typer.echo(markdown_table(json.loads(RESULTS.read_text())))
+        typer.echo(markdown_table(json.loads(OUT.read_text())))
         return
     if bundle is None:
         raise typer.BadParameter("give a bundle")
@@ -209,7 +192,6 @@ def main(
     request = infer_request(MODEL, opened.read_probe().pixels[:1])
     starts = [measure_start(opened) for _ in range(3)]
     results: dict[str, Any] = {
-        "machine": describe_machine().model_dump(),
         "bundle": {"id": opened.id, "precision": opened.manifest.precision.value},
         "resize_px": opened.manifest.preprocessing.resize_px,
         "start": starts,
@@ -227,7 +209,7 @@ def main(
             sleep(1.0)
         results["exit_code"] = service.stop()
     results["bars"] = judge(results)
-    out.write_text(json.dumps(results, indent=1) + "\n")
+    write_results(out, results)
     typer.echo(json.dumps({name: results[name] for name in ("capacity_images_per_s", "bars")}, indent=1))
 
 

@@ -17,15 +17,15 @@ from typing import Annotated
 import numpy as np
 import typer
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 from sklearn.metrics import roc_auc_score
 
+from benchmarks.common import RESULTS
 from chexnet_deploy.evaluation.machine import Machine, describe_machine
+from chexnet_deploy.inputs import ReportRecord
 from chexnet_deploy.metrics.delong import compare_all, compare_areas
 from chexnet_deploy.metrics.intervals import ALPHA, PairedDifference
 from chexnet_deploy.terminal import run_program
 
-RESULTS = Path(__file__).parents[1] / "results" / "coverage-cpu.json"
 COVERAGE_BAR = (0.94, 0.96)
 TYPE_I_BAR = 0.03
 N_TEST_IMAGES, N_TEST_PATIENTS, N_FINDINGS = 25_596, 2_797, 14  # ChestX-ray14's official test split
@@ -34,11 +34,7 @@ app = typer.Typer(add_completion=False)
 Study = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_], NDArray[np.int64]]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class Scenario(_Record):
+class Scenario(ReportRecord):
     """How studies are drawn.
 
     Attributes:
@@ -152,7 +148,7 @@ SCENARIOS = (
 )
 
 
-class Rates(_Record):
+class Rates(ReportRecord):
     """Shares of one scenario's studies; the Monte Carlo standard error is 0.002 with 10,000.
 
     Attributes:
@@ -190,7 +186,7 @@ class Rates(_Record):
         return missed + ([f"type I {100 * self.type_i_error:.2f} %"] if self.type_i_error > TYPE_I_BAR else [])
 
 
-class Speed(_Record):
+class Speed(ReportRecord):
     """All findings of the official test split's size, two models, clustered by patient, on one core.
 
     Attributes:
@@ -204,7 +200,7 @@ class Speed(_Record):
     bootstrap_s: float
 
 
-class Coverage(_Record):
+class Coverage(ReportRecord):
     """The result file."""
 
     machine: Machine
@@ -218,7 +214,7 @@ class Coverage(_Record):
 
 @app.command()
 def main(
-    out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = RESULTS,
+    out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = RESULTS / "coverage-cpu.json",
     studies: Annotated[int, typer.Option(min=100, help="Simulated studies of each scenario and truth.")] = 10_000,
 ) -> None:
     """Simulate, print a table and write the result."""

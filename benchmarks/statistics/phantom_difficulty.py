@@ -13,28 +13,25 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import BaseModel, ConfigDict
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from chexnet_deploy.datasets.chestxray14 import ChestXray14
-from chexnet_deploy.datasets.findings import FINDINGS
-from chexnet_deploy.datasets.labelled import LabelledImages
+from benchmarks.common import RESULTS
+from chexnet_deploy.datasets import FINDINGS, ChestXray14, LabelledImages
 from chexnet_deploy.images.reader import read_image
+from chexnet_deploy.inputs import ReportRecord
 from chexnet_deploy.metrics.roc import auroc, mean_auroc
 from chexnet_deploy.terminal import run_program
 
 THUMBNAIL_PX = 16
 INVERSE_PENALTIES = (0.001, 0.01, 0.1)
-RESULTS = Path(__file__).parents[1] / "results" / "phantom-difficulty.json"
+OUT = RESULTS / "phantom-difficulty.json"
 
 app = typer.Typer(add_completion=False)
 
 
-class Difficulty(BaseModel):
+class Difficulty(ReportRecord):
     """CheXNet and thumbnails on the same test images; AUROCs are means over the findings."""
-
-    model_config = ConfigDict(frozen=True)
 
     n_test_images: int
     fewest_positive_patients: int
@@ -46,8 +43,8 @@ class Difficulty(BaseModel):
 @app.command()
 def main(demo: Annotated[Path, typer.Argument(help="The folder `make demo` wrote.")] = Path("demo")) -> None:
     """Measure and write the result."""
-    RESULTS.write_text(measure_difficulty(demo).model_dump_json(indent=1) + "\n")
-    typer.echo(RESULTS.read_text())
+    OUT.write_text(measure_difficulty(demo).model_dump_json(indent=1) + "\n")
+    typer.echo(OUT.read_text())
 
 
 def measure_difficulty(demo: Path) -> Difficulty:

@@ -20,8 +20,8 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from pydantic import BaseModel, ConfigDict
 
+from benchmarks.common import RESULTS
 from chexnet_deploy.datasets.chestxray14 import ChestXray14, truth
 from chexnet_deploy.datasets.findings import FINDINGS
 from chexnet_deploy.datasets.predictions import LabelledScores, read_predictions
@@ -36,7 +36,7 @@ from chexnet_deploy.evaluation.radiologists import (
     tuning_rows,
 )
 from chexnet_deploy.evaluation.records import Threshold
-from chexnet_deploy.inputs import quote_some
+from chexnet_deploy.inputs import ReportRecord, quote_some
 from chexnet_deploy.metrics.f1 import Estimate
 from chexnet_deploy.metrics.radiologists import (
     MODEL,
@@ -48,16 +48,13 @@ from chexnet_deploy.metrics.radiologists import (
 )
 from chexnet_deploy.terminal import run_program
 
-RESULTS = Path(__file__).parents[1] / "results" / "reader-study.json"
 DIGITS = 6  # of a resampled F1 the third is already noise
 
 app = typer.Typer(add_completion=False)
 
 
-class Results(BaseModel):
+class Results(ReportRecord):
     """All studies; `both_protocols_s` is the paper's and the readers-only protocol of nih_labels: 386 images, 6 raters."""
-
-    model_config = ConfigDict(frozen=True)
 
     source: str
     machine: Machine
@@ -75,7 +72,7 @@ class Results(BaseModel):
 def main(
     data: Annotated[Path, typer.Option(help="ChestX-ray14 with expert_labels/ in it.")],
     predictions: Annotated[Path | None, typer.Option(help="Probabilities of all 14 findings, wide or long.")] = None,
-    out: Annotated[Path, typer.Option(help="The JSON to write.")] = RESULTS,
+    out: Annotated[Path, typer.Option(help="The JSON to write.")] = RESULTS / "reader-study.json",
 ) -> None:
     """Run the study, print its tables and write the JSON."""
     results = run_study(data, predictions)

@@ -13,8 +13,7 @@ from chexnet_deploy.bundle.signing.releases import Release
 from chexnet_deploy.datasets.patients import PatientSet
 from chexnet_deploy.errors import BundleError
 from chexnet_deploy.files import Sha256, sha256_hex
-from chexnet_deploy.images.preprocessing import Preprocessing
-from chexnet_deploy.images.scope import ScopePolicy
+from chexnet_deploy.images import Preprocessing, ScopePolicy
 from chexnet_deploy.inputs import Record
 
 if TYPE_CHECKING:

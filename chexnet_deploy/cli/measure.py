@@ -50,8 +50,8 @@ def bench(
     as_json: JsonFlag = False,
 ) -> None:
     """Prove an engine on this machine: accuracy beside its fp32 model, and latency; PASS, FAIL or INCONCLUSIVE."""
+    from chexnet_deploy.evaluation import bench
     from chexnet_deploy.evaluation.engines import Effort
-    from chexnet_deploy.evaluation.front import bench
     from chexnet_deploy.evaluation.parity import EXIT_CODES
 
     with progress() as on_phase:
@@ -116,7 +116,7 @@ def evaluate(
 
     Beside it AUPRC, calibration, decisions and subgroups; with --readers the reader study of the CheXNet paper.
     """
-    from chexnet_deploy.evaluation.front import evaluate as run
+    from chexnet_deploy.evaluation import evaluate as run
     from chexnet_deploy.evaluation.request import EvaluationRequest
 
     request = EvaluationRequest(

@@ -31,7 +31,7 @@ def print_repository(path: Path, models: "Sequence[TritonModel]") -> None:
 
 def print_evaluation(evaluation: "Evaluation") -> None:
     """Print the table, what is undefined, whose images these are, and one line for each further study."""
-    from chexnet_deploy.evaluation import words
+    from chexnet_deploy.evaluation import as_text
 
     shown = (
         "finding",
@@ -43,17 +43,17 @@ def print_evaluation(evaluation: "Evaluation") -> None:
         "sensitivity",
         "specificity",
     )
-    print_table([{k: row[k] for k in shown if k in row} for row in words.summary_rows(evaluation)])
-    typer.echo(f"{words.mean_line(evaluation)}; {evaluation.data}")
-    for line in (*words.undefined_lines(evaluation), *evaluation.patients_note, *evaluation.notes):
+    print_table([{k: row[k] for k in shown if k in row} for row in as_text.summary_rows(evaluation)])
+    typer.echo(f"{as_text.mean_line(evaluation)}; {evaluation.data}")
+    for line in (*as_text.undefined_lines(evaluation), *evaluation.patients_note, *evaluation.notes):
         typer.echo(line)
     if evaluation.readers is not None:
-        typer.echo(words.readers_line(evaluation.readers))
+        typer.echo(as_text.readers_line(evaluation.readers))
         for study in evaluation.readers.studies:
-            typer.echo(words.study_line(study))
+            typer.echo(as_text.study_line(study))
     if evaluation.localization is not None:
-        typer.echo(words.localization_line(evaluation.localization))
-        print_table(words.localization_rows(evaluation.localization.summary))
+        typer.echo(as_text.localization_line(evaluation.localization))
+        print_table(as_text.localization_rows(evaluation.localization.summary))
 
 
 def print_answers(answers: "Iterable[tuple[str, Prediction | ImageError]]", points: Mapping[str, float]) -> int:

@@ -75,9 +75,8 @@ def verify(
 ) -> None:
     """Say who signed a bundle, or refuse it; runs nothing, and raises no floor."""
     _import_keys()
-    from chexnet_deploy.bundle.bundle import Bundle
+    from chexnet_deploy.bundle import Bundle, Trust
     from chexnet_deploy.bundle.signing.sign import admit_first
-    from chexnet_deploy.bundle.signing.trust import Trust
 
     policy = Trust.read(trust)
     opened = admit_first(bundle, policy) if start_floor else Bundle.open(bundle, trust=policy)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from chexnet_deploy import lazy_names
 
 if TYPE_CHECKING:
-    from chexnet_deploy.evaluation.front import bench, evaluate
+    from chexnet_deploy.evaluation.entry_points import bench, evaluate
     from chexnet_deploy.evaluation.spec import EngineSpec, Gate, read_spec
 
 __all__ = [
@@ -17,5 +17,6 @@ __all__ = [
 ]
 
 __getattr__ = lazy_names(
-    __name__, {"bench": "front", "evaluate": "front", "EngineSpec": "spec", "Gate": "spec", "read_spec": "spec"}
+    __name__,
+    {"bench": "entry_points", "evaluate": "entry_points", "EngineSpec": "spec", "Gate": "spec", "read_spec": "spec"},
 )

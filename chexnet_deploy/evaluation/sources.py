@@ -8,9 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chexnet_deploy.bundle.bundle import Bundle
+from chexnet_deploy.datasets import FINDINGS, LabelledImages
 from chexnet_deploy.datasets.chestxray14 import ChestXray14, Split
-from chexnet_deploy.datasets.findings import FINDINGS
-from chexnet_deploy.datasets.labelled import LabelledImages
 from chexnet_deploy.datasets.nih_tables import Radiograph, read_image_list
 from chexnet_deploy.datasets.patients import cover_official, recognise_split, refuse_training_patients
 from chexnet_deploy.datasets.predictions import LabelledScores, read_predictions
@@ -18,9 +17,8 @@ from chexnet_deploy.errors import DatasetError, OnPhase
 from chexnet_deploy.evaluation.localize import BoxedMap, localize
 from chexnet_deploy.evaluation.records import Localization
 from chexnet_deploy.evaluation.request import EvaluationRequest
-from chexnet_deploy.runtime.predictor import Predictor
+from chexnet_deploy.runtime import Predictor, open_session
 from chexnet_deploy.runtime.score import score_files
-from chexnet_deploy.runtime.sessions.open import open_session
 
 
 @dataclass(frozen=True, slots=True, eq=False)

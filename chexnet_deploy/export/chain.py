@@ -9,12 +9,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from chexnet_deploy.bundle.bundle import Bundle
+from chexnet_deploy.bundle import Bundle, Trust
 from chexnet_deploy.bundle.manifest import Dialect, Precision
 from chexnet_deploy.bundle.signing.releases import Release
-from chexnet_deploy.bundle.signing.trust import Trust
-from chexnet_deploy.datasets.chestxray14 import ChestXray14
-from chexnet_deploy.datasets.labelled import LabelledImages
+from chexnet_deploy.datasets import ChestXray14, LabelledImages
 from chexnet_deploy.datasets.nih_tables import read_image_list
 from chexnet_deploy.errors import BundleError, CalibrationError, OnPhase, require
 from chexnet_deploy.evaluation.spec import read_spec

@@ -22,7 +22,6 @@ from chexnet_deploy.metrics.roc import Scores
 
 Patients = NDArray[np.int64]
 _ROUNDING = 1e-12  # differences of areas and relative variances below this are rounding
-_RESAMPLES_AT_ONCE = 64  # in a bootstrap: 25,000 images take 13 MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,43 +104,6 @@ def compare_all(reference: Scores, candidate: Scores, truth: NDArray[np.bool_], 
         counted=counted,
         left_out=tuple(c for c in range(len(findings)) if c not in counted),
     )
-
-
-def bootstrap_difference(
-    reference: Scores,
-    candidate: Scores,
-    truth: NDArray[np.bool_],
-    patients: Patients,
-    n_resamples: int = 2000,
-    seed: int = 0,
-) -> NDArray[np.float64]:
-    """Return differences of areas over resampled patients: a slow check of `compare_areas` that assumes no formula.
-
-    Args:
-        reference: [N].
-        candidate: [N].
-        truth: [N] True where the finding is present.
-        patients: [N] whose image it is; a patient drawn twice counts twice, with all images.
-        n_resamples: how many.
-        seed: of the generator.
-
-    Returns:
-        [n_resamples], NaN where a resample drew one class only.
-
-    Raises:
-        MetricError: as `estimate_area`.
-    """
-    columns, labels = [_as_columns(scores[:, None]) for scores in (reference, candidate)], _as_columns(truth[:, None])
-    _check(columns, labels, patients)
-    index, n_patients = _index(patients)
-    split = _Split.of(labels[0], index, n_patients)
-    generator = np.random.default_rng(seed)
-    differences = np.empty(n_resamples)
-    for first in range(0, n_resamples, _RESAMPLES_AT_ONCE):
-        chunk = differences[first : first + _RESAMPLES_AT_ONCE]
-        times = generator.multinomial(n_patients, np.full(n_patients, 1 / n_patients), size=len(chunk))
-        chunk[:] = split.resampled_area(columns[1][0], times) - split.resampled_area(columns[0][0], times)
-    return differences
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,17 +213,6 @@ class _Split:
             _source(won / (2 * n_total * m_total**2), self.m),
             _source(lost / (2 * m_total * n_total**2), self.n),
         )
-
-    def resampled_area(self, scores: NDArray[Any], times: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Return areas [R] when patient i counts `times[r, i]` times; NaN where a class is missing."""
-        positive, negative = scores[self.positive], scores[self.negative]
-        order = np.argsort(negative)
-        below = np.zeros((len(times), len(negative) + 1), np.int64)
-        np.cumsum(times[:, self.negative_patient[order]], axis=1, out=below[:, 1:])
-        first, last = (np.searchsorted(negative[order], positive, side) for side in ("left", "right"))
-        twice_wins = (times[:, self.positive_patient] * (below[:, first] + below[:, last])).sum(1)
-        pairs = (times @ self.m) * (times @ self.n)
-        return np.where(pairs > 0, twice_wins / (2.0 * np.maximum(pairs, 1)), math.nan)
 
 
 def _difference(reference: _Influence, candidate: _Influence, change: _Influence) -> PairedDifference:

@@ -5,11 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 from chexnet_deploy.bundle.manifest import Manifest
+from chexnet_deploy.images import Gray, ImageReader, Pixels, Preprocessing, ScopePolicy
 from chexnet_deploy.images.content_check import ImageGuardPolicy, check_image
-from chexnet_deploy.images.gray import Gray
-from chexnet_deploy.images.preprocessing import Pixels, Preprocessing
-from chexnet_deploy.images.reader import ImageReader
-from chexnet_deploy.images.scope import ScopePolicy
 
 if TYPE_CHECKING:
     from chexnet_deploy.images.dicom.decoder import DicomImage

@@ -14,13 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from chexnet_deploy.bundle.bundle import Bundle
-from chexnet_deploy.bundle.manifest import Manifest
-from chexnet_deploy.bundle.signing.trust import Trust
+from chexnet_deploy.bundle import Bundle, Manifest, Trust
 from chexnet_deploy.errors import ImageError, ImageRefusedError, SessionError
-from chexnet_deploy.images.gray import Gray
-from chexnet_deploy.images.preprocessing import Pixels
-from chexnet_deploy.images.reader import ImageReader
+from chexnet_deploy.images import Gray, ImageReader, Pixels
 from chexnet_deploy.runtime.loading import ImageSource, PixelLoader
 from chexnet_deploy.runtime.sessions.base import Logits, Provider, Session, run_padded, sigmoid
 from chexnet_deploy.runtime.sessions.open import N_STARTUP_PROBES, check_known_answers, open_session

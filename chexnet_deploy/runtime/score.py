@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from chexnet_deploy.images.preprocessing import Pixels, Preprocessing
-from chexnet_deploy.images.reader import ImageReader
+from chexnet_deploy.images import ImageReader, Pixels, Preprocessing
 from chexnet_deploy.runtime.loading import PixelLoader
 from chexnet_deploy.runtime.sessions.base import Logits, Maps, Session, run_padded
 from chexnet_deploy.runtime.streaming import in_order, iter_lists

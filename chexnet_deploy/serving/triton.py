@@ -19,10 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
-from chexnet_deploy.bundle.bundle import Bundle
+from chexnet_deploy.bundle import Bundle, Trust
 from chexnet_deploy.bundle.manifest import FLOAT16_DIALECTS, MANIFEST, MANIFEST_SHA256, PROBE, Manifest
 from chexnet_deploy.bundle.signing.signatures import SIGNATURE
-from chexnet_deploy.bundle.signing.trust import Trust
 from chexnet_deploy.errors import BundleError
 from chexnet_deploy.files import PlainFile, new_directory
 from chexnet_deploy.runtime.sessions.base import MAX_BATCH

@@ -13,13 +13,13 @@ from benchmarks.robustness import mutated_bundles
 from benchmarks.robustness.mutations import systematic
 from benchmarks.robustness.workbench import Workbench
 from chexnet_deploy.bundle.bundle import Bundle
-from chexnet_deploy.bundle.manifest import MANIFEST, MANIFEST_SHA256, ONNX_MODEL, PROBE, Manifest, Precision, hash_files
+from chexnet_deploy.bundle.manifest import MANIFEST, MANIFEST_SHA256, ONNX_MODEL, PROBE
 from chexnet_deploy.bundle.signing.sign import admit_first, sign_bundle
 from chexnet_deploy.bundle.signing.signatures import SIGNATURE
 from chexnet_deploy.bundle.signing.trust import Trust
 from chexnet_deploy.errors import BundleError, TrustError
 from chexnet_deploy.files import sha256_hex
-from chexnet_deploy.images.preprocessing import Preprocessing
+from tests.tiny import tiny_manifest
 
 pytestmark = pytest.mark.slow
 
@@ -66,18 +66,7 @@ def test_a_weakness_is_found(
 def bench(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workbench, Trust]:
     folder = tmp_path_factory.mktemp("small")
     keys = {role: Ed25519PrivateKey.generate() for role in ("release", "next", "former", "stranger")}
-    manifest = Manifest(
-        precision=Precision.FP32,
-        findings=("Mass",),
-        preprocessing=Preprocessing(),
-        head_bias=(0.0,),
-        operating_points={},
-        files=hash_files(FILES),
-        checkpoint_sha256="0" * 64,
-        probe_max_abs_logit_error=0.0,
-        tools={},
-        release=mutated_bundles.RELEASE,
-    )
+    manifest = tiny_manifest(FILES, release=mutated_bundles.RELEASE)
     path = Bundle.write(folder / "onnx", manifest, FILES[ONNX_MODEL], FILES[PROBE]).path
     sign_bundle(path, keys["release"])
     trust = mutated_bundles.trust_in(keys, folder / "floor.json")

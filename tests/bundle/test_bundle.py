@@ -271,7 +271,7 @@ def test_tampered_bundle_never_reaches_onnx_runtime(
     monkeypatch.setattr(ort_room.ort, "InferenceSession", fail)
     TAMPERINGS[tampering](copy)
     with pytest.raises(BundleError):
-        Predictor.open(copy)
+        Predictor.open(copy, provider="cpu")
 
 
 def test_model_changed_after_open_never_reaches_onnx_runtime(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,14 +279,14 @@ def test_model_changed_after_open_never_reaches_onnx_runtime(copy: Path, monkeyp
     flip_byte(copy / ONNX_MODEL, 1000)
     monkeypatch.setattr(ort_room.ort, "InferenceSession", lambda *_a, **_k: pytest.fail("reached ONNX Runtime"))
     with pytest.raises(BundleError, match=r"model\.onnx does not match"):
-        open_session(bundle)
+        open_session(bundle, provider="cpu")
 
 
 def test_probe_changed_after_open_is_refused(copy: Path) -> None:
     bundle = Bundle.open(copy)
     flip_byte(copy / PROBE, 1000)
     with pytest.raises(BundleError, match=r"probe\.npz does not match"):
-        open_session(bundle)
+        open_session(bundle, provider="cpu")
 
 
 def test_write_refuses_an_existing_path(bundles: dict[str, Bundle], copy: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import chexnet_deploy.runtime.sessions.ort as ort_room
 from chexnet_deploy.bundle.bundle import Bundle
-from chexnet_deploy.bundle.manifest import MANIFEST, MANIFEST_SHA256, ONNX_MODEL, PROBE, Manifest, Precision, hash_files
+from chexnet_deploy.bundle.manifest import MANIFEST, MANIFEST_SHA256, ONNX_MODEL, PROBE
 from chexnet_deploy.bundle.signing import releases as release_room
 from chexnet_deploy.bundle.signing.keys import (
     fingerprint,
@@ -38,9 +38,10 @@ from chexnet_deploy.bundle.signing.signatures import SIGNATURE, Signature, Signa
 from chexnet_deploy.bundle.signing.trust import Trust, TrustedKey
 from chexnet_deploy.errors import BundleError, ChexnetError, MissingPackageError, SessionError, TrustError
 from chexnet_deploy.files import sha256_hex
-from chexnet_deploy.images.preprocessing import Preprocessing
 from chexnet_deploy.runtime.predictor import Predictor
 from chexnet_deploy.runtime.sessions.open import open_session
+from tests.command_line import chexnet
+from tests.tiny import tiny_manifest
 
 # RFC 8032, section 7.1, TEST 1: the secret key and its public key.
 SEED = "9d61b19deffd5a60ba844af492ec2cc44449c5697b326919703bac031cae7f60"
@@ -80,23 +81,9 @@ def floored(trust: Trust, tmp_path: Path) -> Trust:
     return trust.model_copy(update={"line": RELEASE.line, "floor_file": tmp_path / "floor.json"})
 
 
-def tiny_manifest(number: int | None = RELEASE.number, line: str = RELEASE.line) -> Manifest:
-    return Manifest(
-        precision=Precision.FP32,
-        findings=("Mass",),
-        preprocessing=Preprocessing(),
-        head_bias=(0.0,),
-        operating_points={},
-        files=hash_files(FILES),
-        checkpoint_sha256="0" * 64,
-        probe_max_abs_logit_error=0.0,
-        tools={},
-        release=None if number is None else Release(line=line, number=number),
-    )
-
-
-def write_tiny(path: Path, manifest: Manifest | None = None) -> Bundle:
-    return Bundle.write(path, manifest or tiny_manifest(), FILES[ONNX_MODEL], FILES[PROBE])
+def write_tiny(path: Path, number: int | None = RELEASE.number, line: str = RELEASE.line) -> Bundle:
+    release = None if number is None else Release(line=line, number=number)
+    return Bundle.write(path, tiny_manifest(FILES, release=release), FILES[ONNX_MODEL], FILES[PROBE])
 
 
 def assert_refused(path: Path, trust: Trust, *words: str, error: type[ChexnetError] = TrustError) -> None:
@@ -166,7 +153,7 @@ def test_matrix_of_keys_and_edits(
     keys: dict[str, Ed25519PrivateKey], trust: Trust, tmp_path: Path, signers: tuple[str, ...], edit: str
 ) -> None:
     path = write_tiny(tmp_path / "bundle").path
-    other = write_tiny(tmp_path / "other", tiny_manifest(number=6)).path
+    other = write_tiny(tmp_path / "other", number=6).path
     for role in signers:
         sign_bundle(path, keys[role])
         sign_bundle(other, keys[role])
@@ -277,7 +264,7 @@ def test_what_is_not_trusted_never_reaches_onnx_runtime(
 ) -> None:
     path = Path(shutil.copytree(bundles["int8"].path, tmp_path / "int8"))
     sign_bundle(path, keys["release"])
-    with Predictor.open(path, trust=trust):
+    with Predictor.open(path, trust=trust, provider="cpu"):
         pass
     sign_bundle(path, keys["stranger"])
     (path / SIGNATURE).write_bytes(
@@ -285,7 +272,7 @@ def test_what_is_not_trusted_never_reaches_onnx_runtime(
     )
     monkeypatch.setattr(ort_room.ort, "InferenceSession", lambda *_a, **_k: pytest.fail("reached ONNX Runtime"))
     with pytest.raises(TrustError):
-        Predictor.open(path, trust=trust)
+        Predictor.open(path, trust=trust, provider="cpu")
 
 
 def test_without_cryptography_trust_refuses(trust: Trust, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -379,7 +366,7 @@ def test_older_releases_are_refused(
 ) -> None:
     assert floored.floor_file is not None
     start_floor(floored.floor_file, RELEASE)
-    path = write_tiny(tmp_path / "bundle", tiny_manifest(number, line)).path
+    path = write_tiny(tmp_path / "bundle", number, line).path
     sign_bundle(path, keys["release"])
     if words is None:
         Bundle.open(path, trust=floored)
@@ -409,13 +396,13 @@ def test_a_release_that_runs_raises_the_floor(
 ) -> None:
     old, new = (as_release(bundles["int8"], tmp_path / f"{n}", n, keys["release"]) for n in (1, 2))
     admit_first(old, floored)
-    with Predictor.open(old, trust=floored):
+    with Predictor.open(old, trust=floored, provider="cpu"):
         pass
-    Predictor.open(new, trust=floored).close()
+    Predictor.open(new, trust=floored, provider="cpu").close()
     assert floored.floor_file is not None
     assert read_floor(floored.floor_file).number == 2
     with pytest.raises(TrustError, match="older"):
-        Predictor.open(old, trust=floored)
+        Predictor.open(old, trust=floored, provider="cpu")
 
 
 def test_a_release_that_does_not_run_locks_nobody_out(
@@ -434,8 +421,8 @@ def test_a_release_that_does_not_run_locks_nobody_out(
     with monkeypatch.context() as patch:
         patch.setattr("chexnet_deploy.runtime.sessions.open.check_known_answers", fail)
         with pytest.raises(SessionError):
-            Predictor.open(new, trust=floored)
-    Predictor.open(old, trust=floored).close()
+            Predictor.open(new, trust=floored, provider="cpu")
+    Predictor.open(old, trust=floored, provider="cpu").close()
 
 
 def test_opening_a_session_leaves_the_floor_alone(
@@ -444,7 +431,7 @@ def test_opening_a_session_leaves_the_floor_alone(
     old, new = (as_release(bundles["int8"], tmp_path / f"{n}", n, keys["release"]) for n in (1, 2))
     admit_first(old, floored)
     opened = Bundle.open(new, trust=floored)
-    open_session(opened).close()
+    open_session(opened, provider="cpu").close()
     assert floored.floor_file is not None
     assert read_floor(floored.floor_file).number == 1
     opened.keep_release()
@@ -460,7 +447,7 @@ def test_a_predictor_is_not_handed_out_where_a_newer_release_has_run_meanwhile(
     assert floored.floor_file is not None
     raise_floor(floored.floor_file, Release(line=RELEASE.line, number=2))
     with pytest.raises(TrustError, match="older"):
-        Predictor.of(bundle)
+        Predictor.of(bundle, provider="cpu")
 
 
 def test_a_floor_only_rises_whoever_writes_it(tmp_path: Path) -> None:
@@ -661,7 +648,8 @@ def test_what_is_no_file_is_no_trust_file(tmp_path: Path, make: Callable[[Path],
 # --- The command line --------------------------------------------------------------------------------------------------
 
 
-def chexnet(*arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
+def typed(stdin: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a command in a process of its own that is told a passphrase."""
     command = [sys.executable, "-m", "chexnet_deploy", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, input=stdin)
 
@@ -701,12 +689,12 @@ def test_from_a_new_key_to_a_prediction(bundles: dict[str, Bundle], phantom_root
 
 def test_the_floor_at_the_command_line(tmp_path: Path) -> None:
     path = write_tiny(tmp_path / "bundle").path
-    made = chexnet("keygen", tmp_path / "key.pem", "--encrypt", stdin="secret\nsecret\n")
+    made = typed("secret\nsecret\n", "keygen", tmp_path / "key.pem", "--encrypt")
     assert made.returncode == 0, made.stderr
     trust = tmp_path / "trust.toml"
     trust.write_text(f'line = "{RELEASE.line}"\nfloor_file = "floor.json"\n{made.stdout}')
-    assert chexnet("sign", path, "--key", tmp_path / "key.pem", stdin="other\n").returncode == 2
-    signed = chexnet("sign", path, "--key", tmp_path / "key.pem", stdin="secret\n")
+    assert typed("other\n", "sign", path, "--key", tmp_path / "key.pem").returncode == 2
+    signed = typed("secret\n", "sign", path, "--key", tmp_path / "key.pem")
     assert signed.returncode == 0, signed.stderr
     assert "warning" not in signed.stderr
     assert "--start-floor" in chexnet("verify", path, "--trust", trust).stderr

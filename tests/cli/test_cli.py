@@ -14,19 +14,7 @@ import pytest
 from PIL import Image
 
 from chexnet_deploy.bundle.bundle import Bundle
-
-
-def chexnet(*arguments: object, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "chexnet_deploy", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
-
-
-def assert_one_line_error(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
-    complaint = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    for word in words:
-        assert word in complaint
+from tests.command_line import assert_one_line_error, chexnet
 
 
 def test_predict_prints_all_findings_and_draws_maps(

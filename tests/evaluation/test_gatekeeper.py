@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 
 from chexnet_deploy.bundle.bundle import Bundle
-from chexnet_deploy.bundle.manifest import ONNX_MODEL, PROBE, Manifest, Precision, hash_files
-from chexnet_deploy.bundle.probe import N_PROBES, Probe
 from chexnet_deploy.evaluation.gatekeeper import Gatekeeper, scaled_difference
 from chexnet_deploy.evaluation.spec import Gate
-from chexnet_deploy.images.preprocessing import Pixels, Preprocessing
+from chexnet_deploy.images.preprocessing import Pixels
 from chexnet_deploy.runtime.sessions.base import Logits, Maps
+from tests.tiny import write_parent
 
 GATE = Gate(
     auroc_margin={"default": 0.01},
@@ -48,20 +47,7 @@ class Shifted:
 
 @pytest.fixture
 def parent(tmp_path: Path) -> Bundle:
-    arrays = np.zeros((N_PROBES, 1, 32, 32), np.uint8), np.zeros((N_PROBES, 1), np.float32)
-    probe = Probe(*arrays, np.zeros((N_PROBES, 1, 1, 1), np.float32)).to_bytes()
-    manifest = Manifest(
-        precision=Precision.FP32,
-        findings=("Mass",),
-        preprocessing=Preprocessing(resize_px=32),
-        head_bias=(0.0,),
-        operating_points={},
-        files=hash_files({ONNX_MODEL: b"", PROBE: probe}),
-        checkpoint_sha256="0" * 64,
-        probe_max_abs_logit_error=0.0,
-        tools={},
-    )
-    return Bundle.write(tmp_path / "parent", manifest, b"", probe)
+    return write_parent(tmp_path / "parent")
 
 
 def test_a_model_that_answers_alike_passes(parent: Bundle) -> None:

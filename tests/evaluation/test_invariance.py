@@ -61,7 +61,7 @@ def test_no_larger_batch_is_tried_than_the_session_takes() -> None:
 
 
 def test_fp32_keeps_its_answers(bundles: dict[str, Bundle]) -> None:
-    session = open_session(bundles["fp32"])
+    session = open_session(bundles["fp32"], provider="cpu")
     report = measure_invariance(session, bundles["fp32"].read_probe().pixels, 16)
     session.close()
     assert report.max_abs_probability_difference < 1e-5

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.rigs.synthetic_dicom import make_dicom
-from chexnet_deploy.bundle.manifest import Manifest, Precision, hash_files
+from chexnet_deploy.bundle.manifest import Manifest
 from chexnet_deploy.errors import ImageError, ImageRefusedError, RefusalReason
 from chexnet_deploy.images.content_check import ImageGuardPolicy
 from chexnet_deploy.images.preprocessing import Preprocessing
@@ -17,22 +17,14 @@ from chexnet_deploy.images.reader import ImageReader, read_image
 from chexnet_deploy.images.scope import ScopePolicy
 from chexnet_deploy.runtime.loading import PixelLoader
 from chexnet_deploy.runtime.score import iter_pixels
+from tests.tiny import tiny_manifest
 
 CHILD = make_dicom(edits={"PatientAge": "005Y"})
 
 
 def manifest(scope: ScopePolicy | None = None) -> Manifest:
-    return Manifest(
-        precision=Precision.FP32,
-        findings=("Mass",),
-        preprocessing=Preprocessing(resize_px=32),
-        head_bias=(0.0,),
-        operating_points={},
-        files=hash_files({"model.onnx": b"m", "probe.npz": b"p"}),
-        checkpoint_sha256="0" * 64,
-        probe_max_abs_logit_error=0.0,
-        tools={},
-        scope=scope,
+    return tiny_manifest(
+        {"model.onnx": b"m", "probe.npz": b"p"}, preprocessing=Preprocessing(resize_px=32), scope=scope
     )
 
 

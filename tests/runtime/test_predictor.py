@@ -48,14 +48,14 @@ def test_probabilities_are_the_sigmoid_of_the_logits(bundles: dict[str, Bundle],
 
 
 def test_path_text_and_array_give_the_same(bundles: dict[str, Bundle], image: Path) -> None:
-    with Predictor.open(str(bundles["fp32"].path), threads=1) as predictor:
+    with Predictor.open(str(bundles["fp32"].path), threads=1, provider="cpu") as predictor:
         first, *others = (predictor.predict(source) for source in (image, str(image), read_image(image)))
     assert all(other.probabilities == first.probabilities for other in others)
 
 
 def test_a_batch_keeps_its_order(bundles: dict[str, Bundle], phantom: ChestXray14) -> None:
     paths = [radiograph.path for radiograph in phantom.split("test")[:5] if radiograph.path is not None]
-    with Predictor.open(bundles["fp32"].path) as predictor:
+    with Predictor.open(bundles["fp32"].path, provider="cpu") as predictor:
         together = predictor.predict_batch(paths)
         for path, prediction in zip(paths, together, strict=True):
             assert prediction.probabilities == pytest.approx(predictor.predict(path).probabilities, abs=1e-5)
@@ -73,7 +73,7 @@ def test_the_mean_of_a_map_and_the_bias_is_the_logit(bundles: dict[str, Bundle],
 
 def test_operating_points_decide_what_is_present(bundles: dict[str, Bundle], image: Path) -> None:
     bundle = bundles["fp32"]
-    session = open_session(bundle, threads=1)
+    session = open_session(bundle, threads=1, provider="cpu")
     probabilities = Predictor(session, bundle.manifest).predict(image).probabilities
     points = {"Mass": probabilities["Mass"], "Edema": math.nextafter(probabilities["Edema"], 1.0), "Hernia": 0.0}
     manifest = bundle.manifest.model_copy(update={"operating_points": points})
@@ -82,7 +82,7 @@ def test_operating_points_decide_what_is_present(bundles: dict[str, Bundle], ima
 
 
 def test_no_images_and_wrong_images_are_refused(bundles: dict[str, Bundle]) -> None:
-    with Predictor.open(bundles["fp32"].path) as predictor:
+    with Predictor.open(bundles["fp32"].path, provider="cpu") as predictor:
         with pytest.raises(SessionError, match="got no images"):
             predictor.predict_batch([])
         with pytest.raises(ImageError, match="uint8"):
@@ -90,7 +90,7 @@ def test_no_images_and_wrong_images_are_refused(bundles: dict[str, Bundle]) -> N
 
 
 def test_a_closed_predictor_refuses(bundles: dict[str, Bundle], image: Path) -> None:
-    with Predictor.open(bundles["fp32"].path) as predictor:
+    with Predictor.open(bundles["fp32"].path, provider="cpu") as predictor:
         pass
     with pytest.raises(SessionError, match="closed"):
         predictor.predict(image)
@@ -115,7 +115,7 @@ def test_evidence_is_red_and_the_rest_stays_gray() -> None:
 
 
 def test_the_known_answers_can_be_checked_again(bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
-    with Predictor.open(bundles["fp32"].path, threads=1) as predictor:
+    with Predictor.open(bundles["fp32"].path, threads=1, provider="cpu") as predictor:
         predictor.self_test()
         monkeypatch.setattr(predictor._session, "run", lambda pixels: _wrong(predictor, pixels))
         with pytest.raises(SessionError, match="known answers differ"):
@@ -133,7 +133,7 @@ def test_a_scope_may_guard_the_picture(bundles: dict[str, Bundle], image: Path) 
     scope = ScopePolicy(picture=ImageGuardPolicy())
     manifest = bundles["fp32"].manifest.model_copy(update={"scope": scope})
     with (
-        Predictor(open_session(bundles["fp32"]), manifest) as predictor,
+        Predictor(open_session(bundles["fp32"], provider="cpu"), manifest) as predictor,
         pytest.raises(ImageRefusedError) as caught,
     ):
         predictor.predict(image)

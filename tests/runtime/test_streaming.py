@@ -46,7 +46,7 @@ class Counting:
 
 @pytest.fixture(scope="module")
 def session(bundles: dict[str, Bundle]) -> Iterator[Session]:
-    opened = open_session(bundles["fp32"], threads=1)
+    opened = open_session(bundles["fp32"], threads=1, provider="cpu")
     yield opened
     opened.close()
 
@@ -223,7 +223,7 @@ def test_no_more_calls_at_a_time_than_the_flow_says(
 
 
 def test_a_closed_session_stops_the_stream(bundles: dict[str, Bundle], paths: list[Path]) -> None:
-    with Predictor.open(bundles["fp32"].path, threads=1) as predictor:
+    with Predictor.open(bundles["fp32"].path, threads=1, provider="cpu") as predictor:
         pass
     with pytest.raises(SessionError, match="closed"):
         next(predictor.predict_stream(paths))

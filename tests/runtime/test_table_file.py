@@ -31,8 +31,9 @@ from chexnet_deploy.runtime.predictor import Prediction, Predictor
 from chexnet_deploy.runtime.sessions.open import resolve_provider
 from chexnet_deploy.runtime.table import TableCard, read_back, read_card
 from chexnet_deploy.runtime.table_file import open_table
-from tests.cli.test_cli import assert_one_line_error, chexnet
+from tests.command_line import assert_one_line_error, chexnet
 
+PREDICT = (sys.executable, "-m", "chexnet_deploy", "predict", "--provider", "cpu")
 N = 10
 NAMES = tuple(f"folder/{place:02d}, a.png" for place in range(N))
 CARD = TableCard(
@@ -374,7 +375,7 @@ def test_predict_writes_a_folder_to_a_table(bundles: dict[str, Bundle], folder: 
     assert [row["image"] for row in rows] == sorted(str(p.relative_to(folder)) for p in folder.rglob("*.png"))
     assert [place for place, row in enumerate(rows) if row["status"] == "quarantined"] == [7, 27, 47]
     assert all("found a " in row["reason"] and str(tmp_path) not in row["reason"] for row in (rows[7], rows[27]))
-    with Predictor.open(bundle.path, threads=1) as predictor:
+    with Predictor.open(bundle.path, threads=1, provider="cpu") as predictor:
         for row in rows[5:7]:
             alone = predictor.predict(folder / row["image"])
             assert {name: np.float32(row[f"prob_{name}"]) for name in FINDINGS} == alone.probabilities
@@ -389,7 +390,7 @@ def test_predict_writes_a_folder_to_a_table(bundles: dict[str, Bundle], folder: 
 def test_predict_killed_at_any_moment_goes_on_to_the_same_bytes(
     bundles: dict[str, Bundle], folder: Path, tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-m", "chexnet_deploy", "predict", str(bundles["fp32"].path), str(folder), "--out"]
+    command = [*PREDICT, str(bundles["fp32"].path), str(folder), "--out"]
     whole, out = tmp_path / "whole" / "t.csv", tmp_path / "killed" / "t.csv"
     subprocess.run([*command, whole], capture_output=True, timeout=120)
     rows, chance = tmp_path / "killed" / "t.csv.partial", random.Random(3)
@@ -412,7 +413,7 @@ def test_predict_killed_at_any_moment_goes_on_to_the_same_bytes(
 
 def test_ctrl_c_says_how_to_go_on(bundles: dict[str, Bundle], folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "t.csv"
-    command = [sys.executable, "-m", "chexnet_deploy", "predict", str(bundles["fp32"].path), str(folder), "--out", out]
+    command = [*PREDICT, str(bundles["fp32"].path), str(folder), "--out", out]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         rows = tmp_path / "t.csv.partial"
         while process.poll() is None and not (rows.exists() and rows.read_bytes().count(b"\n") > 3):
@@ -433,7 +434,7 @@ def test_a_full_disk_keeps_the_rows_that_are_done(bundles: dict[str, Bundle], fo
         resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
 
     out = tmp_path / "t.csv"
-    command = [sys.executable, "-m", "chexnet_deploy", "predict", str(bundles["fp32"].path), str(folder), "--out", out]
+    command = [*PREDICT, str(bundles["fp32"].path), str(folder), "--out", out]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, preexec_fn=limit_files)
     assert_one_line_error(done, 2, "File too large", "Rows that are done are kept")
     rows = tmp_path / "t.csv.partial"
@@ -473,7 +474,7 @@ def test_a_bad_file_among_others_stops_nothing(bundles: dict[str, Bundle], folde
 def test_predict_shows_the_operating_point_beside_each_probability(bundles: dict[str, Bundle], folder: Path) -> None:
     image = min(folder.rglob("*.png"))
     text = chexnet("predict", bundles["fp32"].path, image, "--threads", 1).stdout.splitlines()[1:]
-    with Predictor.open(bundles["fp32"].path, threads=1) as predictor:
+    with Predictor.open(bundles["fp32"].path, threads=1, provider="cpu") as predictor:
         prediction = predictor.predict(image)
     assert len(text) == 14
     for line in text:

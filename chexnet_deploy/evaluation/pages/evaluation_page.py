@@ -7,8 +7,7 @@ from pathlib import Path
 
 from jinja2 import Environment
 
-from chexnet_deploy.evaluation import words
-from chexnet_deploy.evaluation import words as paper
+from chexnet_deploy.evaluation import as_text
 from chexnet_deploy.evaluation.localize import BoxedMap, choose_pictures
 from chexnet_deploy.evaluation.pages.figures import draw_areas, draw_finding, draw_maps, draw_readers
 from chexnet_deploy.evaluation.pages.style import CSS, jpeg, png
@@ -25,28 +24,30 @@ def write_html(path: Path, run: EvaluationRun) -> None:
     evaluation = run.evaluation
     page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_TABLE + _TEMPLATE)
     readers = evaluation.readers
-    short_names = {} if readers is None else words.short_names(readers)
+    short_names = {} if readers is None else as_text.short_names(readers)
     content = page.render(
         css=CSS + _CSS,
         evaluation=evaluation,
-        rows=words.summary_rows(evaluation),
-        mean=words.mean_line(evaluation),
-        undefined=words.undefined_lines(evaluation),
+        rows=as_text.summary_rows(evaluation),
+        mean=as_text.mean_line(evaluation),
+        undefined=as_text.undefined_lines(evaluation),
         areas=png(draw_areas(evaluation), dpi=_DPI),
         figures=_draw_findings(evaluation, short_names),
-        readers=None if readers is None else words.readers_line(readers),
+        readers=None if readers is None else as_text.readers_line(readers),
         short_names=short_names,
         differences=None if readers is None else png(draw_readers(readers), dpi=_DPI),
-        studies=[] if readers is None else [(study, words.study_rows(study, short_names)) for study in readers.studies],
-        protocols=words.PROTOCOLS,
-        subgroups=words.subgroup_tables(evaluation),
+        studies=[]
+        if readers is None
+        else [(study, as_text.study_rows(study, short_names)) for study in readers.studies],
+        protocols=as_text.PROTOCOLS,
+        subgroups=as_text.subgroup_tables(evaluation),
         localization=(
-            [] if evaluation.localization is None else words.localization_rows(evaluation.localization.summary)
+            [] if evaluation.localization is None else as_text.localization_rows(evaluation.localization.summary)
         ),
-        not_comparable=paper.NOT_COMPARABLE,
-        paper_auroc=paper.auroc_rows(evaluation),
-        paper_f1=paper.f1_rows(evaluation),
-        boxes=None if evaluation.localization is None else words.localization_line(evaluation.localization),
+        not_comparable=as_text.NOT_COMPARABLE,
+        paper_auroc=as_text.auroc_rows(evaluation),
+        paper_f1=as_text.f1_rows(evaluation),
+        boxes=None if evaluation.localization is None else as_text.localization_line(evaluation.localization),
         maps=_draw_maps(run.maps),
     )
     write_file(path, content.encode())

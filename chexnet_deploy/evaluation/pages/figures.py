@@ -11,10 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from chexnet_deploy.evaluation.as_text import PROTOCOLS, number
 from chexnet_deploy.evaluation.localize import BoxedMap
 from chexnet_deploy.evaluation.pages.style import COLOURS
 from chexnet_deploy.evaluation.records import Evaluation, FindingScore, ReaderComparison, ReaderRoc
-from chexnet_deploy.evaluation.words import PROTOCOLS, number
 from chexnet_deploy.images.reader import read_image
 from chexnet_deploy.metrics.localization import detect_boxes
 from chexnet_deploy.metrics.radiologists import MODEL

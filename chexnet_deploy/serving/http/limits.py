@@ -4,6 +4,10 @@ uvicorn closes a connection that is idle between requests, and nothing else: a p
 minute, or never reads its answer, keeps its place for ever. Here every phase has an end. Where all places are taken, or all
 memory for bodies and unread answers, who has made no progress for the longest gives way, never the newest; a request being
 answered gives way to none.
+
+A proxy's buffers and deadlines do the most of it, and uvicorn's own settings too little: with `limit_concurrency` and
+`timeout_keep_alive` alone, 200 peers that send a byte a second lived for all of 15 s (here 10), and 708 MiB of bodies, one byte
+short of whole, took 723 MiB of memory (here 484).
 """
 
 import asyncio

@@ -20,8 +20,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from chexnet_deploy.errors import ImageError, MissingPackageError
-from chexnet_deploy.images.gray import Gray
-from chexnet_deploy.images.preprocessing import Pixels
+from chexnet_deploy.images import Gray, Pixels
 from chexnet_deploy.runtime.loading import PixelLoader
 from chexnet_deploy.runtime.predictor import Prediction, draw_cam
 from chexnet_deploy.serving.http.limits import Guard

@@ -12,8 +12,7 @@ from time import monotonic
 from typing import TypeVar
 
 from chexnet_deploy.errors import ChexnetError, SessionError
-from chexnet_deploy.images.preprocessing import Pixels
-from chexnet_deploy.images.reader import ImageReader
+from chexnet_deploy.images import ImageReader, Pixels
 from chexnet_deploy.serving.http.batching import Answer, DeadlineError
 from chexnet_deploy.serving.http.config import ServeConfig
 from chexnet_deploy.serving.http.limits import Guard

@@ -23,8 +23,7 @@ import ray
 import ray.data
 from ray.data.exceptions import ExecutionTimeoutError
 
-from chexnet_deploy.bundle.bundle import Bundle
-from chexnet_deploy.bundle.signing.trust import Trust
+from chexnet_deploy.bundle import Bundle, Trust
 from chexnet_deploy.errors import ChexnetError, ClusterError
 from chexnet_deploy.images.listing import ImageFiles
 from chexnet_deploy.runtime.streaming import iter_lists, usable_cores

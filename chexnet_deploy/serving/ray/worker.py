@@ -13,8 +13,7 @@ from typing import Any, Final, cast
 import pyarrow as pa
 import ray
 
-from chexnet_deploy.bundle.bundle import Bundle
-from chexnet_deploy.bundle.signing.trust import Trust
+from chexnet_deploy.bundle import Bundle, Trust
 from chexnet_deploy.errors import BundleError, ClusterError, ImageError
 from chexnet_deploy.runtime.predictor import Predictor
 from chexnet_deploy.runtime.sessions.base import Provider

@@ -180,9 +180,14 @@ def test_to_float16_leaves_its_argument_alone(bundles: dict[str, Bundle]) -> Non
 # int8
 
 
-@pytest.mark.parametrize(("dialect", "scale_type", "opset"), [("typed", np.float16, 19), ("trt8", np.float32, 17)])
-def test_int8_graph(bundles: dict[str, Bundle], trt8: Bundle, dialect: str, scale_type: type, opset: int) -> None:
-    bundle = bundles["int8"] if dialect == "typed" else trt8
+@pytest.mark.parametrize(
+    ("dialect", "scale_type", "opset"),
+    [("typed", np.float16, 19), pytest.param("trt8", np.float32, 17, marks=pytest.mark.slow)],
+)
+def test_int8_graph(
+    bundles: dict[str, Bundle], request: pytest.FixtureRequest, dialect: str, scale_type: type, opset: int
+) -> None:
+    bundle = bundles["int8"] if dialect == "typed" else request.getfixturevalue("trt8")
     assert (bundle.manifest.precision, bundle.manifest.dialect) == (Precision.INT8, dialect)
     model = graph_of(bundle)
     assert [entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")] == [opset]
@@ -223,6 +228,7 @@ OPERATORS_OF_8_6 = {
 }
 
 
+@pytest.mark.slow
 def test_tensorrt_8_6_can_parse_its_models(bundles: dict[str, Bundle], trt8: Bundle) -> None:
     for bundle in (bundles["fp32"], bundles["fp16"], trt8):
         model = graph_of(bundle)
@@ -241,6 +247,7 @@ def test_tensorrt_8_6_can_parse_its_models(bundles: dict[str, Bundle], trt8: Bun
     assert int8_tensors <= zero_points
 
 
+@pytest.mark.slow
 def test_the_two_dialects_have_the_same_scales(bundles: dict[str, Bundle], trt8: Bundle) -> None:
     scales = []
     for bundle in (bundles["int8"], trt8):
@@ -253,6 +260,7 @@ def test_the_two_dialects_have_the_same_scales(bundles: dict[str, Bundle], trt8:
         np.testing.assert_array_equal(typed.astype(np.float32), single)
 
 
+@pytest.mark.slow
 def test_the_two_dialects_agree_on_the_probe(bundles: dict[str, Bundle], trt8: Bundle) -> None:
     pixels = bundles["fp32"].read_probe().pixels
     answers = [OrtSession.open(bundle).run(pixels)[0] for bundle in (bundles["int8"], trt8)]
@@ -357,6 +365,7 @@ def test_a_tensor_that_is_always_zero_is_refused(bundles: dict[str, Bundle], cal
         observe(single, [conv.output[0]], [], calibration.pixels[:2])
 
 
+@pytest.mark.slow
 def test_the_mixed_form(mixed: Bundle, bundles: dict[str, Bundle]) -> None:
     manifest, model = mixed.manifest, graph_of(mixed)
     assert (manifest.precision, manifest.dialect) == (Precision.INT8, "mixed")

@@ -7,21 +7,14 @@ import pytest
 
 from benchmarks.rigs.plan_card import CARD, TARGET
 from chexnet_deploy.bundle.bundle import Bundle
-from chexnet_deploy.bundle.manifest import (
-    ONNX_MODEL,
-    PLAN_MODEL,
-    PROBE,
-    Manifest,
-    Precision,
-    hash_files,
-)
-from chexnet_deploy.bundle.probe import N_PROBES, Probe
+from chexnet_deploy.bundle.manifest import PLAN_MODEL, PROBE
 from chexnet_deploy.bundle.signing.releases import Release
 from chexnet_deploy.errors import GateError
 from chexnet_deploy.evaluation.spec import read_spec
 from chexnet_deploy.export.tensorrt import build
-from chexnet_deploy.images.preprocessing import Pixels, Preprocessing
+from chexnet_deploy.images.preprocessing import Pixels
 from chexnet_deploy.runtime.sessions.base import Logits, Maps
+from tests.tiny import write_parent
 
 
 class ByRule:
@@ -45,22 +38,9 @@ class ByRule:
 
 @pytest.fixture
 def parent(tmp_path: Path) -> Bundle:
-    pixels = np.zeros((N_PROBES, 1, 32, 32), np.uint8)
-    probe = Probe(pixels, np.zeros((N_PROBES, 1), np.float32), np.zeros((N_PROBES, 1, 1, 1), np.float32)).to_bytes()
-    manifest = Manifest(
-        precision=Precision.FP32,
-        findings=("Mass",),
-        preprocessing=Preprocessing(resize_px=32),
-        head_bias=(0.0,),
-        operating_points={"Mass": 0.5},
-        files=hash_files({ONNX_MODEL: b"", PROBE: probe}),
-        checkpoint_sha256="0" * 64,
-        ancestors=("1" * 64,),
-        probe_max_abs_logit_error=0.0,
-        tools={"torch": "1"},
-        release=Release(line="chexnet-adult", number=3),
-    )
-    return Bundle.write(tmp_path / "parent", manifest, b"", probe)
+    release = Release(line="chexnet-adult", number=3)
+    facts = {"operating_points": {"Mass": 0.5}, "ancestors": ("1" * 64,), "tools": {"torch": "1"}, "release": release}
+    return write_parent(tmp_path / "parent", **facts)
 
 
 def keep(parent: Bundle, out: Path, shift: float, monkeypatch: pytest.MonkeyPatch) -> Bundle:

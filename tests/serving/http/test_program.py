@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
@@ -22,10 +23,22 @@ import tritonclient.http as triton
 from benchmarks.rigs.node_rig import write_radiograph
 from chexnet_deploy import Predictor
 from chexnet_deploy.bundle.bundle import Bundle
-from chexnet_deploy.runtime.sessions.open import open_session
+from chexnet_deploy.runtime.sessions.base import Session
 from tests.serving.running import Running, Start
 
 MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def predictor(served: Bundle) -> Iterator[Predictor]:
+    """Opened as the service opens the bundle."""
+    with Predictor.of(served) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def session(predictor: Predictor) -> Session:
+    return predictor._session
 
 
 def triton_infer(port: int, pixels: np.ndarray, *, binary: bool, compression: str | None = None) -> triton.InferResult:
@@ -39,12 +52,10 @@ def triton_infer(port: int, pixels: np.ndarray, *, binary: bool, compression: st
 @pytest.mark.parametrize("binary", [True, False])
 @pytest.mark.parametrize("compression", [None, "gzip", "deflate"])
 def test_tritonclient_gets_the_sessions_answers_to_the_bit(
-    service: Running, served: Bundle, binary: bool, compression: str | None
+    service: Running, served: Bundle, session: Session, binary: bool, compression: str | None
 ) -> None:
     pixels = served.read_probe().pixels[:5]
-    session = open_session(served)
     logits, maps = session.run(pixels)
-    session.close()
     result = triton_infer(service.port, pixels, binary=binary, compression=compression)
     assert result.as_numpy("logits").tobytes() == logits.tobytes()
     assert result.as_numpy("cam").tobytes() == maps.tobytes()
@@ -88,11 +99,9 @@ def test_an_answer_on_a_kept_connection_waits_for_no_acknowledgement(service: Ru
     assert median(times_s[1:]) < 0.03  # Linux acknowledges after 40 ms
 
 
-def test_joined_requests_get_the_bits_they_get_alone(service: Running, served: Bundle) -> None:
+def test_joined_requests_get_the_bits_they_get_alone(service: Running, served: Bundle, session: Session) -> None:
     pixels = served.read_probe().pixels
-    session = open_session(served)
     alone = np.concatenate([session.run(pixels[i : i + 1])[0] for i in range(len(pixels))])
-    session.close()
     before = service.metric("chexnet_batch_images_count")
     with ThreadPoolExecutor(16) as pool:
         results = list(
@@ -104,11 +113,10 @@ def test_joined_requests_get_the_bits_they_get_alone(service: Running, served: B
 
 
 def test_predict_says_what_the_predictor_says(
-    service: Running, served: Bundle, radiograph: bytes, tmp_path: Path
+    service: Running, served: Bundle, predictor: Predictor, radiograph: bytes, tmp_path: Path
 ) -> None:
     (tmp_path / "a.png").write_bytes(radiograph)
-    with Predictor.open(served.path) as predictor:
-        expected = predictor.predict(tmp_path / "a.png")
+    expected = predictor.predict(tmp_path / "a.png")
     answer = service.json("POST", "/predict?cam=Hernia", radiograph)
     assert answer["probabilities"] == expected.probabilities
     assert answer["present"] == expected.present
@@ -125,10 +133,9 @@ def test_predict_says_what_the_predictor_says(
     assert packed["probabilities"] == expected.probabilities
 
 
-def test_predict_reads_dicom_as_the_predictor_does(service: Running, served: Bundle, tmp_path: Path) -> None:
+def test_predict_reads_dicom_as_the_predictor_does(service: Running, predictor: Predictor, tmp_path: Path) -> None:
     write_radiograph(tmp_path / "chest.dcm", seed=3, name="DOE^JANE")
-    with Predictor.open(served.path) as predictor:
-        expected = predictor.predict(tmp_path / "chest.dcm")
+    expected = predictor.predict(tmp_path / "chest.dcm")
     answer = service.json("POST", "/predict", (tmp_path / "chest.dcm").read_bytes())
     assert answer["probabilities"] == expected.probabilities
     write_radiograph(tmp_path / "hip.dcm", seed=4, name="DOE^JANE", body_part="HIP")
@@ -256,7 +263,7 @@ def test_raw_bytes_of_all_kinds_kill_nothing(service: Running) -> None:
 
 
 def test_a_full_queue_is_503_with_retry_after(start: Start, served: Bundle) -> None:
-    small = start(served.path, "--queue", "1", "--max-batch", "1")
+    small = start(served.path, "--provider", "cpu", "--queue", "1", "--max-batch", "1")
     pixels = served.read_probe().pixels[:1]
     header = {
         "inputs": [
@@ -272,7 +279,7 @@ def test_a_full_queue_is_503_with_retry_after(start: Start, served: Bundle) -> N
 
 
 def test_sigterm_answers_what_was_sent_and_ends_with_0(start: Start, served: Bundle, radiograph: bytes) -> None:
-    ending = start(served.path)
+    ending = start(served.path, "--provider", "cpu")
     head = b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(radiograph)
     peers = [_connect(ending.port, head + radiograph[:-1]) for _ in range(8)]
     sleep(0.3)

@@ -27,7 +27,7 @@ def run(bundles: dict[str, Bundle], phantom: ChestXray14) -> BenchRun:
 
 
 def page_of(run: BenchRun, bundles: dict[str, Bundle], path: Path) -> str:
-    with Predictor.open(bundles["int8"].path) as predictor:
+    with Predictor.open(bundles["int8"].path, provider="cpu") as predictor:
         write_html(path, run, predictor)
     return path.read_text()
 

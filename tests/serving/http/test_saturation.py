@@ -121,7 +121,7 @@ def test_only_int8_in_onnx_is_watched(bundles: dict[str, Bundle], monkeypatch: p
 
 
 def test_a_service_tells_it(start: Start, served: Bundle, radiograph: bytes) -> None:
-    service = start(served.path, "--saturation-s", "0.0001")
+    service = start(served.path, "--provider", "cpu", "--saturation-s", "0.0001")
     end_s = monotonic() + 60.0
     while b"chexnet_int8_saturated_share{" not in service.ask("GET", "/metrics")[2]:
         assert monotonic() < end_s

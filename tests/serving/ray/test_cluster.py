@@ -16,7 +16,7 @@ from chexnet_deploy.bundle.bundle import Bundle
 from chexnet_deploy.errors import ClusterError
 from chexnet_deploy.runtime.streaming import usable_cores
 from chexnet_deploy.serving.ray.cluster import fit_workers
-from tests.cli.test_cli import assert_one_line_error, chexnet
+from tests.command_line import assert_one_line_error, chexnet
 
 N_IMAGES = 900
 BAD = ("00000001_555.png", "00000009_555.png")
@@ -77,7 +77,7 @@ def folder(phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def local(bundles: dict[str, Bundle], folder: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The table that this machine makes without a cluster."""
     out = tmp_path_factory.mktemp("local") / "table.csv"
-    done = chexnet("predict", str(bundles["fp32"].path), str(folder), "--out", str(out))
+    done = chexnet("predict", str(bundles["fp32"].path), str(folder), "--out", str(out), "--provider", "auto")
     assert done.returncode == 3, done.stderr
     return out.read_bytes()
 
@@ -124,7 +124,10 @@ def test_a_killed_run_is_gone_on_with_by_this_machine_alone(
         wait_for_rows(out, process)
         process.kill()
     assert not out.exists()
-    assert chexnet("predict", str(bundles["fp32"].path), str(folder), "--out", str(out)).returncode == 3
+    assert (
+        chexnet("predict", str(bundles["fp32"].path), str(folder), "--out", str(out), "--provider", "auto").returncode
+        == 3
+    )
     assert out.read_bytes() == local
 
 

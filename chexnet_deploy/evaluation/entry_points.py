@@ -7,8 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
-from chexnet_deploy.bundle.bundle import Bundle, find_reference
-from chexnet_deploy.bundle.signing.trust import Trust
+from chexnet_deploy.bundle import Bundle, Trust, find_reference
 from chexnet_deploy.datasets.chestxray14 import ChestXray14, Split
 from chexnet_deploy.datasets.labelled import LabelledImages
 from chexnet_deploy.errors import OnPhase, SpecError, require
@@ -20,9 +19,8 @@ from chexnet_deploy.evaluation.run import run_evaluation
 from chexnet_deploy.evaluation.sources import choose_images, say_who_is_known
 from chexnet_deploy.evaluation.spec import read_spec
 from chexnet_deploy.files import new_folder
-from chexnet_deploy.runtime.predictor import Predictor
+from chexnet_deploy.runtime import Predictor, open_session
 from chexnet_deploy.runtime.sessions.base import Provider
-from chexnet_deploy.runtime.sessions.open import open_session
 
 
 def bench(
