@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from chexnet_deploy.bundle.manifest import Manifest
-from chexnet_deploy.images.content_check import ImageGuardPolicy, check_image
+from chexnet_deploy.images.content_check import check_image
 from chexnet_deploy.images.gray import Gray
 from chexnet_deploy.images.preprocessing import Pixels, Preprocessing
 from chexnet_deploy.images.reader import ImageReader
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from chexnet_deploy.images.dicom.decoder import DicomImage
 
 ImageSource: TypeAlias = Path | str | bytes | Gray
-
-_ANY_PICTURE: Final = ImageGuardPolicy(guard="off")  # still refuses what is no gray uint8 array
 
 
 class LoadedImage(NamedTuple):
@@ -63,7 +61,7 @@ class PixelLoader:
             gray = self.reader.decode(image, scope=self.scope)
         else:
             gray = self.reader.read(Path(image), scope=self.scope) if isinstance(image, str | Path) else image
-        check_image(gray, _ANY_PICTURE if self.scope is None else self.scope.picture)
+        check_image(gray, None if self.scope is None else self.scope.picture)
         return gray
 
     def load(self, image: ImageSource) -> LoadedImage:
