@@ -8,7 +8,6 @@ tell a negative from a positive: a PNG doesn't say whether bone is bright. DICOM
 import contextlib
 import io
 import struct
-import threading
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -69,8 +68,7 @@ class ImageReader:
 
     def __init__(self, *, processes: int = 1) -> None:
         self._processes = processes
-        self._decoder: Decoder | None = None
-        self._lock = threading.Lock()
+        self._opened: dict[str, Decoder] = {}
 
     def read(self, path: Path, *, scope: "ScopePolicy | None" = None) -> Gray:
         """Return the gray picture in a PNG, JPEG or DICOM file.
@@ -116,9 +114,8 @@ class ImageReader:
 
     def close(self) -> None:
         """End the decoder, if there is one."""
-        with self._lock:
-            if self._decoder is not None:
-                self._decoder.close()
+        for decoder in self._opened.values():
+            decoder.close()
 
     def __enter__(self) -> "ImageReader":
         return self
@@ -133,12 +130,12 @@ class ImageReader:
         Raises:
             MissingPackageError: pydicom is not installed.
         """
-        with self._lock:
-            if self._decoder is None:
-                with require("dicom", so="DICOM can't be read"):
-                    from chexnet_deploy.images.dicom.decoder import Decoder
-                self._decoder = Decoder(processes=self._processes)
-            return self._decoder
+        if "decoder" not in self._opened:
+            with require("dicom", so="DICOM can't be read"):
+                from chexnet_deploy.images.dicom.decoder import Decoder
+            # In one call, so that of several threads all get the first one's; a lock might be held in a fork for ever.
+            self._opened.setdefault("decoder", Decoder(processes=self._processes))
+        return self._opened["decoder"]
 
 
 def read_image(path: Path) -> Gray:

@@ -160,7 +160,7 @@ def test_maps_are_kept_where_they_are_asked_for(
     bundles: dict[str, Bundle], session: Session, paths: list[Path]
 ) -> None:
     predictor = Predictor(session, bundles["fp32"].manifest, Flow())
-    (_, answer), *_ = predictor.predict_stream(paths[:1], with_maps=True)
+    (_, answer, _), *_ = predictor.predict_stream(paths[:1], with_maps=True)
     assert isinstance(answer, Prediction)
     alone = predictor.predict(paths[0])
     assert all(np.array_equal(answer.maps[finding], alone.maps[finding]) for finding in alone.maps)
@@ -170,7 +170,7 @@ def test_a_bad_file_says_why_and_keeps_nothing_alive(
     bundles: dict[str, Bundle], session: Session, paths: list[Path]
 ) -> None:
     predictor = Predictor(session, bundles["fp32"].manifest, Flow())
-    answers = [answer for _, answer in predictor.predict_stream(paths)]
+    answers = [answer for _, answer, _ in predictor.predict_stream(paths)]
     bad, absent = answers[2], answers[10]
     assert isinstance(bad, ImageError)
     assert isinstance(absent, ImageError)
@@ -187,7 +187,9 @@ def test_batches_are_cut_by_place_so_that_a_tail_gives_the_same_bits(
     predictor = Predictor(counting, bundles["fp32"].manifest, Flow(batch_size=4, calls=1, workers=2))  # type: ignore[arg-type]
 
     def shown(start: int) -> list[object]:
-        return [getattr(answer, "probabilities", str(answer)) for _, answer in predictor.predict_stream(paths[start:])]
+        return [
+            getattr(answer, "probabilities", str(answer)) for _, answer, _ in predictor.predict_stream(paths[start:])
+        ]
 
     whole = shown(0)
     assert sorted(counting.batches) == [2, 3, 4]  # places 0-3 and 8-10 hold one bad file each
@@ -250,7 +252,7 @@ def test_memory_stays_flat(bundles: dict[str, Bundle], session: Session, phantom
     assert len(images) > 1000
     predictor = Predictor(session, bundles["fp32"].manifest, Flow(calls=2, workers=3))
     settled_mib = 0.0
-    for place, (_, answer) in enumerate(predictor.predict_stream(images)):
+    for place, (_, answer, _) in enumerate(predictor.predict_stream(images)):
         assert isinstance(answer, Prediction)
         if place == 100:
             settled_mib = resident_mib()
