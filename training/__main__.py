@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from chexnet_deploy.datasets.chestxray14 import ChestXray14
 from chexnet_deploy.export.from_torch.import_legacy import IMAGENET_FILE
 from chexnet_deploy.terminal import progress, run_program
 from training.logbook import METRICS
@@ -53,6 +54,8 @@ def main(
             )
         chosen = chosen.model_copy(update={"initial_weights": "scratch"})
     options = Options(cache=cache, imagenet=imagenet, shards=shards, save_every=save_every, workers=workers)
+    for left_out in ChestXray14.open(root).left_out() if processes.is_first else ():
+        typer.echo(f"left out: {left_out}", err=True)
     runs = {out: chosen}
     if seeds > 1:
         options = replace(options, cache=cache or out / CACHE)

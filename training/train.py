@@ -110,7 +110,7 @@ def train(
         processes,
         split_sha256=dataset.split_sha256(),
         # All of them: a quarantined image's patient may have others.
-        trained_on=PatientSet.of({radiograph.patient for radiograph in dataset.split("train")}),
+        trained_on=PatientSet.of({radiograph.patient for radiograph in dataset.require("train")}),
     )
     if processes.is_first:
         prepare(dataset, preprocessing, folder, workers=options.workers, on_phase=on_phase)
