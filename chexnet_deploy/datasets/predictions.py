@@ -244,7 +244,7 @@ def _read_scores(path: Path) -> _Scored:
         stated = _kind_of(header.fields[score_place])
         used = {image, finding_place, score_place}
         cells = ((row, row.fields[image], row.fields[finding_place], row.fields[score_place]) for row in rows)
-    names, findings, scores, unknown = _collect(path, cells)
+    names, findings, scores, unknown = _collect(path, cells, quarantined)
     outside = (scores < 0.0) | (scores > 1.0)
     if stated == "probability" and outside.any():
         n, c = (int(index[0]) for index in np.nonzero(outside))
@@ -268,9 +268,13 @@ def _without_quarantined(rows: Iterable[Row], header: Row, status: int, quaranti
 
 
 def _collect(
-    path: Path, cells: Iterable[tuple[Row, str, str, str]]
+    path: Path, cells: Iterable[tuple[Row, str, str, str]], quarantined: Collection[str]
 ) -> tuple[tuple[str, ...], tuple[str, ...], NDArray[np.float64], tuple[str, ...]]:
-    """Return images, findings, scores [N, C] and the names that are no finding, out of (row, image, finding, score)."""
+    """Return images, findings, scores [N, C] and the names that are no finding, out of (row, image, finding, score).
+
+    Raises:
+        DatasetError: there is no finding, a hole, a score twice or none; all images are quarantined.
+    """
     by_image: dict[str, dict[str, float]] = {}
     seen: dict[str, str | None] = {}  # the few finding names as written -> the name of ours, if any
     for row, raw_image, written, text in cells:
@@ -286,6 +290,11 @@ def _collect(
         scores[finding] = _to_score(row, image, finding, text)
     findings = tuple(finding for finding in FINDINGS if finding in seen.values())
     unknown = tuple(written for written, finding in seen.items() if finding is None)
+    if not by_image and quarantined:
+        raise DatasetError(
+            f"{path}: found that predict quarantined all {len(quarantined):,} images; needed a score of at least one. "
+            f"Next: predict images that can be read."
+        )
     if not findings:
         raise DatasetError(
             f"{path}: found the findings {quote_some(unknown)}; needed names out of {', '.join(FINDINGS)}. "

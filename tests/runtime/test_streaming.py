@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from benchmarks.rigs.plan_card import CARD
 from chexnet_deploy.bundle.bundle import Bundle
 from chexnet_deploy.datasets.chestxray14 import ChestXray14
-from chexnet_deploy.errors import ImageError, SessionError
+from chexnet_deploy.errors import ImageError, ImageRefusedError, RefusalReason, SessionError
+from chexnet_deploy.files import FileContent
 from chexnet_deploy.images.preprocessing import Pixels
-from chexnet_deploy.runtime.predictor import Prediction, Predictor
+from chexnet_deploy.runtime.loading import ImageSource, LoadedImage, PixelLoader
+from chexnet_deploy.runtime.predictor import BUSY_ATTEMPTS, Prediction, Predictor
 from chexnet_deploy.runtime.sessions.base import Session
 from chexnet_deploy.runtime.sessions.open import open_session
 from chexnet_deploy.runtime.streaming import Flow, choose_flow, in_order, iter_lists
@@ -146,8 +148,9 @@ def test_a_stream_gives_what_predict_gives_to_the_last_bit(
 ) -> None:
     predictor = Predictor(session, bundles["fp32"].manifest, Flow(calls=2, workers=3))
     answers = list(predictor.predict_stream(paths))
-    assert [path for path, _ in answers] == paths
-    for path, answer in answers:
+    assert [path for path, _, _ in answers] == paths
+    for path, answer, content in answers:
+        assert content == (FileContent.of(path.read_bytes()) if path.exists() else None)
         if isinstance(answer, ImageError):
             assert path.name in ("bad.png", "absent.png")
         else:
@@ -222,6 +225,35 @@ def test_no_more_calls_at_a_time_than_the_flow_says(
     predictor = Predictor(counting, bundles["fp32"].manifest, Flow(calls=calls, workers=4))  # type: ignore[arg-type]
     list(predictor.predict_stream(paths * 3))
     assert counting.most_at_a_time == calls
+
+
+@pytest.mark.parametrize("n_busy", [0, 1, BUSY_ATTEMPTS - 1, BUSY_ATTEMPTS])
+def test_a_file_that_a_busy_machine_had_no_time_for_is_tried_again(
+    bundles: dict[str, Bundle],
+    session: Session,
+    paths: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    n_busy: int,
+) -> None:
+    loads, whole = 0, PixelLoader.load
+
+    def load(loader: PixelLoader, image: ImageSource, *, name: object) -> LoadedImage:
+        nonlocal loads
+        loads += 1
+        if loads <= n_busy:
+            raise ImageRefusedError(RefusalReason.BUSY, f"{name}: found a machine too busy")
+        return whole(loader, image, name=name)
+
+    predictor = Predictor(session, bundles["fp32"].manifest, Flow())
+    monkeypatch.setattr(PixelLoader, "load", load)
+    ((_, answer, content),) = predictor.predict_stream(paths[:1])
+    if n_busy < BUSY_ATTEMPTS:
+        assert (isinstance(answer, Prediction), loads) == (True, n_busy + 1)
+        assert content == FileContent.of(paths[0].read_bytes())
+    else:
+        assert isinstance(answer, ImageError)
+        assert (answer.reason, loads) == (RefusalReason.BUSY, BUSY_ATTEMPTS)
+        assert content is None  # nothing is known of the file: a table tries it again
 
 
 def test_a_closed_session_stops_the_stream(bundles: dict[str, Bundle], paths: list[Path]) -> None:
