@@ -88,7 +88,8 @@ class RefusalReason(str, Enum):
     GRAYSCALE = "grayscale"  # a look-up table, rescale or window that means nothing
     CONTRADICTION = "contradiction"  # two parts of the file say different things of the same pixels
     DECODE_FAILED = "decode-failed"
-    DECODE_TIMEOUT = "decode-timeout"
+    DECODE_TIMEOUT = "decode-timeout"  # more of the processor's own time than an image may have
+    BUSY = "busy"  # the machine: nothing is said of the image, which may be read later
     SPECIES = "species"
     MODALITY = "modality"
     BODY_PART = "body-part"

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from pydantic import StringConstraints
 
@@ -40,6 +40,18 @@ def sha256_of_file(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+class FileContent(NamedTuple):
+    """What a file held when it was read: its size and its SHA-256."""
+
+    n_bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, content: bytes) -> "FileContent":
+        """Measure bytes."""
+        return cls(len(content), sha256_hex(content))
 
 
 def write_file(path: Path, content: bytes, *, partial_in: Path | None = None) -> None:

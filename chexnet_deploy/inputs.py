@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -12,6 +13,9 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:  # the same parser, before it moved into the standard library
     import tomli as tomllib
+
+IMAGE_SUFFIXES: Final = (".png", ".jpg", ".jpeg", ".dcm")
+"""What is taken out of a folder, in capitals too; a file that is named itself may be called anything."""
 
 
 def read_text(path: Path) -> str:
@@ -47,7 +51,7 @@ def read_toml(path: Path) -> Mapping[str, object]:
         SpecError: missing, unreadable or not TOML.
     """
     try:
-        content: Mapping[str, object] = tomllib.loads(path.read_text(encoding="utf-8"))
+        content: Mapping[str, object] = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         return content
     except OSError as err:
         raise SpecError(f"{path} can't be read: {err.strerror}. Check the path.") from err

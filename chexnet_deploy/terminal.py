@@ -1,11 +1,13 @@
 """What a person at a terminal sees: progress, tables, one line for an error; and the exit codes of every program here.
 
 Exit codes: 0 done, 1 a gate failed, 2 a user's mistake (one line with the next step), 3 inconclusive, or done but for
-quarantined images, 70 a bug (with its traceback), 130 interrupted.
+quarantined images, 70 a bug (with its traceback), 130 interrupted, 141 nobody reads on, as after `| head`.
 """
 
 import errno
+import io
 import json
+import os
 import signal
 import sys
 import threading
@@ -37,6 +39,9 @@ def run_program(program: typer.Typer) -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, on_interrupt)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name is shown, if not as it is, where a terminal can't
     try:
         # Typer ends the process itself on usage errors (2) and on typer.Exit, and turns Ctrl-C into exit 130 here.
         program()
@@ -46,6 +51,12 @@ def run_program(program: typer.Typer) -> None:
         fail(f"error: {err}", 2)
     except KeyboardInterrupt:
         fail(_INTERRUPTED, 130)
+    except (SystemExit, BrokenPipeError) as err:
+        # Typer makes exit 1 of a pipe that nobody reads, which here means that a gate failed.
+        if isinstance(err, SystemExit) and not isinstance(err.__context__, BrokenPipeError):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is buffered still has to go somewhere
+        sys.exit(141)
     except OSError as err:
         if err.errno not in _DISK_ERRORS:
             traceback.print_exc()
@@ -130,7 +141,7 @@ def print_table(rows: list[dict[str, str]]) -> None:
 
 
 def print_json(value: object) -> None:
-    """Print for programs."""
+    """Print for programs, in ASCII: escapes of a terminal that can't show a name would be no JSON."""
     typer.echo(json.dumps(value, indent=2))
 
 

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from chexnet_deploy.datasets.chestxray14 import ChestXray14
 from chexnet_deploy.errors import SpecError
 from chexnet_deploy.export.from_torch.import_legacy import IMAGENET_FILE
 from chexnet_deploy.terminal import progress, run_program
@@ -67,6 +68,8 @@ def main(
     )
     # Progress bars are for terminals; a log under nohup or a scheduler gets lines.
     on_epoch = None if sys.stdout.isatty() else typer.echo
+    for left_out in ChestXray14.open(root).left_out() if processes.is_first else ():
+        typer.echo(f"left out: {left_out}", err=True)
     runs = {out: chosen}
     if seeds > 1:
         options = replace(options, cache=cache or out / CACHE)

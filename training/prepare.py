@@ -79,7 +79,7 @@ def prepare(
     if not (folder / INDEX).exists():
         radiographs = listed_radiographs(dataset)
         if all(radiograph.path is None for radiograph in radiographs):
-            raise DatasetError(f"{dataset.root}: found no image of the train_val list. Next: unpack them into images/.")
+            dataset.require("train")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _refuse_strangers(folder)

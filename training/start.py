@@ -44,7 +44,7 @@ def read_start(
 
 def trained_on(dataset: ChestXray14, start: Checkpoint | None) -> PatientSet | None:
     """Return the train patients, and those the weights have seen before; None where nobody knows these."""
-    patients = {radiograph.patient for radiograph in dataset.split("train")}  # a quarantined image's may have others
+    patients = {radiograph.patient for radiograph in dataset.require("train")}  # a quarantined image's may have others
     if start is None:
         return PatientSet.of(patients)
     before = start.manifest.trained_on

@@ -20,9 +20,10 @@ import typer
 from benchmarks.cpu.scaling_page import OUT, Input, Results, markdown, read_peers
 from chexnet_deploy.bundle.bundle import Bundle
 from chexnet_deploy.evaluation.machine import describe_machine
+from chexnet_deploy.files import FileContent
 from chexnet_deploy.images import ImageReader, Preprocessing, find_images
-from chexnet_deploy.runtime.predictor import Predictor
-from chexnet_deploy.runtime.table import Row, TableCard, row_bytes
+from chexnet_deploy.runtime.predictor import FileAnswer, Predictor
+from chexnet_deploy.runtime.table import Row, TableCard, row_of
 from chexnet_deploy.runtime.table_file import open_table
 from chexnet_deploy.terminal import run_program
 
@@ -60,7 +61,7 @@ def measure(bundle: Bundle, pngs: Sequence[Path], dicom: Sequence[Path], rounds:
     with Predictor.of(bundle, threads=1) as predictor:
         answer = predictor.predict(pngs[0])
     card = _card(bundle)
-    row = Row(row_bytes(card, pngs[0].name, pngs[0], answer), is_quarantined=False)
+    row = row_of(card, pngs[0].name, FileAnswer(pngs[0], answer, FileContent.of(pngs[0].read_bytes())))
     for turn in range(rounds):
         for name in list(files)[:: -1 if turn % 2 else 1]:
             core_ms[name].append(_decode_core_ms(bundle.manifest.preprocessing, files[name]))
@@ -102,7 +103,7 @@ def _write_rows(card: TableCard, row: Row) -> None:
         names = [f"{number:08d}_000.png" for number in range(N_ROWS)]
         with open_table(Path(place) / "table.csv", card, names) as table:
             for _ in range(N_ROWS):
-                table.add_row(row)
+                table.add(row)
 
 
 def _card(bundle: Bundle) -> TableCard:

@@ -97,7 +97,10 @@ def read_hostile(seeds: Sequence[Seed], n: int, *, seed: int, folder: Path, on_p
     settled_kib = 0
     with Decoder() as patient, ImageReader() as reader:
         whole = {each.name: _read(each.content, patient, reader, path) for each in seeds}
-    with Decoder(limits=DecodeLimits(deadline_s=DEADLINE_S)) as decoder, ImageReader() as reader:
+    with (
+        Decoder(limits=DecodeLimits(processor_s=DEADLINE_S, deadline_s=DEADLINE_S)) as decoder,
+        ImageReader() as reader,
+    ):
         decoder.warm_up()
         for i in range(n):
             origin = seeds[i % len(seeds)]

@@ -1,5 +1,6 @@
 """Commands export, import and build: checkpoint -> bundles, bundle -> TensorRT plan."""
 
+import json
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -72,6 +73,7 @@ def export(
     """
     from chexnet_deploy.bundle.bundle import Bundle
     from chexnet_deploy.cli.options import parse_dialects, parse_precisions
+    from chexnet_deploy.datasets.chestxray14 import ChestXray14
     from chexnet_deploy.export.chain import build_plan, export_bundles, require_tensorrt
     from chexnet_deploy.images.scope import read_scope
 
@@ -97,6 +99,8 @@ def export(
                 on_phase=on_phase,
                 scope=policy,
             )
+            for line_left_out in () if data is None else ChestXray14.open(data).left_out():
+                typer.echo(f"left out: {line_left_out}", err=True)
             if plan:
                 with cancellation() as cancelled:
                     bundles += [
@@ -214,7 +218,7 @@ def build(
             on_phase=on_phase,
         )
     if as_json:
-        typer.echo(made.manifest.model_dump_json())
+        print_json(json.loads(made.manifest.model_dump_json()))
         return
     card = made.manifest.engine
     assert card is not None  # a plan's manifest has one

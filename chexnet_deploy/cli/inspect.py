@@ -128,7 +128,7 @@ def inspect(
             raise SpecError("checkpoints aren't signed, and --trust is for bundles. Omit it.")
         from chexnet_deploy.export.chain import import_to_onnx
 
-        typer.echo(import_to_onnx().read_checkpoint(path).manifest.model_dump_json(indent=2))
+        print_json(json.loads(import_to_onnx().read_checkpoint(path).manifest.model_dump_json()))
         return
     from chexnet_deploy.bundle.bundle import Bundle
     from chexnet_deploy.serving.triton import check_repository, is_repository

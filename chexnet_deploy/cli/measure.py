@@ -1,5 +1,6 @@
 """bench and evaluate."""
 
+import json
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +18,7 @@ from chexnet_deploy.cli.options import (
     read_trust,
 )
 from chexnet_deploy.cli.printing import print_evaluation
-from chexnet_deploy.terminal import progress
+from chexnet_deploy.terminal import print_json, progress
 
 app = typer.Typer()
 
@@ -71,7 +72,7 @@ def bench(
             on_phase=on_phase,
         )
     if as_json:
-        typer.echo(report.model_dump_json())
+        print_json(json.loads(report.model_dump_json()))
     else:
         from chexnet_deploy.evaluation.bench_report import print_bench
 
@@ -136,7 +137,7 @@ def evaluate(
     with progress() as on_phase:
         result = run(request, out, with_html=html, on_phase=on_phase)
     if as_json:
-        typer.echo(result.model_dump_json())
+        print_json(json.loads(result.model_dump_json()))
         return
     print_evaluation(result)
     if out is not None:

@@ -35,7 +35,7 @@ class ExecutorName(str, Enum):
 def predict(
     bundle: Annotated[Path, typer.Argument(help="A bundle.")],
     images: Annotated[
-        list[Path], typer.Argument(help="PNG or JPEG radiographs, folders of them, or .txt lists of paths.")
+        list[Path], typer.Argument(help="PNG, JPEG or DICOM radiographs, folders of them, or .txt lists of paths.")
     ],
     out: Annotated[
         Path | None, typer.Option(help="A .csv or .parquet for all answers; a run that was stopped goes on with it.")
@@ -72,7 +72,8 @@ def predict(
     """
     from chexnet_deploy.bundle.bundle import Bundle
     from chexnet_deploy.dicom.results.folder import report_images
-    from chexnet_deploy.images.listing import find_images
+    from chexnet_deploy.images.listing import find_images, one_line
+    from chexnet_deploy.inputs import name_some
     from chexnet_deploy.runtime.predict_files import open_predictor, predict_images, predict_table
 
     if sum(place is not None for place in (out, cam, dicom_out)) > 1:
@@ -93,11 +94,12 @@ def predict(
         elsewhere = _import_ray_cluster().Cluster(cluster, workers=workers, trust=read_trust(trust)).rows
     elif workers is not None or cluster is not None:
         raise TableError("--workers and --cluster are for --executor ray. Give it, or omit them.")
-    if found.n_others:
-        typer.echo(f"entries of the folders that are no images by name, left out: {found.n_others:,}", err=True)
+    if found.others:
+        names = one_line(name_some(found.others))
+        typer.echo(f"entries of the folders that are no images, left out: {len(found.others):,}: {names}", err=True)
     if out is not None:
         with progress() as on_phase, going_on(out):
-            n_images, n_quarantined = predict_table(
+            run = predict_table(
                 opened,
                 found,
                 out,
@@ -106,11 +108,16 @@ def predict(
                 on_phase=on_phase,
                 elsewhere=elsewhere,
             )
-        counts = {"table": str(out), "bundle": opened.id, "n_images": n_images, "n_quarantined": n_quarantined}
+        n_images, n_quarantined = run.n_images, run.n_quarantined
+        if run.changed:
+            why = "files that changed, or could not be read before, were done again"
+            typer.echo(f"{len(run.changed):,} {why}: {one_line(name_some(run.changed))}", err=True)
         if as_json:
-            print_json(counts)
+            counts = {"n_images": n_images, "n_quarantined": n_quarantined, "n_done_again": len(run.changed)}
+            print_json({"table": str(out), "bundle": opened.id, **counts})
         else:
-            typer.echo(f"{out}  {n_images:,} images, {n_quarantined:,} quarantined  bundle {opened.id[:12]}")
+            already = "already complete: " if run.was_whole else ""
+            typer.echo(f"{out}  {already}{n_images:,} images, {n_quarantined:,} quarantined  bundle {opened.id[:12]}")
     else:
         n_images, show = len(found.names), print_json_answers if as_json else print_answers
         if dicom_out is not None:

@@ -6,14 +6,16 @@ unit of every split. On disk, under one root:
     Data_Entry_2017_v2020.csv    or Data_Entry_2017.csv; where both are there the corrected v2020 is read, the other not
     train_val_list.txt, test_list.txt      the official split
     BBox_List_2017.csv           boxes drawn by a radiologist; optional
-    images/, images_*/, images_*/images/   PNG files in any of them, as the archive's parts unpack
+    images*/                     image files anywhere below any of them, as NIH's and others' archives unpack; without such
+                                 folders, anywhere below the root
 
-Rows without an image are counted (`n_absent`), for few people keep all 42 GB. PNG files without a row are ignored.
+A file is the image whose name its own has before the suffix: copies of the data set are also .PNG, or .jpg. Rows without an image
+are counted (`n_absent`), for few people keep all 42 GB, and so are image files without a row.
 """
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -23,9 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chexnet_deploy.datasets.findings import FINDINGS
-from chexnet_deploy.datasets.nih_tables import Radiograph, read_boxes, read_image_list, read_table
+from chexnet_deploy.datasets.nih_tables import Radiograph, patient_of, read_boxes, read_image_list, read_table
 from chexnet_deploy.errors import DatasetError
-from chexnet_deploy.inputs import name_some
+from chexnet_deploy.inputs import IMAGE_SUFFIXES, name_some
 from chexnet_deploy.metrics.localization import Box
 
 Split: TypeAlias = Literal["train", "val", "test"]
@@ -46,6 +48,7 @@ class ChestXray14:
         table: the table that was read.
         radiographs: every row, in the table's order.
         n_absent: rows whose image is not on disk.
+        strays: image files that have no row.
         n_unlisted: rows in neither official list; they belong to no split.
         boxes: image -> its boxes, in the list's order; empty without BBox_List_2017.csv.
         listed: split -> every name it has, on disk or not, in list order.
@@ -55,6 +58,7 @@ class ChestXray14:
     table: Path
     radiographs: tuple[Radiograph, ...]
     n_absent: int
+    strays: tuple[Path, ...]
     n_unlisted: int
     boxes: Mapping[str, tuple[Box, ...]]
     listed: Mapping[str, tuple[str, ...]]
@@ -71,13 +75,16 @@ class ChestXray14:
             DatasetError: a file is missing or wrong, or two files contradict each other.
         """
         table = _find_table(root)
-        by_image = read_table(table, _find_images(root))
+        images, strays = _find_images(root)
+        by_image = read_table(table, images)
+        strays += [path for name, path in images.items() if name not in by_image]
         listed = _read_split(root, by_image)
         return cls(
             root=root,
             table=table,
             radiographs=tuple(by_image.values()),
             n_absent=sum(radiograph.path is None for radiograph in by_image.values()),
+            strays=tuple(strays),
             n_unlisted=len(by_image) - sum(len(names) for names in listed.values()),
             boxes=read_boxes(root / BOXES, by_image),
             listed=listed,
@@ -93,6 +100,30 @@ class ChestXray14:
             raise DatasetError(f"Found split {name!r}; needed train, val or test. Next: correct the name.")
         radiographs = (self._by_image[image] for image in self.listed[name])
         return tuple(radiograph for radiograph in radiographs if radiograph.path is not None)
+
+    def require(self, name: Split) -> tuple[Radiograph, ...]:
+        """Return as `split`, at least one image.
+
+        Raises:
+            DatasetError: there is none on disk.
+        """
+        radiographs = self.split(name)
+        if not radiographs:
+            strays = f", and {self.strays_in_words()}" if self.strays else ""
+            raise DatasetError(
+                f"{self.root}: found none of the {len(self.listed[name]):,} {name} images on disk{strays}; needed at least one. "
+                f"Next: put the images into {self.root}/images, called as in {self.table.name}, with any image suffix."
+            )
+        return radiographs
+
+    def strays_in_words(self) -> str:
+        """Return how many image files have no row, and some of their names."""
+        return f"{len(self.strays):,} image files without a row in {self.table.name}: {name_some([p.name for p in self.strays])}"
+
+    def left_out(self) -> tuple[str, ...]:
+        """Return in words what is left out of the data set as it lies on disk."""
+        absent = f"{self.n_absent:,} of {len(self.radiographs):,} rows of {self.table.name} have no image on disk"
+        return (*([absent] if self.n_absent else []), *([self.strays_in_words()] if self.strays else []))
 
     def listed_patients(self, *names: Split) -> frozenset[int]:
         """Return the patients of splits, whether their images are on disk or not."""
@@ -157,29 +188,52 @@ def _find_table(root: Path) -> Path:
     )
 
 
-def _find_images(root: Path) -> dict[str, Path]:
-    """Return file name -> path over every image folder, without opening a file."""
-    folders = [root / "images"]
-    for part in sorted(root.glob("images_*")):
-        folders += [part, part / "images"]
+def _find_images(root: Path) -> tuple[dict[str, Path], list[Path]]:
+    """Return a table's image name -> path, and image files of another name; opens no file.
+
+    Raises:
+        DatasetError: two files may be the same image, or a folder can't be read.
+    """
+    try:
+        folders = [
+            entry for entry in sorted(root.iterdir()) if entry.name.lower().startswith("image") and entry.is_dir()
+        ]
+        files = [file for folder in folders for file in _walk(folder, set())] or list(_walk(root, set()))
+    except OSError as err:
+        raise DatasetError(f"{root}: found {err}; needed readable folders. Next: check their permissions.") from err
     paths: dict[str, Path] = {}
-    for folder in filter(Path.is_dir, folders):
-        try:
-            with os.scandir(folder) as entries:
-                # is_file: git-annex and DVC leave broken links where a file was not fetched.
-                names = [entry.name for entry in entries if entry.name.endswith(".png") and entry.is_file()]
-        except OSError as err:
-            raise DatasetError(
-                f"{folder}: found {err}; needed a readable folder. Next: check its permissions."
-            ) from err
-        for name in names:
-            if name in paths:
-                raise DatasetError(
-                    f"{folder / name}: found the same name in {paths[name].parent}; needed each image once. "
-                    f"Next: remove the wrong one."
-                )
-            paths[name] = folder / name
-    return paths
+    strays, twice = [], []
+    for file in files:
+        name = f"{file.stem}.png"  # as the tables write it
+        if patient_of(name) is None:
+            strays.append(file)
+        elif name in paths:
+            twice.append((paths[name], file))
+        else:
+            paths[name] = file
+    if twice:
+        pairs = name_some([f"{first} and {second}" for first, second in twice])
+        raise DatasetError(
+            f"{root}: found two files for {len(twice):,} images: {pairs}; needed one file an image. "
+            f"Next: move the wrong ones out of {root}."
+        )
+    return paths, strays
+
+
+def _walk(folder: Path, seen: set[Path]) -> Iterator[Path]:
+    """Yield the image files below a folder; follows links to folders, for a large disk is often linked in, but none twice."""
+    real = folder.resolve()
+    if real in seen:
+        return
+    seen.add(real)
+    with os.scandir(folder) as entries:
+        found = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    for entry in found:
+        if entry.is_dir():
+            yield from _walk(Path(entry.path), seen)
+        # is_file: git-annex and DVC leave broken links where a file was not fetched.
+        elif entry.name.lower().endswith(IMAGE_SUFFIXES) and entry.is_file():
+            yield Path(entry.path)
 
 
 def _read_split(root: Path, by_image: Mapping[str, Radiograph]) -> Mapping[str, tuple[str, ...]]:

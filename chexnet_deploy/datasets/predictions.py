@@ -6,12 +6,14 @@ image column, one column of 0 and 1 for each finding, and patients. Predictions 
 
     wide    Image Index, prob_Atelectasis, prob_Cardiomegaly, ...     a prefix or suffix out of SCORE_WORDS, or none
     long    image, finding, score                                     every image with every finding, once
+
+Rows that `predict --out` quarantined (a column status says so) have no score: they are left out and counted.
 """
 
 import hashlib
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
@@ -121,6 +123,8 @@ def _to_patient(row: Row, image: str, stated: str | None) -> int:
 ScoreKind: TypeAlias = Literal["probability", "logit", "score"]
 
 SCORE_WORDS: Final = ("prob", "probability", "proba", "p", "logit", "score", "pred", "prediction")
+QUARANTINED: Final = "quarantined"
+"""In the column status, of an image that can't be read."""
 _FINDING_COLUMNS: Final = ("finding", "label", "class", "pathology", "disease")
 
 
@@ -142,6 +146,7 @@ class LabelledScores:
         unlabelled_findings: predicted, but the labels have no such column; not in `findings`.
         ignored: columns, or findings of the long form, that name none of the 14.
         n_not_predicted: labelled images that the predictions leave out.
+        n_quarantined: images that the predictions name, but couldn't read.
     """
 
     names: tuple[str, ...]
@@ -156,6 +161,7 @@ class LabelledScores:
     unlabelled_findings: tuple[str, ...]
     ignored: tuple[str, ...]
     n_not_predicted: int
+    n_quarantined: int = 0
 
 
 def read_predictions(predictions: Path, labels: Path) -> LabelledScores:
@@ -199,6 +205,7 @@ def read_predictions(predictions: Path, labels: Path) -> LabelledScores:
         unlabelled_findings=tuple(finding for finding in scored.findings if finding not in label_findings),
         ignored=scored.ignored,
         n_not_predicted=len(labelled) - len(scored.names),
+        n_quarantined=scored.n_quarantined,
     )
 
 
@@ -209,11 +216,15 @@ class _Scored:
     scores: NDArray[np.float64]
     kind: ScoreKind
     ignored: tuple[str, ...]
+    n_quarantined: int
 
 
 def _read_scores(path: Path) -> _Scored:
-    rows = read_rows(path)
-    header = next(rows)
+    read = read_rows(path)
+    header = next(read)
+    status = find_column(header, ("status",))
+    quarantined = set[str]()
+    rows = read if status is None else _without_quarantined(read, header, status, quarantined)
     image = require_column(header, IMAGE_COLUMNS, IMAGE_COLUMN_NEEDED)
     wide = find_findings(header, SCORE_WORDS)
     if wide:
@@ -233,7 +244,7 @@ def _read_scores(path: Path) -> _Scored:
         stated = _kind_of(header.fields[score_place])
         used = {image, finding_place, score_place}
         cells = ((row, row.fields[image], row.fields[finding_place], row.fields[score_place]) for row in rows)
-    names, findings, scores, unknown = _collect(path, cells)
+    names, findings, scores, unknown = _collect(path, cells, quarantined)
     outside = (scores < 0.0) | (scores > 1.0)
     if stated == "probability" and outside.any():
         n, c = (int(index[0]) for index in np.nonzero(outside))
@@ -243,13 +254,27 @@ def _read_scores(path: Path) -> _Scored:
         )
     unused = [name for place, name in enumerate(header.fields) if place not in used and name]
     kind: ScoreKind = "probability" if stated == "score" and not outside.any() else stated
-    return _Scored(names, findings, scores, kind, (*unused, *unknown))
+    return _Scored(names, findings, scores, kind, (*unused, *unknown), len(quarantined))
+
+
+def _without_quarantined(rows: Iterable[Row], header: Row, status: int, quarantined: set[str]) -> Iterator[Row]:
+    """Yield the rows that have scores; the images of the others are added to `quarantined`."""
+    image = require_column(header, IMAGE_COLUMNS, IMAGE_COLUMN_NEEDED)
+    for row in rows:
+        if row.fields[status] == QUARANTINED:
+            quarantined.add(row.fields[image].strip())
+        else:
+            yield row
 
 
 def _collect(
-    path: Path, cells: Iterable[tuple[Row, str, str, str]]
+    path: Path, cells: Iterable[tuple[Row, str, str, str]], quarantined: Collection[str]
 ) -> tuple[tuple[str, ...], tuple[str, ...], NDArray[np.float64], tuple[str, ...]]:
-    """Return images, findings, scores [N, C] and the names that are no finding, out of (row, image, finding, score)."""
+    """Return images, findings, scores [N, C] and the names that are no finding, out of (row, image, finding, score).
+
+    Raises:
+        DatasetError: there is no finding, a hole, a score twice or none; all images are quarantined.
+    """
     by_image: dict[str, dict[str, float]] = {}
     seen: dict[str, str | None] = {}  # the few finding names as written -> the name of ours, if any
     for row, raw_image, written, text in cells:
@@ -265,6 +290,11 @@ def _collect(
         scores[finding] = _to_score(row, image, finding, text)
     findings = tuple(finding for finding in FINDINGS if finding in seen.values())
     unknown = tuple(written for written, finding in seen.items() if finding is None)
+    if not by_image and quarantined:
+        raise DatasetError(
+            f"{path}: found that predict quarantined all {len(quarantined):,} images; needed a score of at least one. "
+            f"Next: predict images that can be read."
+        )
     if not findings:
         raise DatasetError(
             f"{path}: found the findings {quote_some(unknown)}; needed names out of {', '.join(FINDINGS)}. "

@@ -51,7 +51,7 @@ def choose_images(dataset: ChestXray14, split: Split, image_list: Path | None) -
     Raises:
         DatasetError: there is none, or the list names an image of another split.
     """
-    radiographs, source = dataset.split(split), dataset.root.resolve().name
+    radiographs, source = dataset.require(split), dataset.root.resolve().name
     n_absent = len(dataset.listed[split]) - len(radiographs)
     if image_list is not None:
         names = read_image_list(image_list)
@@ -63,13 +63,10 @@ def choose_images(dataset: ChestXray14, split: Split, image_list: Path | None) -
             "Measure on the patients of one split only.",
         )
         radiographs, n_absent, source = dataset.select(names), 0, f"{source}, those of {image_list.name}"
-    if not radiographs:
-        raise DatasetError(
-            f"{dataset.root} has no {split} image on disk, needed at least one. Put them into {dataset.root}/images."
-        )
     n_patients = len({radiograph.patient for radiograph in radiographs})
     words = f"{len(radiographs):,} {split} images of {n_patients:,} patients from {source}"
-    return radiographs, words + (f"; {n_absent:,} listed images are not on disk" if n_absent else "")
+    words += f"; {n_absent:,} listed images are not on disk" if n_absent else ""
+    return radiographs, words + (f"; {dataset.strays_in_words()}" if dataset.strays else "")
 
 
 def run_bundle(bundle: Bundle, request: EvaluationRequest, on_phase: OnPhase) -> Material:
@@ -215,6 +212,10 @@ def _notes(labelled: LabelledScores, labels: Path) -> tuple[str, ...]:
         notes.append(f"Predicted, but not labelled in {labels.name}: {', '.join(labelled.unlabelled_findings)}.")
     if labelled.ignored:
         notes.append(f"Not read, as they name none of the 14 findings: {', '.join(labelled.ignored)}.")
+    if labelled.n_quarantined:
+        notes.append(
+            f"{labelled.n_quarantined:,} images are left out: predict could not read them, and quarantined them."
+        )
     if labelled.n_not_predicted:
         notes.append(f"{labelled.n_not_predicted:,} labelled images have no prediction.")
     return tuple(notes)

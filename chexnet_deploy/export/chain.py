@@ -105,7 +105,7 @@ def export_bundles(
 
     validation = None
     if dataset is not None:
-        validation = LabelledImages.of(dataset.split("val")[:MAX_GATE_IMAGES], fp32.manifest.findings)
+        validation = LabelledImages.of(dataset.require("val")[:MAX_GATE_IMAGES], fp32.manifest.findings)
     if Precision.FP16 in precisions:
         on_phase("quantise fp16", 0, 1)
         bundles.append(to_fp16(fp32, out / Precision.FP16.value, read_spec("fp16").gate, validation))

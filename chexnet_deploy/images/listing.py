@@ -1,6 +1,6 @@
 """The images a user names, by file, folder or list, as names in one order on every machine.
 
-Opens no image: what a file is, its contents say when it is read (reader.py). A name is kept as text, relative to what was
+Reads no image: what a file is, its contents say when it is read (reader.py). A name is kept as text, relative to what was
 given, so that a hundred thousand of them take a few megabytes.
 """
 
@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Final
 
 from chexnet_deploy.errors import ImageError
-from chexnet_deploy.inputs import name_some, read_text
+from chexnet_deploy.inputs import IMAGE_SUFFIXES, name_some, read_text
 
-IMAGE_SUFFIXES: Final = (".png", ".jpg", ".jpeg", ".dcm")
-"""What is taken out of a folder, in capitals too; a file that is named itself may be called anything."""
+DICOM_DIRECTORY: Final = "DICOMDIR"
 LIST_SUFFIX: Final = ".txt"
 
 
@@ -29,13 +28,13 @@ class ImageFiles:
     Attributes:
         root: what the names are relative to.
         names: of the files; no two are the same.
-        n_others: entries of the folders that were left out, being no image by name.
+        others: entries of the folders that were left out, being no image by name nor DICOM.
         is_one_file: one file was named itself, and nothing else.
     """
 
     root: Path
     names: tuple[str, ...]
-    n_others: int
+    others: tuple[str, ...]
     is_one_file: bool
 
     def paths(self, start: int = 0) -> Iterator[Path]:
@@ -54,8 +53,10 @@ class ImageFiles:
 def find_images(arguments: Sequence[Path]) -> ImageFiles:
     """Return the images of files, folders and lists, in the order given.
 
-    A folder gives the files below it that are called .png, .jpg, .jpeg or .dcm, sorted by name, its own before those of its
-    folders. Names with a leading dot are left out, and links to folders are not followed: loops end, and nothing is found
+    A folder gives the files below it that are called .png, .jpg, .jpeg or .dcm, and those of any other name that begin as DICOM
+    files do (PS3.10 section 7.1) and are no DICOMDIR; sorted by name, its own before those of its folders.
+
+    Names with a leading dot are left out, and links to folders are not followed: loops end, and nothing is found
     twice. A .txt file is a list of paths relative to its own folder, one a line. Where one folder or list is all that is
     given, names are relative to it.
 
@@ -64,11 +65,11 @@ def find_images(arguments: Sequence[Path]) -> ImageFiles:
     """
     _refuse_overlaps(arguments)
     is_alone = len(arguments) == 1
-    root, names, n_others, is_one_file = Path(), list[str](), 0, False
+    root, names, others, is_one_file = Path(), list[str](), list[str](), False
     for argument in arguments:
         if argument.is_dir():
-            base, (found, others) = argument, _walk(argument)
-            n_others += others
+            base, (found, left_out) = argument, _walk(argument)
+            others += left_out
         elif argument.suffix.lower() == LIST_SUFFIX:
             base, found = argument.parent, _read_list(argument)
         else:
@@ -79,13 +80,13 @@ def find_images(arguments: Sequence[Path]) -> ImageFiles:
         names += found if is_alone else [str(base / name) for name in found]
     if not names:
         raise ImageError(
-            f"{name_some(arguments)}: found no file called {', '.join(IMAGE_SUFFIXES)}; needed at least one image. "
-            f"Next: check the path, or name the files themselves."
+            f"{name_some(arguments)}: found no file called {', '.join(IMAGE_SUFFIXES)} and no DICOM file; needed at least one "
+            f"image. Next: check the path, or name the files themselves."
         )
     twice = [name for name, count in Counter(map(one_line, names)).items() if count > 1]
     if twice:
         raise ImageError(f"{name_some(twice)}: found more than once; needed each image once. Next: name it once.")
-    return ImageFiles(root, tuple(names), n_others, is_one_file)
+    return ImageFiles(root, tuple(names), tuple(others), is_one_file)
 
 
 def one_line(name: str) -> str:
@@ -96,8 +97,8 @@ def one_line(name: str) -> str:
     )
 
 
-def _walk(folder: Path) -> tuple[list[str], int]:
-    """Return the names of the images below a folder, relative to it, and how many other entries there are."""
+def _walk(folder: Path) -> tuple[list[str], list[str]]:
+    """Return the names of the images below a folder, relative to it, and those of its other entries."""
 
     def refuse(err: OSError) -> None:
         raise ImageError(
@@ -105,20 +106,33 @@ def _walk(folder: Path) -> tuple[list[str], int]:
             f"Next: check its permissions."
         ) from err
 
-    names, n_others = [], 0
+    names, others = list[str](), list[str]()
     for place, folders, files in os.walk(folder, onerror=refuse):
         entered = sorted(name for name in folders if not name.startswith(".") and not Path(place, name).is_symlink())
-        n_others += len(folders) - len(entered)
+        left_out = set(folders) - set(entered)
         folders[:] = entered  # what os.walk goes on with, in this order
         below = os.path.relpath(place, folder)
-        images = sorted(name for name in files if _is_image_name(name))
-        n_others += len(files) - len(images)
-        names += images if below == os.curdir else [f"{below}/{name}" for name in images]
-    return names, n_others
+        for name in sorted([*files, *left_out]):
+            is_image = name not in left_out and _is_image(place, name)
+            (names if is_image else others).append(name if below == os.curdir else f"{below}/{name}")
+    return names, others
 
 
-def _is_image_name(name: str) -> bool:
-    return not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
+def _is_image(place: str, name: str) -> bool:
+    if name.startswith(".") or name.upper() == DICOM_DIRECTORY:
+        return False
+    return name.lower().endswith(IMAGE_SUFFIXES) or _is_dicom(Path(place, name))
+
+
+def _is_dicom(path: Path) -> bool:
+    """Say so by its first bytes: on a CD a name has eight characters and no suffix (PS3.10 section 8), elsewhere it is a UID."""
+    try:
+        if not path.is_file():  # a pipe would be waited for
+            return False
+        with path.open("rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
 
 
 def _read_list(path: Path) -> list[str]:

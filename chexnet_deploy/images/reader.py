@@ -5,13 +5,14 @@ is refused with an ImageError. Never looks at what the picture shows, never resi
 tell a negative from a positive: a PNG doesn't say whether bone is bright. DICOM does.
 """
 
+import contextlib
 import io
 import struct
-import threading
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFile
@@ -19,8 +20,8 @@ from PIL.ExifTags import Base as ExifTag
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
-from chexnet_deploy.errors import ImageError, require
-from chexnet_deploy.images.gray import MAX_PIXELS, MIN_SIDE_PX, Gray, read_image_file, refusal
+from chexnet_deploy.errors import ImageError, ImageRefusedError, RefusalReason, require
+from chexnet_deploy.images.gray import MAX_FILE_MIB, MAX_PIXELS, MIN_SIDE_PX, Gray, read_image_file, refusal
 
 if TYPE_CHECKING:
     from chexnet_deploy.images.dicom.decoder import Decoder
@@ -36,6 +37,14 @@ _PNG_CHANNELS: Final = MappingProxyType(
 _ADAM7: Final = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 
 
+_NEEDED_ANCILLARY: Final = (b"tRNS", b"eXIf")
+_ANCILLARY_BIT: Final = 0x20  # of the first letter of a chunk's type: a decoder may pass such a chunk over
+_ORIENTATION_TEXTS: Final = MappingProxyType(
+    {b"XML:com.adobe.xmp": "xmp", b"Raw profile type exif": "Raw profile type exif"}
+)
+"""Texts of a PNG that may turn it, by keyword, with what Pillow calls them."""
+
+
 class _Png(NamedTuple):
     width_px: int
     height_px: int
@@ -43,6 +52,8 @@ class _Png(NamedTuple):
     colour_type: int
     interlaced: int
     packed: list[memoryview]  # the IDAT chunks, one zlib stream
+    needed: bytes  # the file without the chunks that the picture doesn't depend on
+    texts: dict[str, bytes]  # those of _ORIENTATION_TEXTS
 
 
 class ImageReader:
@@ -57,8 +68,7 @@ class ImageReader:
 
     def __init__(self, *, processes: int = 1) -> None:
         self._processes = processes
-        self._decoder: Decoder | None = None
-        self._lock = threading.Lock()
+        self._opened: dict[str, Decoder] = {}
 
     def read(self, path: Path, *, scope: "ScopePolicy | None" = None) -> Gray:
         """Return the gray picture in a PNG, JPEG or DICOM file.
@@ -104,9 +114,8 @@ class ImageReader:
 
     def close(self) -> None:
         """End the decoder, if there is one."""
-        with self._lock:
-            if self._decoder is not None:
-                self._decoder.close()
+        for decoder in self._opened.values():
+            decoder.close()
 
     def __enter__(self) -> "ImageReader":
         return self
@@ -121,12 +130,12 @@ class ImageReader:
         Raises:
             MissingPackageError: pydicom is not installed.
         """
-        with self._lock:
-            if self._decoder is None:
-                with require("dicom", so="DICOM can't be read"):
-                    from chexnet_deploy.images.dicom.decoder import Decoder
-                self._decoder = Decoder(processes=self._processes)
-            return self._decoder
+        if "decoder" not in self._opened:
+            with require("dicom", so="DICOM can't be read"):
+                from chexnet_deploy.images.dicom.decoder import Decoder
+            # In one call, so that of several threads all get the first one's; a lock might be held in a fork for ever.
+            self._opened.setdefault("decoder", Decoder(processes=self._processes))
+        return self._opened["decoder"]
 
 
 def read_image(path: Path) -> Gray:
@@ -141,7 +150,7 @@ def read_image(path: Path) -> Gray:
 
 def _read_png(name: object, content: bytes) -> Gray:
     png = _check_png(name, content)
-    image = _decode(name, content, PngImageFile)
+    image = _decode(name, png.needed, PngImageFile, png.texts)
     _check_all_rows(name, png, image)
     if png.bits != 16:
         return _gray(name, image)
@@ -162,13 +171,15 @@ def _unknown_format(name: object, content: bytes) -> str:
 
 
 def _check_png(name: object, content: bytes) -> _Png:
-    """Check every chunk of a PNG up to IEND and return what its header says.
+    """Check every chunk of a PNG up to IEND, and return what its header says and what the picture needs.
 
-    Pillow decodes a PNG whose pixel data fails its checksum or whose end is missing; a radiograph must be whole.
+    Pillow decodes a PNG whose pixel data fails its checksum or whose end is missing; a radiograph must be whole. Pillow's
+    `verify` in this place was tried on hostile_images.py's PNG files: no faster, it takes a file whose end is cut off or damaged
+    inside IEND, and can't pass over metadata, for 1 MB of which Pillow refuses a whole file.
     """
     view, offset, kind = memoryview(content), len(_PNG_SIGNATURE), b""
     header: tuple[int, int, int, int, int] | None = None
-    packed = []
+    packed, needed, texts = [], [view[:offset]], dict[str, bytes]()
     while kind != b"IEND":
         if offset + 12 > len(content):
             raise ImageError(refusal(name, "a truncated PNG (no IEND chunk)", "the whole file", "copy it again"))
@@ -187,13 +198,32 @@ def _check_png(name: object, content: bytes) -> _Png:
             packed.append(view[start : end - 4])
         elif kind == b"acTL":
             raise ImageError(refusal(name, "an animated PNG", "one frame", "save the frame to be read on its own"))
+        elif kind in (b"tEXt", b"zTXt", b"iTXt"):
+            keyword = bytes(view[start : min(start + 80, end - 4)]).partition(b"\0")[0]
+            if keyword in _ORIENTATION_TEXTS:
+                texts[_ORIENTATION_TEXTS[keyword]] = content[start - 4 : end - 4]
+        if not kind[0] & _ANCILLARY_BIT or kind in _NEEDED_ANCILLARY:
+            needed.append(view[offset:end])
         offset = end
     assert header is not None  # IEND can't come first
-    png = _Png(*header, packed)
+    png = _Png(*header, packed, b"".join(needed), {key: _unpack_text(chunk) for key, chunk in texts.items()})
     if png.bits not in (8, 16) or png.colour_type not in _PNG_CHANNELS:
         found = f"{png.bits} bits a channel, colour type {png.colour_type}"
         raise ImageError(refusal(name, found, "8 or 16-bit gray", "export it again without reducing grays"))
     return png
+
+
+def _unpack_text(chunk: bytes) -> bytes:
+    """Return the text of a PNG's text chunk that begins with its type; what can't be unpacked says nothing."""
+    kind, (_, _, rest) = chunk[:4], chunk[4:].partition(b"\0")
+    if kind == b"tEXt":
+        return rest
+    is_packed = kind == b"zTXt" or rest[:1] == b"\1"
+    text = rest[1:] if kind == b"zTXt" else rest[2:].split(b"\0", 2)[-1]  # iTXt: flag, method, language, translation
+    try:
+        return zlib.decompressobj().decompress(text, MAX_FILE_MIB * 2**20) if is_packed else text
+    except zlib.error:
+        return b""
 
 
 def _check_all_rows(name: object, png: _Png, image: Image.Image) -> None:
@@ -225,8 +255,19 @@ def _check_sides(name: object, width_px: int, height_px: int) -> None:
         raise ImageError(refusal(name, found, f"at most {MAX_PIXELS:,} pixels", "export it at a lower resolution"))
 
 
-def _decode(name: object, content: bytes, decoder: type[PngImageFile] | type[JpegImageFile]) -> Image.Image:
+def _decode(
+    name: object,
+    content: bytes,
+    decoder: type[PngImageFile] | type[JpegImageFile],
+    texts: Mapping[str, bytes] = MappingProxyType({}),
+) -> Image.Image:
     """Return the decoded picture, of admissible size, one frame and upright.
+
+    Args:
+        name: what messages call it.
+        content: of the file.
+        decoder: of its format.
+        texts: of the file, where the content is without them.
 
     The decoders are called by class and not through `Image.open`, whose bomb warning depends on a global that any other
     library may change; the size is checked here instead, between header and pixels.
@@ -241,17 +282,30 @@ def _decode(name: object, content: bytes, decoder: type[PngImageFile] | type[Jpe
         if "mp" in image.info:  # Multi-Picture Format (CIPA DC-007): a JPEG followed by others
             raise ImageError(refusal(name, "a multi-picture JPEG", "one frame", "save the picture wanted on its own"))
         image.load()
-        orientation = image.getexif().get(ExifTag.Orientation, 1)
     except ImageError:
         raise
     except Exception as err:  # a decoder fed with damaged bytes raises whatever it likes
         raise ImageError(refusal(name, f"damaged data ({err})", "a whole PNG or JPEG", "copy it again")) from err
+    orientation = _orientation({**image.info, **texts})
     if orientation != 1:
         # Programs that rotate the pixels often leave the tag behind, so applying it is a guess too.
         raise ImageError(
             refusal(name, f"EXIF orientation {orientation}", "an upright picture", "save it upright without the tag")
         )
     return image
+
+
+def _orientation(info: Mapping[Any, Any]) -> int:
+    """Return what EXIF says, or else XMP; what can't be read, or is none of 1 to 8 (EXIF 2.3, tag 274), says nothing."""
+    for key in ("exif", "Raw profile type exif", "xmp"):
+        said = Image.Image()
+        if key in info:
+            said.info = {key: info[key].decode("latin-1") if key.startswith("Raw") else info[key]}
+        with contextlib.suppress(Exception):  # junk makes Pillow raise whatever it likes
+            orientation = said.getexif().get(ExifTag.Orientation)
+            if orientation is not None and orientation in range(1, 9):
+                return int(orientation)
+    return 1
 
 
 def _scale_16_bit(name: object, image: Image.Image) -> Gray:
@@ -261,7 +315,9 @@ def _scale_16_bit(name: object, image: Image.Image) -> Gray:
     values = np.asarray(image)
     low, high = int(values.min()), int(values.max())
     if low == high:
-        raise ImageError(refusal(name, f"16-bit pixels all equal to {low}", "a picture", "export it again"))
+        raise ImageRefusedError(
+            RefusalReason.BLANK, refusal(name, f"16-bit pixels all equal to {low}", "a picture", "export it again")
+        )
     table = np.zeros(65536, np.uint8)
     span = high - low
     table[low : high + 1] = (np.arange(span + 1, dtype=np.int64) * 510 + span) // (2 * span)

@@ -2,18 +2,16 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from chexnet_deploy.bundle.manifest import Manifest
 from chexnet_deploy.images import Gray, ImageReader, Pixels, Preprocessing, ScopePolicy
-from chexnet_deploy.images.content_check import ImageGuardPolicy, check_image
+from chexnet_deploy.images.content_check import check_image
 
 if TYPE_CHECKING:
     from chexnet_deploy.images.dicom.decoder import DicomImage
 
 ImageSource: TypeAlias = Path | str | bytes | Gray
-
-_ANY_PICTURE: Final = ImageGuardPolicy(guard="off")  # still refuses what is no gray uint8 array
 
 
 class LoadedImage(NamedTuple):
@@ -49,23 +47,27 @@ class PixelLoader:
         """
         return cls(manifest.preprocessing, (manifest.scope or ScopePolicy()) if checks else None, reader)
 
-    def read(self, image: ImageSource) -> Gray:
+    def read(self, image: ImageSource, *, name: object = "the image") -> Gray:
         """Return the gray picture of a PNG, JPEG or DICOM file, given by path or as bytes; an array is checked alone.
+
+        Args:
+            image: the file or array.
+            name: what messages call bytes; a file is called by its path.
 
         Raises:
             ImageError: it can't be read without guessing, or a check refuses it; its `reason` says which.
             MissingPackageError: it is a DICOM file, and pydicom is not installed.
         """
         if isinstance(image, bytes):
-            gray = self.reader.decode(image, scope=self.scope)
+            gray = self.reader.decode(image, scope=self.scope, name=name)
         else:
             gray = self.reader.read(Path(image), scope=self.scope) if isinstance(image, str | Path) else image
-        check_image(gray, _ANY_PICTURE if self.scope is None else self.scope.picture)
+        check_image(gray, None if self.scope is None else self.scope.picture)
         return gray
 
-    def load(self, image: ImageSource) -> LoadedImage:
+    def load(self, image: ImageSource, *, name: object = "the image") -> LoadedImage:
         """Return the gray picture and the model's pixels; arguments and errors as `read`."""
-        gray = self.read(image)
+        gray = self.read(image, name=name)
         return LoadedImage(gray, self.preprocessing(gray))
 
     def read_dicom(self, path: Path) -> "DicomImage":

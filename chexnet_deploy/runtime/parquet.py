@@ -1,9 +1,10 @@
-"""A finished CSV of findings -> one Parquet file with the same rows. Imports pyarrow."""
+"""A finished CSV of findings -> one Parquet file with the same rows, and back. Imports pyarrow."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
@@ -12,6 +13,7 @@ from chexnet_deploy.runtime.table import ColumnKind
 
 _TYPES: Final[Mapping[ColumnKind, pa.DataType]] = {
     "text": pa.string(),
+    "count": pa.int64(),
     "probability": pa.float32(),
     "decision": pa.bool_(),
 }
@@ -39,3 +41,19 @@ def write_parquet(source: Path, out: Path, columns: Mapping[str, ColumnKind], me
     with pa.parquet.ParquetWriter(out, schema) as writer:
         for block in blocks:
             writer.write_batch(block.cast(schema) if block.schema != schema else block)
+
+
+def read_rows(path: Path) -> Iterator[list[str]]:
+    """Yield the fields of each row as the CSV had them, byte for byte."""
+    with pa.parquet.ParquetFile(path) as file:
+        for block in file.iter_batches():
+            for row in block.to_pylist():
+                yield [_text(value) for value in row.values()]
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(int(value))
+    return str(np.float32(value)) if isinstance(value, float) else str(value)

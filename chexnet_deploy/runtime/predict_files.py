@@ -1,26 +1,45 @@
 """Predictions of many files: on the screen, as maps, or into a table that resumes after a crash."""
 
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 from PIL import Image
 
 from chexnet_deploy.bundle.bundle import Bundle
 from chexnet_deploy.errors import ImageError, OnPhase
-from chexnet_deploy.files import new_folder
+from chexnet_deploy.files import FileContent, new_folder, sha256_of_file
 from chexnet_deploy.images.listing import ImageFiles
 from chexnet_deploy.runtime.predictor import Prediction, Predictor, draw_cam
 from chexnet_deploy.runtime.sessions.base import Provider
 from chexnet_deploy.runtime.sessions.open import resolve_provider
-from chexnet_deploy.runtime.streaming import choose_flow, usable_cores
-from chexnet_deploy.runtime.table import Row, TableCard
-from chexnet_deploy.runtime.table_file import open_table
+from chexnet_deploy.runtime.streaming import choose_flow, in_order, iter_lists, usable_cores
+from chexnet_deploy.runtime.table import Row, TableCard, row_of
+from chexnet_deploy.runtime.table_file import Table, open_table
 
-MakeRows: TypeAlias = Callable[[Bundle, ImageFiles, TableCard, int], Generator[Row]]
-"""Yields the rows of a table's images in order, from a place on."""
+MakeRows: TypeAlias = Callable[[Bundle, ImageFiles, TableCard, Sequence[int]], Generator[Row]]
+"""Yields the rows of a table's images at some places, in their order. Each batch is there as a whole."""
+
+REPLACED_ROWS: Final = 10_000
+"""So many rows of changed files wait in memory until they are written: a table is copied each time."""
+
+
+class TableRun(NamedTuple):
+    """What became of a table.
+
+    Attributes:
+        n_images: its rows.
+        n_quarantined: of them, images that can't be read.
+        changed: names of files whose rows were there but were done again: they changed, or couldn't be read before.
+        was_whole: there was nothing to do.
+    """
+
+    n_images: int
+    n_quarantined: int
+    changed: tuple[str, ...]
+    was_whole: bool
 
 
 def predict_images(
@@ -44,7 +63,7 @@ def predict_images(
         answers = stack.enter_context(
             closing(predictor.predict_stream(images.paths(), with_maps=cam_folder is not None))
         )
-        for name, (path, answer) in zip(images.names, answers, strict=True):
+        for name, (path, answer, _) in zip(images.names, answers, strict=True):
             _refuse_lone(images, answer)
             if partial is not None and not isinstance(answer, ImageError):
                 _draw_cams(partial, predictor, path, answer)
@@ -60,8 +79,8 @@ def predict_table(
     provider: Provider,
     on_phase: OnPhase,
     elsewhere: MakeRows | None = None,
-) -> tuple[int, int]:
-    """Write the findings in all images into one table, or go on with it; return its rows and those quarantined.
+) -> TableRun:
+    """Write the findings in all images into one table, or go on with it; rows whose file changed are made again.
 
     Args:
         bundle: verified.
@@ -90,19 +109,67 @@ def predict_table(
     )
     with ExitStack() as stack:
         table = stack.enter_context(open_table(out, card, images.names))
-        on_phase("predict", table.n_done, card.n_images)
-        if table.n_done < card.n_images and elsewhere is not None:
-            for row in stack.enter_context(closing(elsewhere(bundle, images, card, table.n_done))):
-                table.add_row(row)
-                on_phase("predict", table.n_done, card.n_images)
-        elif table.n_done < card.n_images:
-            predictor = stack.enter_context(open_predictor(bundle, images, threads=threads, provider=provider))
-            answers = stack.enter_context(closing(predictor.predict_stream(images.paths(table.n_done))))
-            for path, answer in answers:
-                _refuse_lone(images, answer)
-                table.add(path, answer)
-                on_phase("predict", table.n_done, card.n_images)
-        return table.n_done, table.n_quarantined
+        changed = _find_changed(images, table, on_phase)
+        again = _whole_batches(changed, card.batch_size, table.n_done)
+        places = [*again, *range(table.n_done, card.n_images)]
+        n_before = card.n_images - len(places)
+        on_phase("predict", n_before, card.n_images)
+        if places:
+            make = elsewhere or _make_here(stack, threads, provider)
+            rows = stack.enter_context(closing(make(bundle, images, card, places)))
+            for part in iter_lists(again, REPLACED_ROWS):
+                fresh = {}
+                for place in part:
+                    fresh[place] = next(rows)
+                    on_phase("predict", n_before := n_before + 1, card.n_images)
+                table.replace(fresh)
+            for row in rows:
+                table.add(row)
+                on_phase("predict", n_before := n_before + 1, card.n_images)
+        names = tuple(images.names[place] for place in changed)
+        return TableRun(table.n_done, table.n_quarantined, names, was_whole=not places)
+
+
+def _find_changed(images: ImageFiles, table: Table, on_phase: OnPhase) -> list[int]:
+    """Return the places of rows that are done, but not of the file that is there now."""
+
+    def is_same(pair: tuple[Path, FileContent | None]) -> bool:
+        path, content = pair
+        return content is not None and _holds(path, content)
+
+    changed = []
+    pairs = zip(images.paths(), table.contents(), strict=False)  # there may be more images than rows
+    with closing(in_order(is_same, pairs, workers=usable_cores(), ahead=64)) as are_same:
+        for place, same in enumerate(are_same):
+            if not same:
+                changed.append(place)
+            on_phase("compare files", place + 1, table.n_done)
+    return changed
+
+
+def _holds(path: Path, content: FileContent) -> bool:
+    try:
+        return path.stat().st_size == content.n_bytes and sha256_of_file(path) == content.sha256
+    except OSError:
+        return False
+
+
+def _whole_batches(places: Sequence[int], batch_size: int, n_done: int) -> list[int]:
+    """Return the places with those that share a batch: on a GPU an answer's last bit may depend on them."""
+    starts = sorted({place - place % batch_size for place in places})
+    return [place for start in starts for place in range(start, min(start + batch_size, n_done))]
+
+
+def _make_here(stack: ExitStack, threads: int | None, provider: Provider) -> MakeRows:
+    def make(bundle: Bundle, images: ImageFiles, card: TableCard, places: Sequence[int]) -> Generator[Row]:
+        predictor = stack.enter_context(open_predictor(bundle, images, threads=threads, provider=provider))
+        paths = (images.root / images.names[place] for place in places)
+        with closing(predictor.predict_stream(paths)) as answers:
+            for place, done in zip(places, answers, strict=True):
+                _refuse_lone(images, done.answer)
+                yield row_of(card, images.names[place], done)
+
+    return make
 
 
 def open_predictor(bundle: Bundle, images: ImageFiles, *, threads: int | None, provider: Provider) -> Predictor:

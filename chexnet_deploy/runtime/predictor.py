@@ -9,18 +9,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Semaphore
 from types import MappingProxyType
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from chexnet_deploy.bundle import Bundle, Manifest, Trust
-from chexnet_deploy.errors import ImageError, ImageRefusedError, SessionError
+from chexnet_deploy.errors import ImageError, ImageRefusedError, RefusalReason, SessionError
+from chexnet_deploy.files import FileContent
 from chexnet_deploy.images import Gray, ImageReader, Pixels
+from chexnet_deploy.images.gray import read_image_file
 from chexnet_deploy.runtime.loading import ImageSource, PixelLoader
 from chexnet_deploy.runtime.sessions.base import Logits, Provider, Session, run_padded, sigmoid
 from chexnet_deploy.runtime.sessions.open import N_STARTUP_PROBES, check_known_answers, open_session
 from chexnet_deploy.runtime.streaming import Flow, choose_flow, in_order, iter_lists, usable_cores
+
+BUSY_ATTEMPTS: Final = 4
+"""A file of many waits for a busy machine: nobody waits for this one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +51,20 @@ class Prediction:
         present = {name: probabilities[name] >= point for name, point in manifest.operating_points.items()}
         by_finding = {} if maps is None else dict(zip(manifest.findings, maps, strict=True))
         return cls(probabilities, present, by_finding)
+
+
+class FileAnswer(NamedTuple):
+    """What became of one file.
+
+    Attributes:
+        path: as it was given.
+        answer: findings, or why there are none.
+        content: of the file as it was read; None where it wasn't, or where the machine had no time for it.
+    """
+
+    path: Path
+    answer: Prediction | ImageError
+    content: FileContent | None
 
 
 class Predictor:
@@ -151,10 +171,8 @@ class Predictor:
             raise SessionError("found no bundle, needed its known answers. Next: open the predictor from a bundle.")
         check_known_answers(self._session, self._bundle, n_probes=N_STARTUP_PROBES)
 
-    def predict_stream(
-        self, paths: Iterable[Path | str], *, with_maps: bool = False
-    ) -> Generator[tuple[Path, Prediction | ImageError]]:
-        """Yield (path, findings) for each file, in order; for a file that can't be read, the ImageError that says why.
+    def predict_stream(self, paths: Iterable[Path | str], *, with_maps: bool = False) -> Generator[FileAnswer]:
+        """Yield each file's findings, in order; for a file that can't be read, the ImageError that says why.
 
         Lazy, in constant memory for any number of files: paths are taken a few ahead while answers are asked for. Files are
         decoded while others are computed. Batches are cut by place, every `flow.batch_size` paths: the same list gives the
@@ -169,14 +187,14 @@ class Predictor:
         """
         turns = Semaphore(self._flow.calls)
 
-        def answer(batch: list[Path | str]) -> list[tuple[Path, Prediction | ImageError]]:
+        def answer(batch: list[Path | str]) -> list[FileAnswer]:
             loaded = [self._load(Path(path)) for path in batch]
-            pixels = [each for each in loaded if not isinstance(each, ImageError)]
+            pixels = [each for each, _ in loaded if not isinstance(each, ImageError)]
             with turns:
                 named = iter(self._run_batch(pixels, with_maps=with_maps)) if pixels else iter(())
             return [
-                (Path(path), each if isinstance(each, ImageError) else next(named))
-                for path, each in zip(batch, loaded, strict=True)
+                FileAnswer(Path(path), each if isinstance(each, ImageError) else next(named), content)
+                for path, (each, content) in zip(batch, loaded, strict=True)
             ]
 
         workers = self._flow.workers
@@ -196,14 +214,22 @@ class Predictor:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _load(self, path: Path) -> Pixels | ImageError:
-        try:
-            return self.loader.load(path).pixels
-        except ImageRefusedError as err:
-            # A new one: the first one's traceback would keep the damaged file's bytes for as long as it is kept.
-            return ImageRefusedError(err.reason, str(err))
-        except ImageError as err:
-            return ImageError(str(err))
+    def _load(self, path: Path) -> tuple[Pixels | ImageError, FileContent | None]:
+        content: bytes | None = None
+        for _ in range(BUSY_ATTEMPTS):
+            try:
+                content = read_image_file(path)
+                return self.loader.load(content, name=path).pixels, FileContent.of(content)
+            except ImageRefusedError as err:
+                # A new one: the first one's traceback would keep the damaged file's bytes for as long as it is kept.
+                refused: ImageError = ImageRefusedError(err.reason, str(err))
+                if err.reason is not RefusalReason.BUSY:
+                    break
+                content = None
+            except ImageError as err:
+                refused = ImageError(str(err))
+                break
+        return refused, None if content is None else FileContent.of(content)
 
     def _run_batch(self, pixels: list[Pixels], *, with_maps: bool) -> list[Prediction]:
         logits, maps = run_padded(self._session, np.concatenate(pixels))

@@ -12,23 +12,23 @@ from typing import Annotated, Final, Literal, NamedTuple, TypeAlias
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from chexnet_deploy.datasets.predictions import QUARANTINED
 from chexnet_deploy.errors import ImageError, TableError
-from chexnet_deploy.files import Sha256
+from chexnet_deploy.files import FileContent, Sha256
 from chexnet_deploy.images.listing import one_line
 from chexnet_deploy.images.preprocessing import Preprocessing
-from chexnet_deploy.runtime.predictor import Prediction
+from chexnet_deploy.runtime.predictor import FileAnswer
 
-ColumnKind: TypeAlias = Literal["text", "probability", "decision"]
+ColumnKind: TypeAlias = Literal["text", "count", "probability", "decision"]
 
 OK: Final = "ok"
-QUARANTINED: Final = "quarantined"
 
 
 class Row(NamedTuple):
     """One image's line of a table, ready to be written.
 
     Attributes:
-        line: as row_bytes makes it.
+        line: of a CSV.
         is_quarantined: the image can't be read.
     """
 
@@ -75,7 +75,7 @@ class TableCard(BaseModel):
         columns: dict[str, ColumnKind] = {"image": "text", "status": "text"}
         columns |= {f"prob_{finding}": "probability" for finding in self.findings}
         columns |= {f"present_{finding}": "decision" for finding in self.decided}
-        return columns | {"bundle": "text", "reason": "text"}
+        return columns | {"bundle": "text", "file_bytes": "count", "file_sha256": "text", "reason": "text"}
 
     @property
     def decided(self) -> tuple[str, ...]:
@@ -122,26 +122,35 @@ def read_card(path: Path) -> TableCard | None:
 
 def header_bytes(card: TableCard) -> bytes:
     """Return the table's first line."""
-    return _line(card.columns)
+    return row_bytes(card.columns)
 
 
-def row_bytes(card: TableCard, name: str, path: Path, answer: Prediction | ImageError) -> bytes:
-    """Return one image's line.
+def row_of(card: TableCard, name: str, done: FileAnswer) -> Row:
+    """Return one image's row.
 
     Args:
         card: what the table is of.
         name: the image's, as the table shows it.
-        path: as the ImageError's text may name it.
-        answer: findings, or why there are none.
+        done: what became of it; an ImageError's text may name its path.
     """
+    answer, content = done.answer, ["", ""] if done.content is None else [str(field) for field in done.content]
     if isinstance(answer, ImageError):
         blanks = [""] * (len(card.findings) + len(card.decided))
-        reason = one_line(str(answer).removeprefix(f"{path}: "))
-        return _line([one_line(name), QUARANTINED, *blanks, card.bundle, reason])
+        reason = one_line(str(answer).removeprefix(f"{done.path}: "))
+        return Row(
+            row_bytes([one_line(name), QUARANTINED, *blanks, card.bundle, *content, reason]), is_quarantined=True
+        )
     # The shortest digits that name this float32 and no other: nothing is lost, and nothing is made up.
     probabilities = [str(np.float32(answer.probabilities[finding])) for finding in card.findings]
     decisions = [str(int(answer.present[finding])) for finding in card.decided]
-    return _line([one_line(name), OK, *probabilities, *decisions, card.bundle, ""])
+    line = row_bytes([one_line(name), OK, *probabilities, *decisions, card.bundle, *content, ""])
+    return Row(line, is_quarantined=False)
+
+
+def content_of(fields: Sequence[str]) -> FileContent | None:
+    """Return what a row says of its file; None where the file was not read, or not answered for."""
+    n_bytes, sha256 = fields[-3:-1]
+    return FileContent(int(n_bytes), sha256) if n_bytes.isdecimal() else None
 
 
 def read_back(path: Path, card: TableCard, names: Sequence[str]) -> tuple[int, int, int]:
@@ -179,7 +188,7 @@ def _check_row(path: Path, line: bytes, place: int, card: TableCard, names: Sequ
         fields = next(csv.reader([line.decode()], strict=True))
     except (UnicodeDecodeError, csv.Error) as err:
         raise _changed(path, number, f"a broken row ({err})") from err
-    if len(fields) != len(card.columns) or fields[1] not in (OK, QUARANTINED) or fields[-2] != card.bundle:
+    if len(fields) != len(card.columns) or fields[1] not in (OK, QUARANTINED) or fields[-4] != card.bundle:
         raise _changed(path, number, "a row of another form or bundle")
     if fields[0] != one_line(names[place]):
         raise _changed(path, number, f"the image {fields[0]!r}, not {one_line(names[place])!r}")
@@ -193,7 +202,8 @@ def _changed(path: Path, number: int, found: str) -> TableError:
     )
 
 
-def _line(fields: Iterable[str]) -> bytes:
+def row_bytes(fields: Iterable[str]) -> bytes:
+    """Return a line of the table."""
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerow(fields)
     return text.getvalue().encode()

@@ -5,23 +5,33 @@
     results.csv.partial   the rows so far; of a Parquet table too, which is made of them at the end
 
 A killed run leaves whole rows and at the most one that is torn. The next run drops that one and goes on where a batch was
-cut, so that its bytes are those of a run that was never stopped. Another bundle, other images or a changed row are refused.
-Predicts nothing.
+cut, so that its bytes are those of a run that was never stopped. Another bundle, other images or a changed row are refused. Rows
+of files that changed are replaced, in a table that is whole too. Predicts nothing.
 """
 
+import csv
 import fcntl
 import glob
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Final
 
-from chexnet_deploy.errors import ImageError, TableError, require
-from chexnet_deploy.files import sha256_of_file, show_file, write_file
-from chexnet_deploy.runtime.predictor import Prediction
-from chexnet_deploy.runtime.table import Row, TableCard, header_bytes, read_back, read_card, row_bytes
+from chexnet_deploy.datasets.predictions import QUARANTINED
+from chexnet_deploy.errors import TableError, require
+from chexnet_deploy.files import FileContent, sha256_of_file, show_file, write_file
+from chexnet_deploy.runtime.table import (
+    Row,
+    TableCard,
+    content_of,
+    header_bytes,
+    read_back,
+    read_card,
+    row_bytes,
+)
 
 SUFFIXES: Final = (".csv", ".parquet")
 
@@ -34,30 +44,49 @@ class Table:
         n_quarantined: of them, images that can't be read.
     """
 
-    def __init__(self, out: Path, card: TableCard, names: Sequence[str]) -> None:
+    def __init__(self, out: Path, card: TableCard, names: Sequence[str], parquet: ModuleType | None) -> None:
         self.n_done = 0
         self.n_quarantined = 0
         self._card, self._names = card, names
         self._out = out
-        self._partial, self._made = (out.with_name(f"{out.name}.{end}") for end in ("partial", "partial.parquet"))
+        self._partial, self._made, self._replaced = (
+            out.with_name(f"{out.name}.{end}") for end in ("partial", "partial.parquet", "partial.replaced")
+        )
         self._card_path = out.with_name(f"{out.name}.json")
         self._rows: IO[bytes] | None = None
+        self._parquet = parquet
+        self._stack = ExitStack()
 
-    def add(self, path: Path, answer: Prediction | ImageError) -> None:
+    def contents(self) -> Iterator[FileContent | None]:
+        """Yield what the rows that are done say of their files; see content_of."""
+        return map(content_of, islice(self._rows_read(), self.n_done))
+
+    def replace(self, rows: Mapping[int, Row]) -> None:
+        """Write rows in the place of others that are done, all of them or none; raises as `add` does.
+
+        A table that was whole is begun again with its other rows.
+        """
+        with _writing(self._out):
+            if self._rows is None:
+                self._begin_again()
+            with self._replaced.open("wb") as fresh, self._partial.open("rb") as before:
+                fresh.write(before.readline())
+                for place, line in enumerate(before):
+                    fresh.write(rows[place].line if place in rows else line)
+            rows_file = self._replaced.open("a+b", buffering=0)
+            self._stack.callback(rows_file.close)
+            fcntl.flock(rows_file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # before anybody else can find it
+            os.fsync(rows_file.fileno())
+            self._replaced.replace(self._partial)
+            self._rows = rows_file
+        self.n_quarantined = sum(fields[1] == QUARANTINED for fields in self._rows_read())
+
+    def add(self, row: Row) -> None:
         """Write the next image's row.
-
-        Args:
-            path: what was read, as the ImageError's text names it.
-            answer: findings, or why there are none.
 
         Raises:
             TableError: the disk is full or read-only; rows that are done are kept.
         """
-        line = row_bytes(self._card, self._names[self.n_done], path, answer)
-        self.add_row(Row(line, isinstance(answer, ImageError)))
-
-    def add_row(self, row: Row) -> None:
-        """Write the next image's row, which was made elsewhere; raises as `add` does."""
         assert self._rows is not None  # a whole table has no next row
         with _writing(self._out):
             _write_all(self._rows, row.line)
@@ -102,19 +131,45 @@ class Table:
                 stale.unlink()  # what a kill left while the card was written
             # The card before the first row: rows without one would be nobody's.
             write_file(self._card_path, self._card.to_json())
+            if self._replaced.exists():
+                self._replaced.unlink()  # what a kill left while rows were replaced
             rows.truncate(end)
             if end == 0:
                 _write_all(rows, header_bytes(self._card))
         self._rows = rows
 
-    def _finish(self, parquet: ModuleType | None) -> None:
+    def _rows_read(self) -> Iterator[Sequence[str]]:
+        """Yield the fields of the rows on the disk."""
+        if self._rows is None and self._parquet is not None:
+            yield from self._parquet.read_rows(self._out)
+            return
+        with (self._out if self._rows is None else self._partial).open(encoding="utf-8", newline="") as lines:
+            rows = csv.reader(lines)
+            next(rows)
+            yield from rows
+
+    def _begin_again(self) -> None:
+        """Make a whole table one that is not: after a kill its rows are gone on with."""
+        if self._parquet is None:
+            self._out.replace(self._partial)
+        else:
+            with self._replaced.open("wb") as rows:
+                rows.write(header_bytes(self._card))
+                rows.writelines(map(row_bytes, self._rows_read()))
+            self._replaced.replace(self._partial)
+            self._out.unlink()
+        self._take_up(self._stack.enter_context(_locked(self._out, self._partial)))
+
+    def _finish(self) -> None:
         """Show the table. Its card comes first: where there is a table, there is its SHA-256."""
+        if self._rows is None:  # it was whole, and nothing changed
+            return
         assert self.n_done == self._card.n_images
         made = self._partial
-        if parquet is not None:
+        if self._parquet is not None:
             made = self._made  # one name for it, so that what a kill left is written over
             metadata = {"chexnet_deploy": self._card.model_dump_json()}
-            parquet.write_parquet(self._partial, made, self._card.columns, metadata)
+            self._parquet.write_parquet(self._partial, made, self._card.columns, metadata)
         ending = {"n_quarantined": self.n_quarantined, "table_sha256": sha256_of_file(made)}
         write_file(self._card_path, self._card.model_copy(update=ending).to_json())
         show_file(made, self._out)
@@ -143,20 +198,19 @@ def open_table(out: Path, card: TableCard, names: Sequence[str]) -> Iterator[Tab
     if out.suffix not in SUFFIXES:
         raise TableError(f"{out} ends in {out.suffix or 'nothing'}; needed {' or '.join(SUFFIXES)}. Rename it.")
     parquet = _import_parquet() if out.suffix == ".parquet" else None
-    table = Table(out, card, names)
+    table = Table(out, card, names, parquet)
     with _writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         is_there = out.exists() or out.is_symlink()
-    if is_there:
-        table._take_whole()
-        yield table
-        return
-    with _locked(out, table._partial) as rows:
-        table._take_up(rows)
+    with table._stack as stack:
+        if is_there:
+            table._take_whole()
+        else:
+            table._take_up(stack.enter_context(_locked(out, table._partial)))
         try:
             yield table
             with _writing(out):
-                table._finish(parquet)
+                table._finish()
         except BaseException:
             if table.n_done == 0:
                 table._forget()

@@ -280,8 +280,101 @@ def test_the_same_name_in_two_folders_is_refused(tmp_path: Path) -> None:
     (tmp_path / "images_256").mkdir()
     (tmp_path / "images_256" / NAMES[0]).touch()
     message = refusal(tmp_path)
-    assert str(tmp_path / "images_256" / NAMES[0]) in message
-    assert f"found the same name in {tmp_path / 'images'};" in message
+    assert (
+        f"found two files for 1 images: {tmp_path / 'images' / NAMES[0]} and {tmp_path / 'images_256' / NAMES[0]}"
+        in message
+    )
+
+
+STEMS = tuple(name.removesuffix(".png") for name in NAMES)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "images/images/{}.png",
+        "images_001/images/{}.png",
+        "images-224/images-224/{}.png",
+        "images/{}.PNG",
+        "images/{}.jpg",
+        "images-512/{}.jpeg",
+        "Images/a/b/{}.JPG",
+        "{}.png",
+        "train/{}.png",
+        "archive/images_001/images/{}.png",
+        "images/{}.dcm",
+    ],
+)
+def test_every_layout_of_others(tmp_path: Path, place: str) -> None:
+    make(tmp_path, images=())
+    (tmp_path / "images").rmdir()
+    for stem in STEMS:
+        path = tmp_path / place.format(stem)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        path.with_name(f"._{path.name}").touch()  # what macOS leaves in archives
+    dataset = ChestXray14.open(tmp_path)
+    assert names(dataset) == SPLIT
+    assert [radiograph.path for radiograph in dataset.radiographs] == [tmp_path / place.format(stem) for stem in STEMS]
+    assert (dataset.n_absent, dataset.strays, dataset.left_out()) == (0, (), ())
+
+
+def test_folders_that_are_linked_in_are_entered_once(tmp_path: Path) -> None:
+    make(tmp_path / "disk", images=NAMES)
+    make(tmp_path / "root", images=())
+    (tmp_path / "root" / "images").rmdir()
+    (tmp_path / "root" / "images").symlink_to(tmp_path / "disk" / "images")
+    (tmp_path / "disk" / "images" / "loop").symlink_to(tmp_path / "disk" / "images")
+    assert ChestXray14.open(tmp_path / "root").n_absent == 0
+
+
+@pytest.mark.parametrize("other", ["images/{}.jpg", "images/small/{}.png", "images-224/{}.png", "IMAGES/{}.PNG"])
+def test_two_files_that_may_be_one_image_are_counted_and_named(tmp_path: Path, other: str) -> None:
+    make(tmp_path)
+    for stem in STEMS[:3]:
+        path = tmp_path / other.format(stem)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    message = refusal(tmp_path)
+    assert "found two files for 3 images" in message
+    assert str(tmp_path / other.format(STEMS[0])) in message
+
+
+def test_what_is_left_out_is_counted_and_named(tmp_path: Path) -> None:
+    make(tmp_path, images=[*NAMES[1:], "00000099_000.png", "heart.png", "00000001.jpg", "notes.txt"])
+    dataset = ChestXray14.open(tmp_path)
+    assert dataset.left_out() == (
+        f"1 of 6 rows of {V2020} have no image on disk",
+        f"3 image files without a row in {V2020}: 00000001.jpg, heart.png, 00000099_000.png",
+    )
+
+
+def test_no_image_says_what_lies_there_instead(tmp_path: Path) -> None:
+    dataset = ChestXray14.open(make(tmp_path, images=["1.png", "2.png"]))
+    with pytest.raises(DatasetError) as caught:
+        dataset.require("train")
+    assert str(caught.value) == (
+        f"{tmp_path}: found none of the 3 train images on disk, and 2 image files without a row in {V2020}: 1.png, 2.png; "
+        f"needed at least one. Next: put the images into {tmp_path}/images, called as in {V2020}, with any image suffix."
+    )
+
+
+def test_a_table_of_the_whole_data_set_takes_seconds(tmp_path: Path) -> None:
+    rows = [
+        f"{i // 4 + 1:08d}_{i % 4:03d}.png,No Finding,0,{i // 4 + 1},58,M,PA,2682,2749,0.143,0.143"
+        for i in range(112_120)
+    ]
+    make(tmp_path, lines(HEADER, *rows), images=())
+    (tmp_path / "train_val_list.txt").write_text(lines(*(row[:16] for row in rows[4:])))
+    (tmp_path / "test_list.txt").write_text(lines(*(row[:16] for row in rows[:4])))
+    for part in range(12):
+        (tmp_path / f"images_{part + 1:03d}" / "images").mkdir(parents=True)
+    for i, row in enumerate(rows[:20_000]):
+        (tmp_path / f"images_{i % 12 + 1:03d}" / "images" / row[:16]).touch()
+    start_s = time.perf_counter()
+    dataset = ChestXray14.open(tmp_path)
+    assert dataset.n_absent == 92_120
+    assert time.perf_counter() - start_s < 30.0
 
 
 # The split

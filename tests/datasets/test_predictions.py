@@ -58,6 +58,48 @@ def read(tmp_path: Path) -> Read:
     return _read
 
 
+STATUS = """\
+image,status,prob_Mass,prob_Pleural_Thickening,reason
+00000002_000.png,ok,0.1,0.2,
+00000004_000.png,quarantined,,,found 0 bytes
+00000004_001.png,ok,0.8,0.3,
+"""
+
+
+@pytest.mark.parametrize(
+    ("predictions", "n"),
+    [
+        (STATUS, 1),
+        (STATUS.replace("image,status", "Image Index,Status"), 1),
+        (STATUS.replace("00000002_000.png,ok,0.1,0.2", "nobody_knows.png,quarantined,,"), 2),  # needs no label either
+        ("image,status,finding,score\n00000004_001.png,ok,Mass,0.8\n00000002_000.png,quarantined,,\n", 1),
+        (STATUS.replace("quarantined,,", "ok,0.5,0.5"), 0),
+    ],
+)
+def test_quarantined_images_are_left_out_and_counted(read: Read, predictions: str, n: int) -> None:
+    scores = read(predictions)
+    assert scores.n_quarantined == n
+    assert "00000004_001.png" in scores.names
+    assert len(scores.names) == len(predictions.splitlines()) - 1 - n
+    assert scores.n_not_predicted == 3 - len(scores.names)
+
+
+@pytest.mark.parametrize(
+    ("predictions", "found"),
+    [
+        (STATUS.replace("quarantined", "ok"), "found the score '' of Mass"),  # a hole is still a hole
+        (STATUS.replace("status", "state"), "found the score '' of Mass"),
+        (
+            STATUS.replace("ok,0.1,0.2", "quarantined,,").replace("ok,0.8,0.3", "quarantined,,"),
+            "predict quarantined all 3 images",
+        ),
+    ],
+)
+def test_holes_and_nothing_at_all_are_refused(read: Read, predictions: str, found: str) -> None:
+    with pytest.raises(DatasetError, match=found):
+        read(predictions)
+
+
 @pytest.mark.parametrize("labels", [NIH, WIDE_LABELS])
 @pytest.mark.parametrize("predictions", [WIDE, LONG])
 def test_wide_and_long_say_the_same(read: Read, predictions: str, labels: str) -> None:

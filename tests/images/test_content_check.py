@@ -68,9 +68,58 @@ def ramp(height_px: int, width_px: int) -> Gray:
     return np.tile((np.arange(width_px) * 256 // width_px).astype(np.uint8), (height_px, 1))
 
 
+OFF = ImageGuardPolicy(guard="off")
+
+
 def test_blank() -> None:
     for value in (0, 7, 128, 255):
-        assert reason(np.full((256, 256), value, np.uint8)) == "blank"
+        for policy in (POLICY, OFF):
+            assert reason(np.full((256, 256), value, np.uint8), policy) == "blank"
+
+
+def dark(value: int = 0) -> Gray:
+    return np.full((512, 512), value, np.uint8)
+
+
+def noise() -> Gray:
+    return np.random.default_rng(1).integers(0, 256, (1024, 1024)).astype(np.uint8)
+
+
+def lit(share: float) -> Gray:
+    """Return a black picture whose lowest rows are a ramp."""
+    gray = dark()
+    rows = round(512 * share)
+    gray[512 - rows :] = ramp(rows, 512)
+    return gray
+
+
+@pytest.mark.parametrize(
+    ("gray", "expected"),
+    [
+        (np.where(np.indices((512, 512)).sum(axis=0) < 100, 255, 0).astype(np.uint8), "blank"),  # a lit corner, 2 %
+        (lit(0.08), "blank"),
+        (lit(0.25), "accepted"),  # as far as this rule goes
+        (255 - lit(0.08), "blank"),
+        (noise(), "blank"),  # no structure at the model's own scale
+        (noise() // 64, "blank"),
+        (ramp(512, 512) // 16, "blank"),  # 0 to 15
+        (128 + ramp(512, 512) // 16, "blank"),
+        (ramp(512, 512) // 4, "accepted"),  # 0 to 63
+        (ramp(32, 32), "accepted"),
+        (np.where(ramp(256, 256) < 100, 0, 255).astype(np.uint8), "accepted"),  # two grays, half and half
+    ],
+)
+def test_almost_blank(gray: Gray, expected: str) -> None:
+    assert reason(gray, OFF) == expected
+
+
+def test_phantoms_are_far_from_blank(phantoms: list[Gray]) -> None:
+    for gray in phantoms:
+        check_image(gray // 4 + 90, OFF)
+
+
+def test_no_policy_asks_for_an_array_alone() -> None:
+    check_image(dark(), None)
 
 
 @pytest.mark.parametrize(
@@ -192,10 +241,9 @@ def test_what_is_no_chest_is_refused(rng: np.random.Generator) -> None:
         assert reason(np.ascontiguousarray(gray)) == "not-a-frontal-chest"
 
 
-def test_off_accepts_every_picture(rng: np.random.Generator) -> None:
-    off = ImageGuardPolicy(guard="off")
-    for gray in (np.zeros((1, 1), np.uint8), np.full((32, 900), 255, np.uint8), rng.integers(0, 256, (9, 9), np.uint8)):
-        check_image(gray, off)
+def test_off_accepts_every_picture_that_is_not_blank(rng: np.random.Generator) -> None:
+    for gray in (ramp(32, 900), ramp(900, 32), rng.integers(0, 256, (9, 9), np.uint8)):
+        check_image(gray, OFF)
 
 
 def test_limits_come_from_the_policy(phantoms: list[Gray]) -> None:

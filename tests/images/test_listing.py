@@ -28,7 +28,7 @@ def test_a_folder_is_walked_in_the_order_of_names(tmp_path: Path) -> None:
 def test_what_is_no_image_by_name_is_counted_and_left_out(tmp_path: Path) -> None:
     root = grow(tmp_path / "in", "a.png", "notes.txt", "png", "a.png.bak", "._a.png", ".hidden/b.png", ".DS_Store")
     found = find_images([root])
-    assert (found.names, found.n_others) == (("a.png",), 6)
+    assert (found.names, len(found.others)) == (("a.png",), 6)
 
 
 def test_links_to_folders_are_not_followed_and_links_to_files_are(tmp_path: Path) -> None:
@@ -38,7 +38,7 @@ def test_links_to_folders_are_not_followed_and_links_to_files_are(tmp_path: Path
     (root / "two.png").symlink_to(root / "a" / "one.png")
     found = find_images([root])
     assert found.names == ("self.png", "two.png", "a/one.png")
-    assert found.n_others == 1
+    assert len(found.others) == 1
 
 
 def test_a_linked_folder_that_is_named_is_walked(tmp_path: Path) -> None:
@@ -129,3 +129,35 @@ def test_the_hash_is_of_the_names_in_order(tmp_path: Path) -> None:
     grow(tmp_path, "one/a.png", "one/b.png", "two/a.png", "two/b.png", "three/b.png")
     first, same, other = (find_images([tmp_path / name]).sha256 for name in ("one", "two", "three"))
     assert first == same != other
+
+
+DICOM = bytes(128) + b"DICM" + bytes(20)
+
+
+def test_a_dicom_file_may_be_called_anything(tmp_path: Path) -> None:
+    root = grow(tmp_path / "CD", "AUTORUN.INF", "VIEWER/viewer.exe", "README", "DICOM/short")
+    (root / "DICOM" / "short").write_bytes(DICOM[:131])
+    for name in (
+        "DICOMDIR",
+        "dicomdir",
+        "DICOM/IM000001",
+        "DICOM/ST1/IM000001",
+        "DICOM/1.2.840.1.5",
+        "a.ima",
+        "b.dicom",
+        ".x",
+    ):
+        (root / name).parent.mkdir(exist_ok=True, parents=True)
+        (root / name).write_bytes(DICOM)
+    os.mkfifo(root / "pipe")  # would be waited for
+    (root / "socket").symlink_to("/nowhere")
+    found = find_images([root])
+    assert found.names == ("a.ima", "b.dicom", "DICOM/1.2.840.1.5", "DICOM/IM000001", "DICOM/ST1/IM000001")
+    assert found.others == (
+        ".x", "AUTORUN.INF", "DICOMDIR", "README", "dicomdir", "pipe", "socket", "DICOM/short", "VIEWER/viewer.exe",
+    )  # fmt: skip
+
+
+def test_a_folder_of_nothing_says_what_was_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match=r"found no file called \.png, \.jpg, \.jpeg, \.dcm and no DICOM file"):
+        find_images([grow(tmp_path / "in", "IM000001", "DICOMDIR")])

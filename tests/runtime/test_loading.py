@@ -99,3 +99,27 @@ def test_files_that_are_scored_are_not_checked(tmp_path: Path) -> None:
     (pixels,) = iter_pixels([path], Preprocessing(resize_px=32))
     with ImageReader() as reader:
         np.testing.assert_array_equal(pixels, Preprocessing(resize_px=32)(reader.decode(CHILD)))
+
+
+def blank(syntax: str) -> bytes:
+    """Return a DICOM radiograph whose window leaves nothing of it."""
+    return make_dicom(syntax=syntax, edits={"WindowCenter": 30000, "WindowWidth": 10})
+
+
+def test_a_blank_picture_is_refused_by_every_way_in(reader: ImageReader, tmp_path: Path) -> None:
+    black = np.zeros((60, 80), np.uint8)
+    checked, unchecked = (PixelLoader.of(manifest(), reader, checks=checks) for checks in (True, False))
+    for kind in ("PNG", "JPEG"):
+        Image.fromarray(black).save(tmp_path / "black", kind)
+        for image in (tmp_path / "black", str(tmp_path / "black"), (tmp_path / "black").read_bytes()):
+            assert refused(checked, image) is RefusalReason.BLANK
+    assert refused(checked, black) is RefusalReason.BLANK
+    for syntax in ("1.2.840.10008.1.2.1", "1.2.840.10008.1.2.5", "1.2.840.10008.1.2.4.90"):
+        assert refused(checked, blank(syntax)) is RefusalReason.BLANK
+    assert not unchecked.load(black).gray.any()  # a labelled list says what is in it
+
+
+def refused(loader: PixelLoader, image: Any) -> RefusalReason:
+    with pytest.raises(ImageRefusedError, match="almost nothing in the picture") as caught:
+        loader.load(image)
+    return caught.value.reason

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from benchmarks.rigs.plan_card import CARD
 from chexnet_deploy.bundle.bundle import Bundle
 from chexnet_deploy.datasets.chestxray14 import ChestXray14
-from chexnet_deploy.errors import ImageError, SessionError
+from chexnet_deploy.errors import ImageError, ImageRefusedError, RefusalReason, SessionError
+from chexnet_deploy.files import FileContent
 from chexnet_deploy.images.preprocessing import Pixels
-from chexnet_deploy.runtime.predictor import Prediction, Predictor
+from chexnet_deploy.runtime.loading import ImageSource, LoadedImage, PixelLoader
+from chexnet_deploy.runtime.predictor import BUSY_ATTEMPTS, Prediction, Predictor
 from chexnet_deploy.runtime.sessions.base import Session
 from chexnet_deploy.runtime.sessions.open import open_session
 from chexnet_deploy.runtime.streaming import Flow, choose_flow, in_order, iter_lists
@@ -146,8 +148,9 @@ def test_a_stream_gives_what_predict_gives_to_the_last_bit(
 ) -> None:
     predictor = Predictor(session, bundles["fp32"].manifest, Flow(calls=2, workers=3))
     answers = list(predictor.predict_stream(paths))
-    assert [path for path, _ in answers] == paths
-    for path, answer in answers:
+    assert [path for path, _, _ in answers] == paths
+    for path, answer, content in answers:
+        assert content == (FileContent.of(path.read_bytes()) if path.exists() else None)
         if isinstance(answer, ImageError):
             assert path.name in ("bad.png", "absent.png")
         else:
@@ -160,7 +163,7 @@ def test_maps_are_kept_where_they_are_asked_for(
     bundles: dict[str, Bundle], session: Session, paths: list[Path]
 ) -> None:
     predictor = Predictor(session, bundles["fp32"].manifest, Flow())
-    (_, answer), *_ = predictor.predict_stream(paths[:1], with_maps=True)
+    (_, answer, _), *_ = predictor.predict_stream(paths[:1], with_maps=True)
     assert isinstance(answer, Prediction)
     alone = predictor.predict(paths[0])
     assert all(np.array_equal(answer.maps[finding], alone.maps[finding]) for finding in alone.maps)
@@ -170,7 +173,7 @@ def test_a_bad_file_says_why_and_keeps_nothing_alive(
     bundles: dict[str, Bundle], session: Session, paths: list[Path]
 ) -> None:
     predictor = Predictor(session, bundles["fp32"].manifest, Flow())
-    answers = [answer for _, answer in predictor.predict_stream(paths)]
+    answers = [answer for _, answer, _ in predictor.predict_stream(paths)]
     bad, absent = answers[2], answers[10]
     assert isinstance(bad, ImageError)
     assert isinstance(absent, ImageError)
@@ -187,7 +190,9 @@ def test_batches_are_cut_by_place_so_that_a_tail_gives_the_same_bits(
     predictor = Predictor(counting, bundles["fp32"].manifest, Flow(batch_size=4, calls=1, workers=2))  # type: ignore[arg-type]
 
     def shown(start: int) -> list[object]:
-        return [getattr(answer, "probabilities", str(answer)) for _, answer in predictor.predict_stream(paths[start:])]
+        return [
+            getattr(answer, "probabilities", str(answer)) for _, answer, _ in predictor.predict_stream(paths[start:])
+        ]
 
     whole = shown(0)
     assert sorted(counting.batches) == [2, 3, 4]  # places 0-3 and 8-10 hold one bad file each
@@ -222,6 +227,35 @@ def test_no_more_calls_at_a_time_than_the_flow_says(
     assert counting.most_at_a_time == calls
 
 
+@pytest.mark.parametrize("n_busy", [0, 1, BUSY_ATTEMPTS - 1, BUSY_ATTEMPTS])
+def test_a_file_that_a_busy_machine_had_no_time_for_is_tried_again(
+    bundles: dict[str, Bundle],
+    session: Session,
+    paths: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    n_busy: int,
+) -> None:
+    loads, whole = 0, PixelLoader.load
+
+    def load(loader: PixelLoader, image: ImageSource, *, name: object) -> LoadedImage:
+        nonlocal loads
+        loads += 1
+        if loads <= n_busy:
+            raise ImageRefusedError(RefusalReason.BUSY, f"{name}: found a machine too busy")
+        return whole(loader, image, name=name)
+
+    predictor = Predictor(session, bundles["fp32"].manifest, Flow())
+    monkeypatch.setattr(PixelLoader, "load", load)
+    ((_, answer, content),) = predictor.predict_stream(paths[:1])
+    if n_busy < BUSY_ATTEMPTS:
+        assert (isinstance(answer, Prediction), loads) == (True, n_busy + 1)
+        assert content == FileContent.of(paths[0].read_bytes())
+    else:
+        assert isinstance(answer, ImageError)
+        assert (answer.reason, loads) == (RefusalReason.BUSY, BUSY_ATTEMPTS)
+        assert content is None  # nothing is known of the file: a table tries it again
+
+
 def test_a_closed_session_stops_the_stream(bundles: dict[str, Bundle], paths: list[Path]) -> None:
     with Predictor.open(bundles["fp32"].path, threads=1, provider="cpu") as predictor:
         pass
@@ -250,7 +284,7 @@ def test_memory_stays_flat(bundles: dict[str, Bundle], session: Session, phantom
     assert len(images) > 1000
     predictor = Predictor(session, bundles["fp32"].manifest, Flow(calls=2, workers=3))
     settled_mib = 0.0
-    for place, (_, answer) in enumerate(predictor.predict_stream(images)):
+    for place, (_, answer, _) in enumerate(predictor.predict_stream(images)):
         assert isinstance(answer, Prediction)
         if place == 100:
             settled_mib = resident_mib()

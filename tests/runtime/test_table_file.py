@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,17 @@ from hypothesis import strategies as st
 from chexnet_deploy.bundle.bundle import Bundle
 from chexnet_deploy.datasets.findings import FINDINGS
 from chexnet_deploy.errors import ImageError, MissingPackageError, TableError
+from chexnet_deploy.files import FileContent
+from chexnet_deploy.images.listing import ImageFiles, find_images
 from chexnet_deploy.images.preprocessing import Preprocessing
 from chexnet_deploy.runtime import table_file as results
-from chexnet_deploy.runtime.predictor import Prediction, Predictor
+from chexnet_deploy.runtime.predict_files import TableRun, _whole_batches, predict_table
+from chexnet_deploy.runtime.predictor import FileAnswer, Prediction, Predictor
 from chexnet_deploy.runtime.sessions.open import resolve_provider
-from chexnet_deploy.runtime.table import TableCard, read_back, read_card
-from chexnet_deploy.runtime.table_file import open_table
+from chexnet_deploy.runtime.table import Row, TableCard, read_back, read_card, row_bytes, row_of
+from chexnet_deploy.runtime.table_file import Table, open_table
 from tests.command_line import assert_one_line_error, chexnet
+from tests.runtime.test_loading import manifest
 
 PREDICT = (sys.executable, "-m", "chexnet_deploy", "predict", "--provider", "cpu")
 N = 10
@@ -65,8 +69,14 @@ def write(out: Path, card: TableCard = CARD, *, stop_after: int | None = None) -
         for place in range(start, N):
             if stop_after is not None and table.n_done == stop_after:
                 raise KeyboardInterrupt
-            table.add(Path(NAMES[place]), answer_of(place))
+            table.add(row_at(place))
     return start
+
+
+def row_at(place: int, *, turn: int = 0) -> Row:
+    """Return an image's row; each turn's file has another size."""
+    content = FileContent(1000 + turn, f"{place:064x}")
+    return row_of(CARD, NAMES[place], FileAnswer(Path(NAMES[place]), answer_of(place + turn), content))
 
 
 def stop(out: Path, n: int, card: TableCard = CARD) -> Path:
@@ -99,7 +109,8 @@ def test_the_columns_and_one_row_by_hand(whole: Whole) -> None:
     header, first, *_ = whole.table.decode().splitlines()
     assert header.split(",")[:3] == ["image", "status", "prob_Atelectasis"]
     assert header.split(",")[15:] == [
-        "prob_Hernia", "present_Atelectasis", "present_Cardiomegaly", "present_Effusion", "bundle", "reason",
+        "prob_Hernia", "present_Atelectasis", "present_Cardiomegaly", "present_Effusion", "bundle",
+        "file_bytes", "file_sha256", "reason",
     ]  # fmt: skip
     answer = answer_of(0)
     assert isinstance(answer, Prediction)
@@ -111,6 +122,7 @@ def test_the_columns_and_one_row_by_hand(whole: Whole) -> None:
         assert len(rows[0][f"prob_{name}"]) <= len("0.123456789e-05")
     assert rows[0]["present_Effusion"] == str(int(answer.probabilities["Effusion"] >= 0.5))
     assert (rows[0]["bundle"], rows[0]["reason"]) == ("b" * 64, "")
+    assert (rows[1]["file_bytes"], rows[1]["file_sha256"]) == ("1000", f"{1:064x}")
 
 
 def test_a_quarantined_row_says_why_on_one_line_without_the_path(whole: Whole) -> None:
@@ -324,6 +336,8 @@ def test_parquet_has_the_rows_of_the_csv(whole: Whole, tmp_path: Path) -> None:
                 assert value is None or np.float32(value) == np.float32(text[name])
             elif name.startswith("present_"):
                 assert value == {"": None, "0": False, "1": True}[text[name]]
+            elif name == "file_bytes":
+                assert value == 1000
             else:
                 assert (value or "") == text[name]
     assert TableCard.model_validate_json(table.schema.metadata[b"chexnet_deploy"]) == CARD
@@ -380,8 +394,17 @@ def test_predict_writes_a_folder_to_a_table(bundles: dict[str, Bundle], folder: 
             alone = predictor.predict(folder / row["image"])
             assert {name: np.float32(row[f"prob_{name}"]) for name in FINDINGS} == alone.probabilities
             assert {name: row[f"present_{name}"] == "1" for name in alone.present} == alone.present
-    again = chexnet("predict", bundle.path, folder, "--out", out, "--json")
-    assert (again.returncode, json.loads(again.stdout)["n_quarantined"]) == (3, 3)
+    again = chexnet("predict", bundle.path, folder, "--out", out)
+    assert (again.returncode, "already complete: 60 images, 3 quarantined" in again.stdout) == (3, True)
+    labels = folder.parent / "labels.csv"  # one in three has each finding
+    labels.write_text(
+        "image,patient,Mass\n"
+        + "".join(f"{row['image']},{place},{int(place % 3 == 0)}\n" for place, row in enumerate(rows))
+    )
+    evaluated = chexnet("evaluate", "--predictions", out, "--labels", labels)
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert "57 predicted images" in evaluated.stdout
+    assert "3 images are left out: predict could not read them" in evaluated.stdout
     other = chexnet("predict", bundles["fp16"].path, folder, "--out", out)
     assert_one_line_error(other, 2, "begun with bundle", "another --out")
 
@@ -490,6 +513,187 @@ def test_a_list_of_paths(bundles: dict[str, Bundle], folder: Path, tmp_path: Pat
     done = chexnet("predict", bundles["fp32"].path, folder / "some.txt", "--out", tmp_path / "t.csv")
     assert done.returncode == 0, done.stderr
     assert [row["image"] for row in csv.DictReader((tmp_path / "t.csv").read_text().splitlines())] == names[::-1]
+
+
+def replace(out: Path, places: Sequence[int]) -> None:
+    with open_table(out, CARD, NAMES) as table:
+        table.replace({place: row_at(place, turn=1) for place in places})
+        for place in range(table.n_done, N):
+            table.add(row_at(place))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+@pytest.mark.parametrize("n", [4, None], ids=["begun", "whole"])
+@pytest.mark.parametrize("places", [[0], [1, 3], [0, 1, 2, 3]])
+def test_rows_of_changed_files_are_replaced_and_no_others(
+    tmp_path: Path, whole: Whole, suffix: str, n: int | None, places: list[int]
+) -> None:
+    out = tmp_path / f"t{suffix}"
+    stop(out, n) if n is not None else write(out)
+    replace(out, places)
+    expected = whole.table.splitlines(keepends=True)
+    for place in places:
+        expected[place + 1] = row_at(place, turn=1).line
+    with open_table(out, CARD, NAMES) as table:
+        assert list(table.contents()) == [FileContent(1000 + (i in places), f"{i:064x}") for i in range(N)]
+        assert table.n_quarantined == sum(row.count(b",quarantined,") for row in expected)
+        assert b"".join(row_bytes(fields) for fields in table._rows_read()) == b"".join(expected[1:])
+    card = read_card(out.with_name(f"{out.name}.json"))
+    assert card is not None
+    assert card.table_sha256 == hashlib.sha256(out.read_bytes()).hexdigest()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [out.name, f"{out.name}.json"]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+@pytest.mark.parametrize("step", ["replace", "unlink", "flock"])
+@pytest.mark.parametrize("nth", [1, 2])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_killed_while_rows_are_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, step: str, nth: int, when: str
+) -> None:
+    """Whatever is left, the same run ends with the same bytes: nothing is lost but the rows of that moment."""
+    for folder in ("whole", "killed"):
+        write(tmp_path / folder / f"t{suffix}")
+    replace(tmp_path / "whole" / f"t{suffix}", [2, 5])
+    out, owner, calls = tmp_path / "killed" / f"t{suffix}", (fcntl if step == "flock" else Path), 0
+    whole_step = getattr(owner, step)
+
+    def breaking(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += "partial-" not in str(arguments[0])
+        if calls == nth and when == "before":
+            raise Killed
+        answer = whole_step(*arguments, **options)
+        if calls == nth:
+            raise Killed
+        return answer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, step, breaking)
+        try:
+            replace(out, [2, 5])
+        except Killed:
+            pass
+        else:
+            assert calls < nth
+    replace(out, [2, 5])
+    for name in (f"t{suffix}", f"t{suffix}.json"):
+        assert (out.parent / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert [path.name for path in sorted(out.parent.iterdir())] == [f"t{suffix}", f"t{suffix}.json"]
+
+
+def test_what_is_replaced_is_nobody_elses(tmp_path: Path) -> None:
+    write(tmp_path / "t.csv")
+    with open_table(tmp_path / "t.csv", CARD, NAMES) as table:
+        table.replace({0: row_at(0, turn=1)})
+        with pytest.raises(TableError, match="another process"), open_table(tmp_path / "t.csv", CARD, NAMES):
+            pass
+
+
+class Predicted:
+    """Stands for a bundle that was opened: answers with each file's first byte, and says what it was asked."""
+
+    def __init__(self, images: ImageFiles) -> None:
+        self.asked: list[int] = []
+        self.images = images
+
+    def __call__(self, bundle: object, images: ImageFiles, card: TableCard, places: Sequence[int]) -> Generator[Row]:
+        self.asked += places
+        for place in places:
+            path = images.root / images.names[place]
+            try:
+                content = path.read_bytes()
+            except OSError as err:
+                yield row_of(card, images.names[place], FileAnswer(path, ImageError(f"{path}: {err.strerror}"), None))
+                continue
+            probabilities = dict.fromkeys(card.findings, content[0] / 256)
+            answer = ImageError("damaged") if content == b"damaged" else Prediction(probabilities, {}, {})
+            if isinstance(answer, Prediction):
+                answer.present.update(dict.fromkeys(card.decided, False))
+            yield row_of(card, images.names[place], FileAnswer(path, answer, FileContent.of(content)))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., tuple[TableRun, list[int]]]:
+    """Predict the folder `in`, whose files are a.png to f.png, into t.csv or t.parquet."""
+    for name in "abcdef":
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / f"{name}.png").write_bytes(name.encode() * 9)
+
+    bundle = Bundle(tmp_path, manifest(), "b" * 64)
+
+    def predict(suffix: str = ".csv") -> tuple[TableRun, list[int]]:
+        images = find_images([tmp_path / "in"])
+        predicted = Predicted(images)
+        done = predict_table(
+            bundle, images, tmp_path / f"t{suffix}", threads=1, provider="cpu",
+            on_phase=lambda phase, done, total: None, elsewhere=predicted,
+        )  # fmt: skip
+        return done, predicted.asked
+
+    return predict
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_a_changed_file_is_done_again_and_said(
+    run: Callable[..., tuple[TableRun, list[int]]], tmp_path: Path, suffix: str
+) -> None:
+    first, asked = run(suffix)
+    assert (first, asked) == (TableRun(6, 0, (), was_whole=False), [0, 1, 2, 3, 4, 5])
+    assert run(suffix) == (TableRun(6, 0, (), was_whole=True), [])
+    before = (tmp_path / f"t{suffix}").read_bytes()
+    os.utime(tmp_path / "in" / "a.png")  # touched, and the same
+    (tmp_path / "in" / "b.png").write_bytes(b"x" * 9)  # the same size
+    (tmp_path / "in" / "e.png").write_bytes(b"y")
+    assert run(suffix) == (TableRun(6, 0, ("b.png", "e.png"), was_whole=False), [1, 4])
+    assert run(suffix) == (TableRun(6, 0, (), was_whole=True), [])
+    (tmp_path / "in" / "b.png").write_bytes(b"b" * 9)
+    (tmp_path / "in" / "e.png").write_bytes(b"e" * 9)
+    run(suffix)
+    assert (tmp_path / f"t{suffix}").read_bytes() == before  # as if nothing had been
+
+
+def test_a_quarantined_file_is_tried_again_once_it_was_replaced(
+    run: Callable[..., tuple[TableRun, list[int]]], tmp_path: Path
+) -> None:
+    (tmp_path / "in" / "c.png").write_bytes(b"damaged")
+    (tmp_path / "in" / "d.png").unlink()
+    (tmp_path / "in" / "d.png").symlink_to(tmp_path / "not there yet")
+    assert run()[0].n_quarantined == 2
+    # The damaged file is as it was; one that was not there is looked for each time.
+    assert run() == (TableRun(6, 2, ("d.png",), was_whole=False), [3])
+    (tmp_path / "in" / "c.png").write_bytes(b"c")
+    (tmp_path / "not there yet").write_bytes(b"d")
+    assert run() == (TableRun(6, 0, ("c.png", "d.png"), was_whole=False), [2, 3])
+    assert run() == (TableRun(6, 0, (), was_whole=True), [])
+    assert (tmp_path / "t.csv").read_text().count(",ok,") == 6
+
+
+def test_a_file_that_changed_while_a_run_was_stopped(
+    run: Callable[..., tuple[TableRun, list[int]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole_add, n_added = Table.add, 0
+
+    def stopping(table: Table, row: Row) -> None:
+        nonlocal n_added
+        n_added += 1
+        if n_added == 4:
+            raise KeyboardInterrupt
+        whole_add(table, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Table, "add", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    (tmp_path / "in" / "b.png").write_bytes(b"x")
+    (tmp_path / "in" / "f.png").write_bytes(b"y")  # its turn hadn't come
+    assert run() == (TableRun(6, 0, ("b.png",), was_whole=False), [1, 3, 4, 5])
+
+
+def test_batches_that_share_a_changed_file_are_done_as_a_whole() -> None:
+    assert _whole_batches([5, 6, 9], 4, 11) == [4, 5, 6, 7, 8, 9, 10]
+    assert _whole_batches([0], 1, 3) == [0]
+    assert _whole_batches([], 16, 3) == []
 
 
 def test_pictures_and_a_table_are_made_apart(bundles: dict[str, Bundle], folder: Path, tmp_path: Path) -> None:

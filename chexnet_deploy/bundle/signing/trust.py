@@ -133,7 +133,7 @@ class Trust(StrictRecord):
         ).read()
         try:
             # By way of JSON, where strict takes a list for a tuple and a string for a path; TOML's dates have no place.
-            trust = cls.model_validate_json(json.dumps(tomllib.loads(content.decode())))
+            trust = cls.model_validate_json(json.dumps(tomllib.loads(content.decode("utf-8-sig"))))
         except ValidationError as err:
             first = err.errors()[0]
             field = ".".join(map(str, first["loc"])) or "file"

@@ -18,10 +18,11 @@ from chexnet_deploy.dicom.node.outbox import Outbox, OutboxFullError
 from chexnet_deploy.dicom.node.systemd import Notifier
 from chexnet_deploy.dicom.node.worker import Answer
 from chexnet_deploy.dicom.node.worker_process import Worker, WorkerFault
-from chexnet_deploy.errors import AuditError
+from chexnet_deploy.errors import AuditError, RefusalReason
 
 N_ATTEMPTS = 2
-"""An image that a worker dies or hangs on is tried once more, in a new process: it may have been the machine's fault."""
+"""An image that a worker dies or hangs on is tried once more, in a new process: it may have been the machine's fault. So is one
+that a busy machine had no time for."""
 _PAUSE_S = 0.5  # before a disk, or a worker that didn't start, is tried again
 
 
@@ -151,18 +152,20 @@ class Processing:
 
     def _ask(self, stored: Stored) -> tuple[Answer, str]:
         """Return an image's answer, and the code of the last worker lost over it."""
-        reason = ""
+        answer, reason = Answer(refusal="worker-lost"), ""
         for _ in range(N_ATTEMPTS):
             while not self._is_worker_well():
                 if self._is_stopping or self.has_failed:
                     raise _StoppingError
             try:
-                return self._worker.answer(stored.path), reason
+                answer = self._worker.answer(stored.path)
+                if answer.refusal != RefusalReason.BUSY.value:
+                    break
             except WorkerFault as fault:
                 reason = fault.reason
                 self.is_ready = False
                 self._journal.say("worker-lost", reason=reason)
-        return Answer(refusal="worker-lost"), reason
+        return answer, reason
 
     def _insist(self, act: Callable[[], object]) -> None:
         """Do it, as soon as the disk or the outbox has room; meanwhile the node takes no images that it can't keep."""

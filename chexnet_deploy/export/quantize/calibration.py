@@ -102,7 +102,7 @@ def choose_calibration(dataset: ChestXray14, n_images: int) -> tuple[str, ...]:
     Raises:
         CalibrationError: n_images is below the minimum, or the training split holds fewer.
     """
-    train = dataset.split("train")
+    train = dataset.require("train")
     if not MIN_IMAGES <= n_images <= len(train):
         raise CalibrationError(
             f"asked for {n_images} calibration images; at least {MIN_IMAGES} are needed and the training split holds "

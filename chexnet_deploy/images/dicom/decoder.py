@@ -1,11 +1,13 @@
 """Decode a DICOM file of any kind into its header and its gray image."""
 
 import contextlib
+import os
 import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Empty, LifoQueue
 from time import monotonic
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,26 +37,30 @@ class DecodeLimits:
     """What a decoding process may cost.
 
     Attributes:
-        deadline_s: wall-clock time of one image, then the process is killed. It begins when a process is free; after
-            `warm_up` the start of a process that replaces a lost one is in it too.
+        processor_s: the process's own time for one image, then it is killed. JPEG 2000 takes 0.5 s for a chest.
+        deadline_s: wall-clock time of one image, then the process is killed and the machine called busy. It begins when a
+            process is free; after `warm_up` the start of a process that replaces a lost one is in it too.
         memory_mib: address space of a process. 36 million pixels in JPEG 2000 take 700 MB of it.
         images_per_process: after as many it is replaced, so that a codec's leaks stay small.
     """
 
-    deadline_s: float = 10.0
+    processor_s: float = 10.0
+    deadline_s: float = 15.0
     memory_mib: int = 2048
     images_per_process: int = 1000
 
     def __post_init__(self) -> None:
-        if not (0.0 < self.deadline_s <= 3600.0 and self.memory_mib >= 256 and self.images_per_process >= 1):
-            raise ValueError(f"{self}: needed a deadline of 0 to 3600 s, at least 256 MiB and at least 1 image")
+        are_times = all(0.0 < seconds <= 3600.0 for seconds in (self.processor_s, self.deadline_s))
+        if not (are_times and self.memory_mib >= 256 and self.images_per_process >= 1):
+            raise ValueError(f"{self}: needed times of 0 to 3600 s, at least 256 MiB and at least 1 image")
 
 
 class Decoder:
     """Reads DICOM radiographs; compressed pixels are decoded in processes of their own, any number of threads may ask.
 
     A process is started when the first compressed image comes, or by `warm_up`, and kept. Uncompressed pixels need no codec
-    and no process: they are read here. Use it as a context manager, or call `close`.
+    and no process: they are read here. Use it as a context manager, or call `close`. A forked process has none of its parent's
+    processes: they would answer either, with the other's pixels. It starts its own.
 
     Args:
         processes: how many images may be decoded at once; a thread beyond waits.
@@ -66,13 +72,26 @@ class Decoder:
             raise ValueError(f"got {processes} processes, needed at least 1")
         self._limits = limits or DecodeLimits()
         self._is_closed = False
+        self._n_processes = processes
+        self._begin()
+        _DECODERS.add(self)
+
+    def _begin(self) -> None:
+        """Have no process yet, and no lock that anybody holds."""
         self._spare: DecodingProcess | None = None
         self._is_warm = False
         self._lock = threading.Lock()
         # One seat a process; an empty seat is a process to be started. Last in, first out keeps one warm.
         self._seats: LifoQueue[DecodingProcess | None] = LifoQueue()
-        for _ in range(processes):
+        for _ in range(self._n_processes):
             self._seats.put(None)
+
+    def _begin_in_fork(self) -> None:
+        parents = [*self._seats.queue, self._spare]
+        self._begin()
+        for process in parents:
+            if process is not None:
+                process.disown()
 
     def decode(
         self, source: Path | str | bytes, *, scope: ScopePolicy | None = None, name: object = "the DICOM object"
@@ -192,19 +211,26 @@ class Decoder:
         deadline_s, start = self._limits.deadline_s, monotonic()
         try:
             if not process.wait_ready(deadline_s=deadline_s if self._is_warm else START_DEADLINE_S):
-                message = refusal(name, "no decoding process ready in time", "one", "send it again")
-                raise ImageRefusedError(RefusalReason.DECODE_TIMEOUT, message)
+                raise DecodeError(RefusalReason.BUSY, "no decoding process ready in time", is_usable=True)
             used_s = monotonic() - start if self._is_warm else 0.0
-            words = process.decode(request, header.pixel_data, deadline_s=max(deadline_s - used_s, 0.0))
+            words = process.decode(
+                request,
+                header.pixel_data,
+                processor_s=self._limits.processor_s,
+                deadline_s=max(deadline_s - used_s, 0.0),
+            )
             gray = grayscale.apply(_as_allocated(name, header, words))  # before the memory is used again
             if process.n_images >= self._limits.images_per_process:
                 process = self._replace(process)
         except DecodeError as err:
             if not err.is_usable:
                 process = self._replace(process)
-            raise ImageRefusedError(
-                err.reason, refusal(name, str(err), "whole pixel data", "send or export it again")
-            ) from err
+            needed, next_step = "whole pixel data", "send or export it again"
+            if err.reason is RefusalReason.BUSY:
+                needed, next_step = "one with time for it", "lower the machine's load, then try again"
+            elif err.reason is RefusalReason.DECODE_TIMEOUT:
+                needed, next_step = "one that takes less", "export it uncompressed, or at a lower resolution"
+            raise ImageRefusedError(err.reason, refusal(name, str(err), needed, next_step)) from err
         except ImageRefusedError:
             raise
         except BaseException:
@@ -214,6 +240,17 @@ class Decoder:
         finally:
             self._give_back(process)
         return gray
+
+
+_DECODERS: WeakSet[Decoder] = WeakSet()
+
+
+def _begin_in_fork() -> None:
+    for decoder in _DECODERS:
+        decoder._begin_in_fork()
+
+
+os.register_at_fork(after_in_child=_begin_in_fork)
 
 
 def _as_allocated(

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
-from time import monotonic
+from time import clock_gettime, monotonic
 from typing import Final
 
 import numpy as np
@@ -21,6 +21,8 @@ from chexnet_deploy.errors import RefusalReason, SessionError
 MAX_LINE_BYTES: Final = 4096
 START_DEADLINE_S: Final = 60.0
 """Of a process that nobody could wait for before: a cold disk and a busy machine. A second is usual."""
+_LOOK_S: Final = 0.05
+"""At the least so long between two looks at a process's processor time."""
 _STEP_BYTES: Final = 2**20
 _KEPT_BYTES: Final = 2**28
 _LARGEST_KEPT_BYTES: Final = 2**25  # glibc takes no higher threshold
@@ -104,13 +106,14 @@ class DecodingProcess:
         return True
 
     def decode(
-        self, request: DecodeRequest, source: memoryview, *, deadline_s: float
+        self, request: DecodeRequest, source: memoryview, *, processor_s: float, deadline_s: float
     ) -> NDArray[np.uint8] | NDArray[np.uint16]:
         """Return the words of one image.
 
         Args:
             request: the image's facts.
             source: encapsulated pixel data.
+            processor_s: the process's own time, of which a busy machine takes none.
             deadline_s: wall-clock time from now.
 
         Returns:
@@ -118,7 +121,8 @@ class DecodingProcess:
             a process does to it, every word stays one of 8 or 16 bits.
 
         Raises:
-            DecodeError: DECODE_FAILED or DECODE_TIMEOUT.
+            DecodeError: DECODE_FAILED, DECODE_TIMEOUT where it takes more than processor_s, BUSY where it got less and wasn't
+                done by the deadline.
         """
         end = monotonic() + deadline_s
         n_pixels, pixels_at = request.rows * request.columns, -(-len(source) // 8) * 8
@@ -130,13 +134,13 @@ class DecodingProcess:
             "number": self.n_images,
             "source_bytes": len(source),
             "pixels_at": pixels_at,
-            "deadline_s": math.ceil(deadline_s),
+            "deadline_s": math.ceil(processor_s),
         }
         try:
-            answer = self._ask(json.dumps(question).encode(), new_memory, end)
+            answer = self._ask(json.dumps(question).encode(), new_memory, end, processor_s)
         except TimeoutError as err:
-            found = f"an image not decoded in {deadline_s:.2g} s"
-            raise DecodeError(RefusalReason.DECODE_TIMEOUT, found, is_usable=False) from err
+            found = "a machine too busy to decode the image in time"
+            raise DecodeError(RefusalReason.BUSY, found, is_usable=False) from err
         except OSError as err:
             raise DecodeError(RefusalReason.DECODE_FAILED, self._end(), is_usable=False) from err
         self.n_images += 1
@@ -150,6 +154,11 @@ class DecodingProcess:
         self._process.wait()
         self._channel.close()
 
+    def disown(self) -> None:
+        """Let go of it after a fork, in the process that didn't start it."""
+        self._process.returncode = 0  # Popen neither waits for it nor kills it
+        self._channel.close()
+
     def _reserve(self, n_bytes: int) -> list[int]:
         """Make the shared memory large enough; return its descriptor where the process doesn't have it yet.
 
@@ -160,19 +169,34 @@ class DecodingProcess:
         memory, self._shared = _new_shared_memory(-(-n_bytes // _STEP_BYTES) * _STEP_BYTES)
         return [memory]
 
-    def _ask(self, question: bytes, new_memory: list[int], end: float) -> bytes:
+    def _ask(self, question: bytes, new_memory: list[int], end: float, processor_s: float) -> bytes:
         """Return the answer; raise TimeoutError at the end, another OSError where the process ended."""
+        last_s = self._used_s() + processor_s
         try:
             self._channel.settimeout(max(end - monotonic(), 0.001))
             socket.send_fds(self._channel, [question], new_memory)
         finally:
             for memory in new_memory:
                 os.close(memory)
-        self._channel.settimeout(max(end - monotonic(), 0.001))
-        line = self._channel.recv(MAX_LINE_BYTES)
+        line: bytes | None = None
+        while line is None:
+            # It can't have used more of the processor than has passed, so until then nobody needs to look.
+            self._channel.settimeout(max(min(last_s - self._used_s(), end - monotonic()), _LOOK_S))
+            try:
+                line = self._channel.recv(MAX_LINE_BYTES)
+            except TimeoutError:
+                if self._used_s() >= last_s:
+                    found = f"an image not decoded in {processor_s:.2g} s of processor time"
+                    raise DecodeError(RefusalReason.DECODE_TIMEOUT, found, is_usable=False) from None
+                if monotonic() >= end:
+                    raise
         if not line:
             raise ConnectionResetError
         return line
+
+    def _used_s(self) -> float:
+        """Return the processor time of all its threads (clock_getcpuclockid(3), whose number Linux makes so)."""
+        return clock_gettime(~self._process.pid << 3 | 2)
 
     def _end(self) -> str:
         """Return how the process ended, in words."""

@@ -64,6 +64,7 @@ class OpenvinoSession:
                 )
         except Exception as err:
             raise SessionError(f"OpenVINO {openvino.get_version()} refuses this model: {err}") from err
+        self._process = os.getpid()
         self._is_open = True
         self._single = single
         self._singles: SimpleQueue[Any] = SimpleQueue()
@@ -87,6 +88,8 @@ class OpenvinoSession:
         check_pixels(pixels, self._resize_px, self.batch_range)
         if not self._is_open:
             raise SessionError("this session is closed. Open the bundle again.")
+        if self._process != os.getpid():  # its threads are not here: it would wait for them for ever
+            raise SessionError("this session was opened before a fork. Open the bundle in each process.")
         try:
             logits, maps = self._answer(np.ascontiguousarray(pixels))
         except Exception as err:

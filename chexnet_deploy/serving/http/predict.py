@@ -19,7 +19,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 from starlette.responses import Response
 
-from chexnet_deploy.errors import ImageError, MissingPackageError
+from chexnet_deploy.errors import ImageError, MissingPackageError, RefusalReason
 from chexnet_deploy.images import Gray, Pixels
 from chexnet_deploy.runtime.loading import PixelLoader
 from chexnet_deploy.runtime.predictor import Prediction, draw_cam
@@ -89,6 +89,8 @@ def _prepare(body: bytes, headers: Mapping[str, str], limit_bytes: int, loader: 
     try:
         gray, pixels = loader.load(content)
     except ImageError as err:
+        if err.reason is RefusalReason.BUSY:
+            raise busy(Fault.BUSY, IMAGE_REFUSALS[err.reason]) from err
         raise RequestError(422, err.reason, IMAGE_REFUSALS[err.reason]) from err
     except MissingPackageError as err:
         raise RequestError(415, Fault.ENCODING, "This service is installed without DICOM. Send PNG or JPEG.") from err

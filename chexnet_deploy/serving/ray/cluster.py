@@ -51,8 +51,8 @@ class Cluster:
     workers: int | None = None
     trust: Trust | None = None
 
-    def rows(self, bundle: Bundle, images: ImageFiles, card: TableCard, start: int) -> Generator[Row]:
-        """Yield each image's row in order, from the one at place `start` on, which is where a batch begins.
+    def rows(self, bundle: Bundle, images: ImageFiles, card: TableCard, places: Sequence[int]) -> Generator[Row]:
+        """Yield the rows of the images at some places, in their order; each batch is there as a whole.
 
         Raises:
             ClusterError: no cluster, too few cores or GPUs for the workers, a worker that differs from this machine, or
@@ -67,20 +67,20 @@ class Cluster:
                 versions=package_versions(),
             )  # fmt: skip
             flow = job.flow(bundle)
-            blocks = _blocks(images.names, start, flow.batch_size * flow.workers * BATCHES_PER_THREAD)
-            place = start
+            blocks = _blocks(images.names, places, flow.batch_size * flow.workers * BATCHES_PER_THREAD)
+            n_done = 0
             for block in _answers(job, blocks, workers=workers, needs_gpu=needs_gpu):
                 for at, line, is_quarantined in zip(*(column.to_pylist() for column in block.columns), strict=True):
-                    if at != place:
+                    if [at] != list(places[n_done : n_done + 1]):
                         raise ClusterError(
-                            f"the cluster answered image {at:,} where {place:,} was next. Rows that are done are kept: run "
-                            f"the same command again."
+                            f"the cluster answered image {at:,} out of turn. Rows that are done are kept: run the same "
+                            f"command again."
                         )
                     yield Row(line, is_quarantined)
-                    place += 1
-            if place != card.n_images:
+                    n_done += 1
+            if n_done != len(places):
                 raise ClusterError(
-                    f"the cluster ended after {place:,} of {card.n_images:,} images. Run the same command again."
+                    f"the cluster ended after {n_done:,} of {len(places):,} images. Run the same command again."
                 )
 
 
@@ -133,10 +133,10 @@ def _answers(job: Job, blocks: Iterator[pa.Table], *, workers: int, needs_gpu: b
     yield from answered.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
 
 
-def _blocks(names: Sequence[str], start: int, n: int) -> Iterator[pa.Table]:
-    for places in iter_lists(range(start, len(names)), n):
+def _blocks(names: Sequence[str], places: Sequence[int], n: int) -> Iterator[pa.Table]:
+    for block in iter_lists(places, n):
         # As bytes: a name on a disk need not be text.
-        yield pa.table({"place": places, "name": [os.fsencode(names[place]) for place in places]}, schema=BLOCK)
+        yield pa.table({"place": block, "name": [os.fsencode(names[place]) for place in block]}, schema=BLOCK)
 
 
 @contextmanager

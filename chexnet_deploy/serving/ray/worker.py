@@ -14,11 +14,11 @@ import pyarrow as pa
 import ray
 
 from chexnet_deploy.bundle import Bundle, Trust
-from chexnet_deploy.errors import BundleError, ClusterError, ImageError
+from chexnet_deploy.errors import BundleError, ClusterError
 from chexnet_deploy.runtime.predictor import Predictor
 from chexnet_deploy.runtime.sessions.base import Provider
 from chexnet_deploy.runtime.streaming import Flow, choose_flow
-from chexnet_deploy.runtime.table import TableCard, row_bytes
+from chexnet_deploy.runtime.table import TableCard, row_of
 
 MAX_ATTEMPTS: Final = 3
 BLOCK: Final = pa.schema({"place": pa.int64(), "name": pa.binary()})
@@ -84,11 +84,12 @@ class Worker:
             self._predictor = self._open()
         names = [os.fsdecode(name) for name in block["name"].to_pylist()]
         lines, are_quarantined = [], []
-        for name, (path, answer) in zip(
+        for name, done in zip(
             names, self._predictor.predict_stream(self._job.root / name for name in names), strict=True
         ):
-            lines.append(row_bytes(self._job.card, name, path, answer))
-            are_quarantined.append(isinstance(answer, ImageError))
+            row = row_of(self._job.card, name, done)
+            lines.append(row.line)
+            are_quarantined.append(row.is_quarantined)
         self._attempts.end.remote(places[0])
         return pa.table({"place": block["place"], "line": lines, "quarantined": are_quarantined}, schema=ANSWERS)
 

@@ -129,6 +129,19 @@ def test_image_that_hangs_once_is_answered_at_the_second_try(node: NodeProcess, 
     assert line["worker"] == "worker-deadline"
 
 
+@pytest.mark.parametrize(("name", "event"), [("BUSY^ONCE", "answered"), ("BUSY", "refused")])
+def test_image_that_a_busy_machine_had_no_time_for_is_tried_again(
+    node: NodeProcess, pacs: Pacs, tmp_path: Path, name: str, event: str
+) -> None:
+    node.start()
+    pacs.start()
+    images = [write_radiograph(tmp_path / "a.dcm", seed=seed, name=each) for seed, each in ((1, name), (2, "GOOD"))]
+    assert store(node.port, images) == [0, 0]
+    wait_until(lambda: len(audited(node, "answered")) + len(audited(node, "refused")) == 2, timeout_s=30.0)
+    line = audited(node, event)[0]
+    assert (line["reason"], line["worker"]) == ("busy" if event == "refused" else "", "")
+
+
 def test_nothing_about_a_patient_is_in_any_output(node: NodeProcess, pacs: Pacs, storescu: str, tmp_path: Path) -> None:
     node.overrides = "\n[health]\ndrain_deadline_s = 1.0\n"
     node.start()

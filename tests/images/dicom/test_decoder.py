@@ -111,12 +111,39 @@ def test_a_process_that_hangs_is_killed_at_the_deadline() -> None:
         hanging = pid(decoder)
         os.kill(hanging, signal.SIGSTOP)
         start = monotonic()
-        with pytest.raises(ImageRefusedError, match=r"not decoded in 0\.3 s") as caught:
+        # It had no processor time, so nothing is said of the image.
+        with pytest.raises(ImageRefusedError, match="too busy to decode the image in time") as caught:
             decoder.decode(make_dicom(syntax=RLE))
         assert monotonic() - start < 2.0
-        assert caught.value.reason is RefusalReason.DECODE_TIMEOUT
+        assert caught.value.reason is RefusalReason.BUSY
         assert not Path(f"/proc/{hanging}").exists()
         decoder.warm_up()
+        np.testing.assert_array_equal(decoder.decode(make_dicom(syntax=RLE)).gray, EXPECTED)
+
+
+def test_waiting_for_the_machine_is_no_work() -> None:
+    """Stopped for longer than its limit of processor time, as on a busy machine, then let go on."""
+    with Decoder(limits=DecodeLimits(processor_s=0.5, deadline_s=20.0)) as decoder:
+        decoder.decode(make_dicom(syntax=J2K))
+        held = pid(decoder)
+        os.kill(held, signal.SIGSTOP)
+        threading.Timer(1.2, os.kill, (held, signal.SIGCONT)).start()
+        start = monotonic()
+        np.testing.assert_array_equal(decoder.decode(make_dicom(syntax=J2K)).gray, EXPECTED)
+        assert monotonic() - start > 1.0
+        assert pid(decoder) == held
+
+
+@pytest.mark.parametrize("deadline_s", [0.6, 30.0])
+def test_too_much_work_ends_at_the_limit_of_processor_time(deadline_s: float) -> None:
+    words = np.random.default_rng(0).integers(0, 4096, (2000, 2000)).astype(np.uint16)  # no codec's favourite
+    content = make_dicom(words, syntax=J2K)
+    with Decoder(limits=DecodeLimits(processor_s=0.1, deadline_s=deadline_s)) as decoder:
+        for _ in range(2):
+            decoder.warm_up()
+            with pytest.raises(ImageRefusedError, match=r"not decoded in 0\.1 s of processor time") as caught:
+                decoder.decode(content)
+            assert caught.value.reason is RefusalReason.DECODE_TIMEOUT
         np.testing.assert_array_equal(decoder.decode(make_dicom(syntax=RLE)).gray, EXPECTED)
 
 
@@ -133,7 +160,7 @@ def test_after_warming_up_a_start_counts_too(monkeypatch: pytest.MonkeyPatch) ->
         assert monotonic() - start < 2.0
         with pytest.raises(ImageRefusedError, match="no decoding process ready in time") as caught:
             decoder.decode(make_dicom(syntax=RLE))
-        assert caught.value.reason is RefusalReason.DECODE_TIMEOUT
+        assert caught.value.reason is RefusalReason.BUSY
         monkeypatch.setattr(process_room, "START_DEADLINE_S", 0.5)  # it is given up, and another one started
         with pytest.raises(SessionError, match="did not start"):
             decoder.decode(make_dicom(syntax=RLE))
@@ -260,6 +287,7 @@ def test_a_thread_that_waits_while_all_is_closed() -> None:
     [
         lambda: Decoder(processes=0),
         lambda: DecodeLimits(deadline_s=0),
+        lambda: DecodeLimits(processor_s=0),
         lambda: DecodeLimits(memory_mib=1),
         lambda: DecodeLimits(images_per_process=0),
     ],

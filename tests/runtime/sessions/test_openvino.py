@@ -1,4 +1,6 @@
 import importlib.util
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -96,6 +98,32 @@ def test_what_it_refuses(bundles: dict[str, Bundle]) -> None:
     session.close()
     with pytest.raises(SessionError, match="closed"):
         session.run(pixels_of(bundles["fp32"])[:1])
+
+
+def test_after_a_fork_it_is_refused_and_waits_for_nobody(bundles: dict[str, Bundle]) -> None:
+    code = f"""
+import os, sys
+from pathlib import Path
+import numpy as np
+from chexnet_deploy.bundle.bundle import Bundle
+from chexnet_deploy.errors import SessionError
+from chexnet_deploy.runtime.sessions.openvino import OpenvinoSession
+
+session = OpenvinoSession.open(Bundle.open(Path({str(bundles["fp32"].path)!r})), threads=1)
+pixels = np.zeros((1, 1, 32, 32), np.uint8)
+session.run(pixels)
+if os.fork() == 0:
+    try:
+        session.run(pixels)
+    except SessionError as err:
+        print(err, flush=True)
+    os._exit(0)
+os.wait()
+session.run(pixels)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "this session was opened before a fork. Open the bundle in each process.\n"
 
 
 def test_auto_takes_openvino_where_it_is(bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
