@@ -12,6 +12,7 @@ from typing import Any
 import gdcm
 import numpy as np
 from numpy.typing import NDArray
+from pydicom import config
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
@@ -32,6 +33,7 @@ COMPRESSED: Mapping[str, int] = {
 LOSSLESS = tuple(syntax for syntax in COMPRESSED if syntax[-3:] not in (".50", ".81", ".91"))
 
 
+@config.disable_value_validation()  # what is no value of its VR must be written too
 def make_dataset(words: NDArray[Any] = WORDS, edits: Mapping[str, Any] | None = None) -> Dataset:
     """Return a data set of an adult's chest, PA, by computed radiography, 12 bits stored, as plain as the standard allows.
 
@@ -62,6 +64,7 @@ def make_dataset(words: NDArray[Any] = WORDS, edits: Mapping[str, Any] | None = 
     return dataset
 
 
+@config.disable_value_validation()
 def make_dicom(
     words: NDArray[Any] = WORDS,
     edits: Mapping[str, Any] | None = None,

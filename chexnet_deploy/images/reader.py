@@ -110,6 +110,10 @@ class ImageReader:
             return _gray(name, _decode(name, content, JpegImageFile))
         if content[128:132] == b"DICM":
             return self.decoder.decode(content, scope=scope, name=name).gray
+        if _is_bare_data_set(content):
+            found, needed = "a DICOM data set without preamble", "a DICOM file (PS3.10)"
+            next_step = "write it as a DICOM file (with preamble and meta header)"
+            raise ImageRefusedError(RefusalReason.NOT_DICOM, refusal(name, found, needed, next_step))
         raise ImageError(_unknown_format(name, content))
 
     def close(self) -> None:
@@ -158,6 +162,20 @@ def _read_png(name: object, content: bytes) -> Gray:
         # Pillow keeps only the high byte of these, which is nearly all of a 12-bit radiograph lost.
         raise ImageError(refusal(name, "16-bit colour or alpha", "16-bit gray", "save it as plain 16-bit gray"))
     return _scale_16_bit(name, image)
+
+
+def _is_bare_data_set(content: bytes) -> bool:
+    """Return whether the bytes begin as DICOM's elements do, of group 2 or 8, in whatever transfer syntax."""
+    if content[:4] == b"DICM":
+        return True
+    if len(content) < 8:
+        return False
+    is_little = content[0] in (2, 8) and content[1] == content[3] == 0
+    is_big = content[0] == 0 and content[1] in (2, 8) and content[2] == 0
+    has_vr = content[4:6].isalpha() and content[4:6].isupper()
+    return (has_vr and (is_little or is_big)) or (
+        is_little and int.from_bytes(content[4:8], "little") <= len(content) - 8
+    )
 
 
 def _unknown_format(name: object, content: bytes) -> str:

@@ -37,7 +37,7 @@ class ScopePolicy(StrictRecord):
         age_years: youngest and oldest, inclusive.
         accepts_unknown_body_part: an empty one.
         accepts_unknown_view: an empty one.
-        accepts_unknown_age: none, and no dates to count it from.
+        accepts_unknown_age: none, and no dates to count it from; one that can't be read is refused.
         picture: what the picture itself must look like; off unless a scope asks for it, as drawings and pictures smaller
             than a radiograph are refused by it.
     """
@@ -76,7 +76,9 @@ def find_scope_faults(header: "DicomHeader", scope: ScopePolicy) -> dict[Refusal
             faults[reason] = f"{reason.value.replace('-', ' ')} {found or 'not given'}"
     youngest, oldest = scope.age_years
     age = header.patient_age_years
-    if age is None and not scope.accepts_unknown_age:
+    if header.has_unreadable_age:
+        faults[RefusalReason.AGE] = "a patient age that can't be read (nnnD, nnnW, nnnM, nnnY or years can)"
+    elif age is None and not scope.accepts_unknown_age:
         faults[RefusalReason.AGE] = "no patient age"
     elif age is not None and not youngest <= age <= oldest:
         faults[RefusalReason.AGE] = f"a patient age outside {youngest} to {oldest} years"

@@ -18,6 +18,7 @@ from pydicom.uid import (
     ImplicitVRLittleEndian,
     JPEG2000Lossless,
     JPEGBaseline8Bit,
+    JPEGExtended12Bit,
     JPEGLossless,
     JPEGLosslessSV1,
     JPEGLSLossless,
@@ -43,6 +44,7 @@ TRANSFER_SYNTAXES: Final = (
     JPEGLossless,
     RLELossless,
     JPEGBaseline8Bit,
+    JPEGExtended12Bit,
     JPEG2000,
     JPEGLSNearLossless,
 )

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from pydicom.pixels.decoders.base import get_decoder
-from pydicom.uid import UID
+from pydicom.uid import UID, JPEGLossless
 
-from chexnet_deploy.images.dicom.codestreams import JPEG_2000, JPEG_BASELINE, RLE
+from chexnet_deploy.images.dicom.codestreams import JPEG_2000, JPEG_BASELINE, JPEG_EXTENDED, RLE
 from chexnet_deploy.images.dicom.process import MAX_LINE_BYTES
 
 _SPARE_CPU_S = 2  # the parent's deadline is to come first; this one is for a child whose parent was killed
@@ -85,8 +85,11 @@ def decode_words(question: dict[str, Any], source: bytes) -> NDArray[Any]:
         question: process.DecodeRequest's fields by name.
         source: encapsulated pixel data.
     """
+    syntax = UID(question["transfer_syntax_uid"])
+    # pydicom's plugin refuses 12 bits of it, but gdcm decodes every JPEG by the stream's own header, and this one as DCMTK does.
+    run_as = JPEGLossless if syntax == JPEG_EXTENDED else syntax
     options: Any = {  # pydicom's types want a TypedDict that it doesn't export
-        "transfer_syntax_uid": UID(question["transfer_syntax_uid"]),
+        "transfer_syntax_uid": run_as,
         "rows": question["rows"],
         "columns": question["columns"],
         "number_of_frames": 1,
@@ -97,8 +100,7 @@ def decode_words(question: dict[str, Any], source: bytes) -> NDArray[Any]:
         "photometric_interpretation": "MONOCHROME2",
         "pixel_keyword": "PixelData",
     }
-    decoder = get_decoder(options["transfer_syntax_uid"])
-    pixels, _ = decoder.as_array(source, decoding_plugin=_plugin(question["transfer_syntax_uid"]), raw=True, **options)
+    pixels, _ = get_decoder(run_as).as_array(source, decoding_plugin=_plugin(syntax), raw=True, **options)
     return pixels.view(f"u{pixels.dtype.itemsize}")
 
 

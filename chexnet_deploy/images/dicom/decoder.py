@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Empty, LifoQueue
 from time import monotonic
+from typing import Final
 from weakref import WeakSet
 
 import numpy as np
@@ -18,6 +19,9 @@ from chexnet_deploy.images.dicom.process import START_DEADLINE_S, DecodeError, D
 from chexnet_deploy.images.gray import Gray, read_image_file, refusal
 from chexnet_deploy.images.scope import ScopePolicy, check_scope
 
+LEAST_GRAY_RANGE: Final = 64
+"""From the darkest to the brightest gray of a picture: a quarter of 0..255."""
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class DicomImage:
@@ -25,7 +29,7 @@ class DicomImage:
 
     Attributes:
         header: what is known of it; its pixel data are dropped.
-        gray: [H, W] uint8, bone bright.
+        gray: uint8, bone bright, upright where the header says how it lies: [H, W], or [W, H] after a quarter turn.
     """
 
     header: DicomHeader
@@ -121,6 +125,14 @@ class Decoder:
             n_pixels = header.rows * header.columns
             words = np.frombuffer(header.pixel_data, f"<u{header.grayscale.bits_allocated // 8}", n_pixels)
             gray = header.grayscale.apply(words.reshape(header.rows, header.columns))
+        darkest, brightest = int(gray.min()), int(gray.max())
+        if 0 < brightest - darkest < LEAST_GRAY_RANGE:  # one gray is content_check.py's to refuse
+            found = f"a picture in gray {darkest} to {brightest} of 255"
+            next_step = "have its window, look-up table or bits corrected at the modality"
+            needed = f"a range of at least {LEAST_GRAY_RANGE}"
+            raise ImageRefusedError(RefusalReason.GRAYSCALE, refusal(name, found, needed, next_step))
+        if header.orientation is not None and not header.orientation.is_upright:
+            gray = header.orientation.turn(gray)
         # Without them the header doesn't keep the whole file in memory.
         return DicomImage(replace(header, pixel_data=memoryview(b"")), gray)
 

@@ -6,9 +6,11 @@ it. pydicom converts values too, but warns with the patient's value in the warni
 References: PS3.5 section 7 (data set), PS3.10 section 7.1 (preamble and meta information).
 """
 
+import contextlib
 import math
 import re
 import struct
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
@@ -22,13 +24,15 @@ MAX_ELEMENTS: Final = 10_000
 """In the whole file, nested ones counted. A CR or DX header has 60 to 300."""
 MAX_DEPTH: Final = 8
 """Of sequences within sequences. Radiographs use 3."""
-MAX_ELEMENT_BYTES: Final = 16 * 2**20
-"""Of one element that isn't pixel data. A full-size overlay has 4.5 MB, a look-up table 128 KiB."""
 
 PIXEL_DATA: Final = 0x7FE00010
 META_GROUP: Final = 0x0002
 TRANSFER_SYNTAX_UID: Final = 0x00020010
 IMPLICIT_LITTLE_ENDIAN: Final = "1.2.840.10008.1.2"
+_NEXT_STEPS: Final = {
+    "1.2.840.10008.1.2.1.99": "inflate it, e.g. by DCMTK's `dcmconv +te`",
+    "1.2.840.10008.1.2.2": "rewrite it as little endian, e.g. by DCMTK's `dcmconv +te`",
+}
 
 _PREAMBLE_BYTES: Final = 128
 _UNDEFINED: Final = 0xFFFFFFFF
@@ -36,6 +40,7 @@ _ITEM, _ITEM_END, _SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 # PS3.5 section 7.1.2: these have a length of 2 bytes, those of 4.
 _SHORT_VRS: Final = frozenset("AE,AS,AT,CS,DA,DS,DT,FL,FD,IS,LO,LT,PN,SH,SL,SS,ST,TM,UI,UL,US".split(","))  # noqa: SIM905
 _LONG_VRS: Final = frozenset("OB,OD,OF,OL,OV,OW,SQ,SV,UC,UN,UR,UT,UV".split(","))  # noqa: SIM905
+_VRS: Final = _SHORT_VRS | _LONG_VRS
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +67,12 @@ class Structure:
     Attributes:
         transfer_syntax_uid: as the meta information says.
         elements: of the data set's top level, by tag; the meta information is not among them.
-        header_bytes: how many bytes lead up to the pixel data, or to the end where there is none.
+        header: the bytes up to the pixel data, or to the end where there is none; without private elements passed over.
     """
 
     transfer_syntax_uid: str
     elements: Mapping[int, Element]
-    header_bytes: int
+    header: bytes
 
 
 def is_dicom(content: bytes) -> bool:
@@ -88,7 +93,8 @@ def read_structure(name: object, content: bytes, transfer_syntaxes: frozenset[st
     """
     if not is_dicom(content):
         found, needed = "no DICM mark at byte 128", "a DICOM file as PS3.10 defines it"
-        raise ImageRefusedError(RefusalReason.NOT_DICOM, refusal(name, found, needed, "export the radiograph as DICOM"))
+        next_step = "write it as a DICOM file (with preamble and meta header)"
+        raise ImageRefusedError(RefusalReason.NOT_DICOM, refusal(name, found, needed, next_step))
     walk = _Walk(name, memoryview(content))
     walk.offset = _PREAMBLE_BYTES + 4
     meta = walk.elements(len(content), explicit=True, depth=0, only_group=META_GROUP)
@@ -102,12 +108,48 @@ def read_structure(name: object, content: bytes, transfer_syntaxes: frozenset[st
             refusal(
                 name,
                 f"transfer syntax {said}",
-                "uncompressed little endian, RLE, 8-bit JPEG, lossless JPEG, JPEG-LS or JPEG 2000",
-                "have the archive send it as Explicit VR Little Endian",
+                "uncompressed little endian, RLE, JPEG, JPEG-LS or JPEG 2000",
+                _NEXT_STEPS.get(uid, "have the archive send it as Explicit VR Little Endian"),
             ),
         )
-    elements = walk.elements(len(content), explicit=uid != IMPLICIT_LITTLE_ENDIAN, depth=0)
-    return Structure(uid, elements, walk.header_bytes or len(content))
+    said = "implicit" if uid == IMPLICIT_LITTLE_ENDIAN else "explicit"
+    written = _encoding(walk.content[walk.offset :])
+    if written is not None and written != said:
+        raise ImageRefusedError(
+            RefusalReason.TRANSFER_SYNTAX,
+            refusal(
+                name,
+                f"a data set in {_ENCODINGS[written]}, where transfer syntax {uid} is named",
+                f"one in {_ENCODINGS[said]}",
+                "have the sender name the transfer syntax that the data are in, or write them in the one it names",
+            ),
+        )
+    elements = walk.elements(len(content), explicit=said == "explicit", depth=0)
+    return Structure(uid, elements, walk.header())
+
+
+_ENCODINGS: Final = {
+    "implicit": "implicit VR little endian",
+    "explicit": "explicit VR little endian",
+    "big": "big endian",
+    "deflated": "deflated form",
+}
+
+
+def _encoding(data_set: memoryview) -> str | None:
+    """Return how a data set's first element is written, or None where that is none; one of group 8 is usual."""
+    if len(data_set) < 8:
+        return None
+    group, _, length = struct.unpack_from("<HHI", data_set)
+    if bytes(data_set[4:6]).decode("latin-1") in _VRS:
+        return "big" if group == 0x0800 else "explicit"
+    if group == 0x0008 and length <= len(data_set) - 8:
+        return "implicit"
+    with contextlib.suppress(zlib.error):
+        inflated = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data_set[:4096], 8)
+        if inflated[:2] == b"\x08\0":
+            return "deflated"
+    return None
 
 
 @dataclass(slots=True)
@@ -118,8 +160,15 @@ class _Walk:
     content: memoryview
     offset: int = 0
     n_elements: int = 0
-    header_bytes: int = 0
+    header_end: int = 0
+    has_passed_over: bool = False  # a private element, since the last one of the top level
+    _left_out: list[int] = field(default_factory=list)
     _known: dict[int, str] = field(default_factory=dict)
+
+    def header(self) -> bytes:
+        """Return the bytes up to the pixel data, without the top level's elements in which something was passed over."""
+        ends = [0, *self._left_out, self.header_end or len(self.content)]
+        return b"".join(self.content[start:end] for start, end in zip(ends[::2], ends[1::2], strict=True))
 
     def elements(
         self, end: int, *, explicit: bool, depth: int, only_group: int | None = None, delimited: bool = False
@@ -128,6 +177,8 @@ class _Walk:
         found: dict[int, Element] = {}
         while self.offset < end:
             start = self.offset
+            if PIXEL_DATA in found and not self.content[start] and not bytes(self.content[start:end]).strip(b"\0"):
+                break  # some writers fill the file's last block with zeros
             tag = self._tag(end)
             if delimited and tag == _ITEM_END:
                 self._zero_length(end)
@@ -143,8 +194,11 @@ class _Walk:
             if self.n_elements > MAX_ELEMENTS:
                 raise self._too_large(f"more than {MAX_ELEMENTS:,} elements", "fewer")
             if tag == PIXEL_DATA and depth == 0:
-                self.header_bytes = start
+                self.header_end = start
             found[tag] = self._element(tag, end, explicit=explicit, depth=depth)
+            if depth == 0 and self.has_passed_over:
+                self.has_passed_over = False
+                self._left_out += [] if self.header_end else [start, self.offset]
         if delimited:
             raise self._truncated("an item without an end")
         return found
@@ -152,7 +206,7 @@ class _Walk:
     def _element(self, tag: int, end: int, *, explicit: bool, depth: int) -> Element:
         vr, length = self._vr_and_length(tag, end, explicit=explicit)
         if length == _UNDEFINED:
-            if tag == PIXEL_DATA:
+            if tag == PIXEL_DATA or (_is_private(tag) and vr in ("OB", "OW")):
                 return self._fragments(end)
             if vr not in ("SQ", "UN"):
                 raise self._damaged(f"element {_words(tag)} of VR {vr} with undefined length")
@@ -162,12 +216,17 @@ class _Walk:
             raise self._truncated(
                 f"element {_words(tag)} that declares {length:,} bytes where {end - self.offset:,} are left"
             )
+        value_end = self.offset + length
         if vr == "SQ":
-            return self._sequence(self.offset + length, explicit=explicit, depth=depth, delimited=False)
-        if length > MAX_ELEMENT_BYTES and tag != PIXEL_DATA:
-            raise self._too_large(f"element {_words(tag)} of {length:,} bytes", f"at most {MAX_ELEMENT_BYTES:,}")
-        value = self.content[self.offset : self.offset + length]
-        self.offset += length
+            try:
+                return self._sequence(value_end, explicit=explicit, depth=depth, delimited=False)
+            except ImageRefusedError as err:
+                if not _is_private(tag) or err.reason is RefusalReason.TOO_LARGE:
+                    raise
+                self.has_passed_over = True
+                vr, self.offset = "UN", value_end - length
+        value = self.content[self.offset : value_end]
+        self.offset = value_end
         return Element(vr, value)
 
     def _sequence(self, end: int, *, explicit: bool, depth: int, delimited: bool) -> Element:
@@ -244,7 +303,31 @@ class _Walk:
         if vr in _LONG_VRS:
             self.offset += 4  # two reserved
             return vr, self._uint32(end)
-        raise self._damaged(f"element {_words(tag)} without a VR")
+        ends = self._private_ends(tag, end) if _is_private(tag) else set()
+        if len(ends) != 1:
+            raise self._damaged(f"element {_words(tag)} without a VR")
+        self.has_passed_over = True
+        return "UN", ends.pop() - self.offset
+
+    def _private_ends(self, tag: int, end: int) -> set[int]:
+        """Return where a private element without a known VR can end: what follows is an element there.
+
+        It may be written in implicit VR among explicit ones, or in a VR that only its maker knows.
+        """
+        at = self.offset
+        implicit, short = (struct.unpack_from(form, self.content, at)[0] for form in ("<I", "<2xH"))
+        ends = [at + 4 + implicit, at + 4 + short]
+        if end - at >= 8 and not short:
+            ends.append(at + 8 + int.from_bytes(self.content[at + 4 : at + 8], "little"))
+        return {to for to in ends if to <= end and self._may_follow(tag, self.content[to : min(to + 6, end)])}
+
+    def _may_follow(self, tag: int, begin: memoryview) -> bool:
+        if len(begin) < 6:
+            return not begin
+        group, element = struct.unpack_from("<HH", begin)
+        following = int(group << 16 | element)
+        is_known = following == _ITEM_END or bytes(begin[4:]).decode("latin-1") in _VRS
+        return following > tag and (is_known or group == tag >> 16)
 
     def _dictionary_vr(self, tag: int) -> str:
         if tag not in self._known:
@@ -264,6 +347,10 @@ class _Walk:
     def _too_large(self, found: str, needed: str) -> ImageRefusedError:
         message = refusal(self.name, found, needed, "check that this is one radiograph")
         return ImageRefusedError(RefusalReason.TOO_LARGE, message)
+
+
+def _is_private(tag: int) -> bool:
+    return bool(tag >> 16 & 1)
 
 
 def _words(tag: int) -> str:
@@ -304,9 +391,9 @@ class Values:
         return None if element is None or not len(element.value) else element
 
     def items(self, tag: int) -> tuple["Values", ...]:
-        """Return a sequence's items; none where it is absent."""
+        """Return a sequence's items, without those that hold nothing; none where it is absent."""
         element = self._elements.get(tag)
-        return () if element is None else tuple(Values(self.name, item) for item in element.items)
+        return () if element is None else tuple(Values(self.name, item) for item in element.items if item)
 
     def texts(self, tag: int) -> tuple[str, ...]:
         """Return the values between backslashes, without padding; anything but ASCII comes out as U+FFFD."""

@@ -2,6 +2,9 @@
 
     stored value -> modality LUT or rescale -> VOI LUT or window -> presentation (MONOCHROME1 inverted, once) -> 8 bits
 
+Without a VOI transformation 8-bit values are shown as stored, and others from the picture's own darkest to its brightest, as
+reader.py shows a 16-bit PNG: detectors fill 10 to 14 of the 16 bits that many headers name.
+
 A stored value has at most 16 bits, so the whole pipeline is one table, computed in float64 over every word there can be
 and applied by looking up: exact, and whatever a decoder returns has an entry. pydicom's `apply_voi` keeps an index in the
 look-up table's own type, so that 8-bit tables of more than 256 entries wrap, and its `apply_windowing` turns the picture
@@ -58,13 +61,21 @@ class Lut:
     """A look-up table (PS3.3 section C.11.1.1): entries for first, first + 1, ...; values beyond take the end entries."""
 
     first: int
-    bits: int
     entries: NDArray[np.uint16]
 
     def __call__(self, values: _Levels) -> _Levels:
         """Return the entries' values; after a fractional rescale the nearest entry."""
         index = np.clip(np.rint(values) - self.first, 0, len(self.entries) - 1).astype(np.int64)
         return np.asarray(self.entries[index], np.float64)
+
+    @property
+    def white(self) -> float:
+        """The output that is shown white: all bits that the entries need, 8 at least.
+
+        The descriptor's bits are not asked: tables of 12 bits that declare 16 would come out almost black. An entry of
+        exactly 2**n is taken for the end of a table of n bits.
+        """
+        return float(2 ** max(8, (int(self.entries.max()) - 1).bit_length()) - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +102,7 @@ class Grayscale:
         is_signed: two's complement.
         padding: stored values, first to last, outside the picture; they become black. None: there is none.
         modality: first step; None: the stored value itself.
-        voi: second step; None: the whole range of the first one's output.
+        voi: second step; None: 8-bit values as stored, others from the picture's darkest to its brightest.
         is_inverted: the lowest value is shown white.
     """
 
@@ -113,25 +124,36 @@ class Grayscale:
         Returns:
             [H, W] uint8, bone bright, writable and C-contiguous.
         """
-        gray: Gray = self.table()[words]
+        is_present = np.ones(1 << self.bits_allocated, np.bool_)
+        if self._shows_own_range:
+            is_present[:] = False
+            is_present[words] = True
+        gray: Gray = self._table(is_present)[words]
         return gray
 
-    def table(self) -> NDArray[np.uint8]:
-        """Return the gray value of each of the 2**bits_allocated words."""
+    @property
+    def _shows_own_range(self) -> bool:
+        return self.voi is None and (self.bits_stored > 8 or isinstance(self.modality, Lut))
+
+    def _table(self, is_present: NDArray[np.bool_]) -> NDArray[np.uint8]:
+        """Return the gray value of each of the 2**bits_allocated words; those present span the range of a picture."""
         words = np.arange(1 << self.bits_allocated, dtype=np.int64)
         stored = self.stored_values(words)
+        is_padding = self._is_padding(words, stored)
         levels = stored.astype(np.float64)
         if self.modality is not None:
             levels = self.modality(levels)
-        shown = self._full_range(levels) if self.voi is None else self.voi(levels)
-        if isinstance(self.voi, Lut):
-            shown = shown / (2.0**self.voi.bits - 1.0)
+        if self.voi is None:
+            shown = _full_range(levels, levels[is_present & ~is_padding] if self._shows_own_range else levels)
+        elif isinstance(self.voi, Lut):
+            shown = np.minimum(self.voi(levels) / self.voi.white, 1.0)
+        else:
+            shown = self.voi(levels)
         if self.is_inverted:
             shown = 1.0 - shown
         # Half up, as reader.py rounds 16-bit PNGs; the last term lets an exact half that float64 just misses be one.
         table = np.floor(shown * 255.0 + 0.5 + 1e-9).astype(np.uint8)
-        if self.padding is not None:
-            table[self._is_padding(words, stored)] = 0
+        table[is_padding] = 0
         return table
 
     def stored_values(self, words: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -144,19 +166,19 @@ class Grayscale:
     def _sign_bit(self) -> int | None:
         return self.bits_stored - 1 if self.is_signed else None
 
-    def _full_range(self, levels: _Levels) -> _Levels:
-        # Without a VOI transformation the modality's whole range is shown (PS3.3 section C.11.2.1).
-        if isinstance(self.modality, Lut):
-            return levels / (2.0**self.modality.bits - 1.0)
-        low, high = float(levels.min()), float(levels.max())
-        return (levels - low) / (high - low)
-
     def _is_padding(self, words: NDArray[np.int64], stored: NDArray[np.int64]) -> NDArray[np.bool_]:
-        assert self.padding is not None
+        if self.padding is None:
+            return np.zeros(words.shape, np.bool_)
         low, high = self.padding
         # Some modalities pad with a value that the stored bits can't hold, e.g. 65535 beside 12 bits.
         whole = _signed(words, self.bits_allocated - 1 if self.is_signed else None)
         return ((stored >= low) & (stored <= high)) | ((whole >= low) & (whole <= high))
+
+
+def _full_range(levels: _Levels, spanning: _Levels) -> _Levels:
+    """Return 0..1 where `spanning` has its lowest and highest; all 0 where it has one value or none."""
+    low, high = (float(spanning.min()), float(spanning.max())) if spanning.size else (0.0, 0.0)
+    return np.asarray(np.clip((levels - low) / (high - low), 0.0, 1.0)) if high > low else np.zeros_like(levels)
 
 
 def _signed(values: NDArray[np.int64], sign_bit: int | None) -> NDArray[np.int64]:
@@ -219,7 +241,7 @@ def _read_modality(header: Values, *, is_signed: bool) -> Rescale | Lut | None:
         if slope is not None or intercept is not None:
             raise _refused(header, "a Modality LUT and a rescale", "one of them (PS3.3 section C.11.1)")
         return _read_lut(items[0], "Modality LUT", is_signed=is_signed)
-    if slope is None and intercept is None:
+    if (slope, intercept) in ((None, None), (1.0, None), (None, 0.0)):  # half an identity says as much as a whole one
         return None
     if slope is None or intercept is None or slope == 0.0:
         raise _refused(header, "half a rescale, or a slope of 0", "Rescale Slope and Intercept, slope not 0")
@@ -248,25 +270,24 @@ def _read_voi(header: Values, *, is_signed: bool) -> Window | Lut | None:
 
 
 def _read_lut(item: Values, kind: str, *, is_signed: bool) -> Lut:
-    """Return a look-up table (PS3.3 section C.11.1.1.1: number of entries, first value mapped, bits an entry)."""
+    """Return a look-up table (PS3.3 section C.11.1.1.1: number of entries, first value mapped, bits an entry).
+
+    Entries have 2 bytes, or 1 where there is room for no more.
+    """
     descriptor, data = item.element(0x00283002), item.element(0x00283006)
     if descriptor is None or data is None or len(descriptor.value) != 6:
         raise _refused(item, f"a {kind} without descriptor or data", "both")
-    n_stated, first, bits = (int.from_bytes(descriptor.value[at : at + 2], "little") for at in (0, 2, 4))
+    n_stated, first = (int.from_bytes(descriptor.value[at : at + 2], "little") for at in (0, 2))
     n_entries = n_stated or 65536  # 0 stands for 2**16
     if first >= 32768 and (descriptor.vr == "SS" or (descriptor.vr != "US" and is_signed)):
         first -= 65536
-    if not 8 <= bits <= 16:
-        raise _refused(item, f"a {kind} of {bits} bits an entry", "8 to 16")
     if len(data.value) == 2 * n_entries:
         entries = np.frombuffer(data.value, "<u2")
-    elif bits == 8 and len(data.value) == n_entries + n_entries % 2:
+    elif len(data.value) == n_entries + n_entries % 2:
         entries = np.frombuffer(data.value, np.uint8)[:n_entries].astype(np.uint16)
     else:
         raise _refused(item, f"a {kind} of {n_entries:,} entries in {len(data.value):,} bytes", "2 bytes an entry")
-    if int(entries.max()) >= 1 << bits:
-        raise _refused(item, f"a {kind} with an entry of more than {bits} bits", "entries as its descriptor says")
-    return Lut(first, bits, entries.astype(np.uint16))
+    return Lut(first, entries.astype(np.uint16))
 
 
 def _read_padding(header: Values, *, is_signed: bool) -> tuple[int, int] | None:
@@ -283,7 +304,7 @@ def _read_padding(header: Values, *, is_signed: bool) -> tuple[int, int] | None:
 
 def _read_is_inverted(header: Values, photometric: str) -> bool:
     """Return whether the lowest value is shown white; said twice in a DX image, it must be said alike (PS3.3 table C.8-71)."""
-    if 0x20500010 in header:
+    if header.items(0x20500010):
         raise _refused(header, "a Presentation LUT Sequence", "Presentation LUT Shape or none")
     shape = header.text(0x20500020)
     if shape is not None and shape.upper() != {"MONOCHROME1": "INVERSE", "MONOCHROME2": "IDENTITY"}[photometric]:

@@ -3,7 +3,9 @@
 import struct
 from collections.abc import Callable
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from benchmarks.rigs.synthetic_dicom import COMPRESSED, LOSSLESS, WORDS, make_dicom
 from chexnet_deploy.errors import ImageRefusedError, RefusalReason
@@ -106,6 +108,8 @@ def test_a_codestream_of_nothing() -> None:
         read(with_pixels(J2K, lambda stream: b"\xff\xd9"))
     with pytest.raises(ImageRefusedError, match="bytes of RLE"):
         read(with_pixels(RLE, lambda stream: stream[:10]))
+    with pytest.raises(ImageRefusedError, match="but RLE or an unknown codestream"):
+        read(with_pixels(J2K, lambda stream: struct.pack("<16I", 2, 64, 90, *[0] * 13) + bytes(60)))
 
 
 def test_an_rle_bomb() -> None:
@@ -123,11 +127,77 @@ def test_an_rle_bomb() -> None:
 
 def test_compressed_and_plain_must_not_be_mixed() -> None:
     plain = file("1.2.840.10008.1.2.1").replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.5\0")
-    with pytest.raises(ImageRefusedError, match="without fragments"):
+    with pytest.raises(
+        ImageRefusedError, match=r"without fragments, where the header names transfer syntax 1.2.840.10008.1.2.5"
+    ):
         read(plain)
     packed = file(RLE).replace(b"1.2.840.10008.1.2.5\0", b"1.2.840.10008.1.2.1\0")
-    with pytest.raises(ImageRefusedError, match="fragments in an uncompressed"):
+    with pytest.raises(ImageRefusedError, match="in fragments, where the header names an uncompressed transfer syntax"):
         read(packed)
+
+
+@pytest.mark.parametrize(
+    ("is_really", "named", "found"),
+    [
+        (J2K, SV1, "but JPEG 2000"),
+        (SV1, J2K, "but lossless JPEG"),
+        (JPEG_LS, BASELINE, "but JPEG-LS"),
+        (BASELINE, JPEG_LS, "but 8-bit JPEG"),
+    ],
+)
+def test_a_codestream_of_another_transfer_syntax_is_named(is_really: str, named: str, found: str) -> None:
+    content = make_dicom(BYTES, syntax=is_really)
+    with pytest.raises(ImageRefusedError, match=found):
+        read(content.replace(is_really.encode().ljust(22, b"\0"), named.encode().ljust(22, b"\0"), 1))
+
+
+def padded(behind: bytes, words: NDArray[np.uint16] = WORDS, **edits: int) -> bytes:
+    return make_dicom(words, {"PixelData": words.tobytes() + behind, **edits})
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [
+        bytes(2),
+        bytes(80),
+        bytes(96),
+        bytes(512),
+        bytes(4096),
+        b"\xff" * 80,
+        b"\xff\xff",
+        b"garbage!",
+        bytes(48 * 40 * 2),
+    ],
+)
+def test_pixel_data_padded_at_its_end(behind: bytes) -> None:
+    header = read(padded(behind))
+    assert (header.rows, header.columns) == (48, 40)
+    plain = np.frombuffer(header.pixel_data, "<u2", 48 * 40).reshape(48, 40)
+    np.testing.assert_array_equal(plain, WORDS)
+
+
+@pytest.mark.parametrize(
+    "edits",
+    [
+        {"Rows": 47},
+        {"Rows": 32},
+        {"Columns": 39},
+        {"Columns": 32},
+        {"Rows": 40, "Columns": 32},
+    ],
+)
+def test_what_is_left_over_by_other_rows_or_columns_is_no_padding(edits: dict[str, int]) -> None:
+    with pytest.raises(ImageRefusedError, match="or padding behind them") as caught:
+        read(padded(b"", **edits))
+    assert caught.value.reason is RefusalReason.CONTRADICTION
+
+
+def test_a_black_border_is_no_padding_of_a_narrower_picture() -> None:
+    words = np.sin(np.arange(40) / 3)[np.newaxis, :] * 500 + np.arange(48)[:, np.newaxis] + 600
+    words[-4:] = 0
+    with pytest.raises(ImageRefusedError, match="or padding behind them"):
+        read(padded(b"", words.astype(np.uint16), Columns=39))
+    assert read(padded(bytes(2 * 48), words.astype(np.uint16))).columns == 40
 
 
 def test_two_rle_frames() -> None:

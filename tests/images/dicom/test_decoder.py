@@ -1,6 +1,7 @@
 """The decoder outlives whatever its processes meet, and its pictures don't depend on how they travelled."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from time import monotonic, sleep
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from benchmarks.rigs.synthetic_dicom import COMPRESSED, LOSSLESS, WORDS, make_dicom
 from chexnet_deploy.errors import ImageError, ImageRefusedError, MissingPackageError, RefusalReason, SessionError
@@ -21,8 +23,8 @@ from chexnet_deploy.images.dicom.process import DecodingProcess
 from chexnet_deploy.images.reader import ImageReader, read_image
 
 RLE, J2K = "1.2.840.10008.1.2.5", "1.2.840.10008.1.2.4.90"
-# 12 bits stored, no window: 4095 is 255.
-EXPECTED = np.floor(WORDS / 4095 * 255 + 0.5).astype(np.uint8)
+# No window: the darkest, 1000, is 0, and the brightest, 2919, 255.
+EXPECTED = np.floor((WORDS - 1000) / 1919 * 255 + 0.5).astype(np.uint8)
 
 
 @pytest.mark.parametrize("syntax", ["1.2.840.10008.1.2", "1.2.840.10008.1.2.1", *LOSSLESS])
@@ -37,7 +39,29 @@ def test_lossy_syntaxes_are_close(decoder: Decoder, syntax: str) -> None:
     # 8 bits for baseline JPEG: a smooth ramp, which 8 x 8 cosines hold well.
     words = (WORDS // 16).astype("u1") if syntax.endswith(".50") else WORDS
     gray = decoder.decode(make_dicom(words, syntax=syntax)).gray
-    assert np.abs(gray.astype(int) - EXPECTED).max() <= 2
+    assert np.abs(gray.astype(int) - (words if syntax.endswith(".50") else EXPECTED)).max() <= 2
+
+
+@pytest.mark.parametrize(
+    ("options", "bits"), [(["+ee"], 12), (["+ee"], 8), (["+ee", "+q", "70"], 12), (["+ee", "+un"], 10)]
+)
+def test_extended_jpeg_is_read_as_dcmtk_reads_it(
+    decoder: Decoder, options: list[str], bits: int, tmp_path: Path
+) -> None:
+    plain, packed, shown = tmp_path / "plain.dcm", tmp_path / "packed.dcm", tmp_path / "shown.pgm"
+    words = WORDS >> (12 - bits)
+    plain.write_bytes(make_dicom(words if bits > 8 else words.astype("u1"), {"BitsStored": bits, "HighBit": bits - 1}))
+    dcmtk(["dcmcjpeg", *options, str(plain), str(packed)])
+    dcmtk(["dcmj2pnm", *(["+Wm"] if bits > 8 else []), str(packed), str(shown)])
+    image = decoder.decode(packed)
+    assert (image.header.transfer_syntax_uid, image.header.is_lossy) == ("1.2.840.10008.1.2.4.51", True)
+    assert np.abs(image.gray.astype(int) - np.asarray(Image.open(shown))).max() <= 1  # DCMTK rounds down
+
+
+def dcmtk(command: list[str]) -> None:
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"NOT RUN against DCMTK: {command[0]} is missing")
+    subprocess.run(command, check=True, capture_output=True)
 
 
 @pytest.mark.parametrize("syntax", [RLE, J2K, "1.2.840.10008.1.2.4.70", "1.2.840.10008.1.2.4.80"])
@@ -68,6 +92,30 @@ def test_read_image_and_a_reader_read_dicom(tmp_path: Path) -> None:
     with ImageReader() as reader:
         for _ in range(2):
             np.testing.assert_array_equal(reader.read(path), EXPECTED)
+
+
+@pytest.mark.parametrize(
+    ("edits", "darkest", "brightest"),
+    [
+        ({"WindowCenter": 30000, "WindowWidth": 400000}, 109, 110),  # (1000 - 29999.5) / 399999 + 0.5 = 0.4275
+        ({"WindowCenter": 4000, "WindowWidth": 2401}, 0, 13),  # (2919 - 3999.5) / 2400 + 0.5 = 0.05
+        ({"RescaleSlope": 1, "RescaleIntercept": 3000, "WindowCenter": 2840, "WindowWidth": 3201}, 220, 255),
+    ],
+)
+def test_a_picture_in_few_grays_is_refused(
+    decoder: Decoder, edits: dict[str, int], darkest: int, brightest: int
+) -> None:
+    with pytest.raises(ImageRefusedError, match=f"a picture in gray {darkest} to {brightest} of 255") as caught:
+        decoder.decode(make_dicom(edits=edits))
+    assert caught.value.reason is RefusalReason.GRAYSCALE
+
+
+def test_a_quarter_of_the_grays_is_a_picture(decoder: Decoder) -> None:
+    # 1920 values over a window of 7610: 64 grays.
+    gray = decoder.decode(make_dicom(edits={"WindowCenter": 2000, "WindowWidth": 7610})).gray
+    assert int(gray.max()) - int(gray.min()) == 64
+    with pytest.raises(ImageRefusedError, match="of 255"):
+        decoder.decode(make_dicom(edits={"WindowCenter": 2000, "WindowWidth": 8000}))
 
 
 def test_a_missing_file(decoder: Decoder, tmp_path: Path) -> None:
@@ -216,7 +264,7 @@ def test_pictures_of_all_sizes_use_the_same_memory_rightly() -> None:
         for side in (32, 700, 33, 1200, 64):
             words = (np.arange(side * side).reshape(side, side) % 4096).astype(np.uint16)
             gray = decoder.decode(make_dicom(words, syntax=RLE)).gray
-            np.testing.assert_array_equal(gray, np.floor(words / 4095 * 255 + 0.5).astype(np.uint8))
+            np.testing.assert_array_equal(gray, np.floor(words / words.max() * 255 + 0.5).astype(np.uint8))
 
 
 def test_limits_of_a_process() -> None:

@@ -48,6 +48,31 @@ def test_12_bits_without_a_window_are_the_whole_range() -> None:
     assert grays([0, 8, 9, 2048, 4095]) == [0, 0, 1, 128, 255]
 
 
+@pytest.mark.parametrize(
+    "edits",
+    [
+        {"BitsStored": 16, "HighBit": 15},
+        {"BitsStored": 14, "HighBit": 13},
+        {"BitsStored": 12, "HighBit": 11},
+        {"BitsStored": 16, "HighBit": 15, "RescaleSlope": 3, "RescaleIntercept": -7},
+        {"BitsStored": 16, "HighBit": 15, "PixelPaddingValue": 65535},
+    ],
+)
+def test_without_a_window_darkest_to_brightest_whatever_bits_stored_says(edits: dict[str, Any]) -> None:
+    # 0..1000 of 10 bits: 500 -> 127.5 -> 128, as a 16-bit PNG of the same values is read.
+    assert grays([0, 2, 500, 1000], **edits) == [0, 1, 128, 255]
+
+
+def test_signed_bits_that_are_not_used() -> None:
+    # The rest of the picture is 0; -500 is darkest.
+    assert grays([-500, 0, 500], np.int16, BitsStored=16, HighBit=15) == [0, 128, 255]
+
+
+def test_padding_does_not_count_as_darkest_or_brightest() -> None:
+    edits = {"BitsStored": 16, "HighBit": 15, "PixelPaddingValue": 65535}
+    assert grays([0, 500, 1000, 65535], **edits) == [0, 128, 255, 0]
+
+
 def test_monochrome1_is_inverted_once() -> None:
     assert grays([0, 1, 255], np.uint8, PhotometricInterpretation="MONOCHROME1") == [255, 254, 0]
     both = {"PhotometricInterpretation": "MONOCHROME1", "PresentationLUTShape": "INVERSE"}
@@ -118,7 +143,8 @@ def test_the_first_of_several_windows() -> None:
         {"WindowCenter": 100},
         {"WindowWidth": 100},
         {"WindowCenter": 100, "WindowWidth": 10, "VOILUTFunction": "CUBIC"},
-        {"RescaleSlope": 1},
+        {"RescaleSlope": 2},
+        {"RescaleSlope": -1},
         {"RescaleIntercept": 1},
         {"RescaleSlope": 0, "RescaleIntercept": 1},
         {"RescaleSlope": "1e30", "RescaleIntercept": 1},
@@ -128,6 +154,21 @@ def test_windows_and_rescales_that_mean_nothing(edits: dict[str, Any]) -> None:
     with pytest.raises(ImageRefusedError) as caught:
         grayscale(**edits)
     assert caught.value.reason is RefusalReason.GRAYSCALE
+
+
+@pytest.mark.parametrize(
+    "edits",
+    [
+        {"RescaleSlope": 1},
+        {"RescaleIntercept": 0},
+        {"RescaleSlope": "1.000", "RescaleIntercept": ""},
+        {"RescaleSlope": "", "RescaleIntercept": "-0"},
+        {"RescaleSlope": "", "RescaleIntercept": ""},
+    ],
+)
+def test_half_an_identity_is_the_identity(edits: dict[str, Any]) -> None:
+    assert grayscale(**edits).modality is None
+    assert grays([0, 500, 1000], **edits) == [0, 128, 255]
 
 
 def test_rescale_comes_before_the_window() -> None:
@@ -177,19 +218,33 @@ def test_a_lut_of_65536_entries() -> None:
     assert grays([0, 257, 65535], **edits) == [0, 1, 255]
 
 
+@pytest.mark.parametrize("declared", [16, 15, 12, 10, 8, 7, 0, 17, 65535])
+def test_the_greatest_entry_decides_whatever_bits_are_declared(declared: int) -> None:
+    # Entries to 4095 are of 12 bits: 2048 / 4095 * 255 = 127.5.
+    edits = {"VOILUTSequence": lut([0, 1024, 2048, 4095], 10, declared)}
+    assert grays([0, 10, 11, 12, 13], **edits) == [0, 0, 64, 128, 255]
+
+
 @pytest.mark.parametrize(
-    "table",
+    ("greatest", "shown"),
     [
-        lut([0, 256], 0, 8),  # 256 has 9 bits
-        lut([0, 1], 0, 7),
-        lut([0, 1], 0, 17),
-        lut([0], 0, 0),
+        (255, 255),
+        (100, 100),  # 8 bits at least
+        (300, 150),  # of 511
+        (1023, 255),
+        (3000, 187),  # of 4095: a table needn't reach white
+        (4096, 255),  # the end of 12 bits, by one too many
+        (40000, 156),  # of 65535
+        (65535, 255),
     ],
 )
-def test_luts_that_mean_nothing(table: list[Dataset]) -> None:
-    with pytest.raises(ImageRefusedError) as caught:
-        grayscale(VOILUTSequence=table)
-    assert caught.value.reason is RefusalReason.GRAYSCALE
+def test_the_bits_that_a_table_needs(greatest: int, shown: int) -> None:
+    assert grays([10, 11], VOILUTSequence=lut([0, greatest], 10, 16)) == [0, shown]
+
+
+def test_a_modality_lut_of_other_bits_than_it_declares() -> None:
+    # Without a window, darkest to brightest.
+    assert grays([0, 11, 12], ModalityLUTSequence=lut([0, 512, 1024], 10, 16)) == [0, 128, 255]
 
 
 @pytest.mark.parametrize("which", ["LUTDescriptor", "LUTData"])
@@ -251,6 +306,13 @@ def test_pixels_that_are_no_gray_radiograph(edits: dict[str, Any], reason: Refus
 def test_a_presentation_lut_sequence_is_refused() -> None:
     with pytest.raises(ImageRefusedError, match="Presentation LUT Sequence"):
         grayscale(PresentationLUTSequence=lut([0, 1], 0, 8))
+
+
+@pytest.mark.parametrize("keyword", ["PresentationLUTSequence", "ModalityLUTSequence", "VOILUTSequence"])
+@pytest.mark.parametrize("items", [[], [Dataset()], [Dataset(), Dataset()]])
+def test_an_empty_sequence_is_no_sequence(keyword: str, items: list[Dataset]) -> None:
+    edits = {keyword: items, "WindowCenter": 2048, "WindowWidth": 4096}
+    assert grays([0, 8, 9, 2048, 4095], **edits) == [0, 0, 1, 128, 255]
 
 
 def test_the_header_names_the_pipeline() -> None:

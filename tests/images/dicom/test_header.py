@@ -1,5 +1,6 @@
 """What a header says, and what no radiograph's header says."""
 
+import struct
 from typing import Any
 
 import pytest
@@ -58,7 +59,6 @@ def test_nothing_of_the_patient_is_shown() -> None:
         (None, "19600102", "20200101", 59),  # a day before the birthday
         (None, "19600102", "20200102", 60),
         (None, "20000229", "20180228", 17),
-        (None, "20210101", "20200101", None),  # studied before birth
         (None, None, "20200101", None),
         (None, "19600102", None, None),
     ],
@@ -67,15 +67,89 @@ def test_age(age: str | None, born: str | None, studied: str | None, years: int 
     assert header(PatientAge=age, PatientBirthDate=born, StudyDate=studied).patient_age_years == years
 
 
-def test_a_13th_month_is_no_date() -> None:
-    content = make_dicom(edits={"PatientAge": None}).replace(b"19600102", b"19601302")
-    assert read_header("x", content).patient_age_years is None
+def with_age(value: bytes, vr: bytes = b"AS") -> DicomHeader:
+    """A file whose age is these bytes; its dates of birth and study would say 60 years."""
+    content = make_dicom()
+    assert content.count(b"AS\4\x00060Y") == 1
+    return read_header("x", content.replace(b"AS\4\x00060Y", vr + struct.pack("<H", len(value)) + value))
 
 
-@pytest.mark.parametrize("age", [b"62  ", b"0Y40", b"62Y ", b"-62Y"])
-def test_an_age_that_is_none_is_not_guessed_at(age: bytes) -> None:
-    content = make_dicom(edits={"PatientBirthDate": None}).replace(b"060Y", age)
-    assert read_header("x", content).patient_age_years is None
+@pytest.mark.parametrize(
+    ("age", "years"),
+    [
+        (b"8Y", 8),
+        (b"5 ", 5),
+        (b"62  ", 62),
+        (b"62Y ", 62),
+        (b"018Y", 18),
+        (b"18", 18),
+        (b"017y", 17),
+        (b" 8 Y", 8),
+        (b"0060Y ", 60),
+        (b"36M ", 3),
+        (b"215M", 17),
+        (b"12W ", 0),
+        (b"4D", 0),
+        (b"62.0", 62),
+        (b"17.9Y ", 17),
+        (b"0\0", 0),
+        (b"150Y", 150),
+        (b"    ", 60),  # empty: counted from the dates
+        (b"", 60),
+    ],
+)
+def test_an_age_of_one_meaning_is_read(age: bytes, years: int) -> None:
+    read = with_age(age)
+    assert (read.patient_age_years, read.has_unreadable_age) == (years, False)
+
+
+@pytest.mark.parametrize(
+    ("vr", "value", "years"),
+    [
+        (b"US", struct.pack("<H", 8), 8),
+        (b"SL", struct.pack("<i", 61), 61),
+        (b"FD", struct.pack("<d", 8.5), 8),
+        (b"IS", b"17", 17),
+        (b"DS", b"62.0", 62),
+        (b"LO", b"008Y", 8),
+    ],
+)
+def test_an_age_in_another_vr(vr: bytes, value: bytes, years: int) -> None:
+    assert with_age(value, vr).patient_age_years == years
+
+
+@pytest.mark.parametrize(
+    "age",
+    [b"0Y40", b"-62Y", b"-5", b"1000Y ", b"999Y", b"151Y", b"ABC ", b"Y ", b"60X ", b"6O", b"nan ", b"060Y\\005Y "],
+)
+def test_an_age_of_no_meaning_is_not_unknown(age: bytes) -> None:
+    read = with_age(age)
+    assert (read.patient_age_years, read.has_unreadable_age) == (None, True)
+
+
+def test_a_number_of_no_age_is_not_unknown() -> None:
+    assert with_age(struct.pack("<h", -5), b"SS").has_unreadable_age
+    assert with_age(struct.pack("<HH", 8, 60), b"US").has_unreadable_age
+    assert with_age(struct.pack("<d", float("nan")), b"FD").has_unreadable_age
+
+
+@pytest.mark.parametrize(
+    ("born", "studied"),
+    [("19601302", "20200102"), ("1960", "20200102"), ("20210101", "20200101"), ("18600102", "20200102"), ("X", "X")],
+)
+def test_dates_of_no_age_are_not_unknown(born: str, studied: str) -> None:
+    content = make_dicom(edits={"PatientAge": None})
+    for old, new in ((b"19600102", born), (b"20200102", studied)):
+        content = content.replace(b"DA\x08\0" + old, b"DA" + struct.pack("<H", 8) + new.ljust(8).encode())
+    read = read_header("x", content)
+    assert (read.patient_age_years, read.has_unreadable_age) == (None, True)
+
+
+def test_dates_with_points_and_a_study_without_its_date() -> None:
+    dates = {"PatientAge": None, "StudyDate": "", "AcquisitionDate": "20200101"}
+    assert header(**dates).patient_age_years == 59
+    content = make_dicom(edits=dates).replace(b"DA\x08\x0019600102", b"DA\x0a\x001960.01.02")
+    assert read_header("x", content).patient_age_years == 59
 
 
 @pytest.mark.parametrize(
@@ -120,6 +194,10 @@ def test_body_part(edits: dict[str, Any], part: str | None) -> None:
         ({"PatientSpeciesCodeSequence": coded("337915000")}, False),
         ({"PatientBreedDescription": "Beagle"}, True),
         ({"PatientBreedCodeSequence": coded("42252000")}, True),
+        ({"AnatomicalOrientationType": "QUADRUPED", "PatientOrientation": ["LE", "CD"]}, True),
+        ({"AnatomicalOrientationType": "BIPED"}, False),
+        ({"PatientBreedCodeSequence": [Dataset()], "PatientSpeciesCodeSequence": [Dataset()]}, False),
+        ({"PatientBreedCodeSequence": []}, False),
     ],
 )
 def test_species(edits: dict[str, Any], is_animal: bool) -> None:

@@ -39,6 +39,9 @@ def test_an_adults_frontal_chest_is_in_scope() -> None:
         ({"PatientAge": "017Y"}, RefusalReason.AGE),
         ({"PatientAge": "006M"}, RefusalReason.AGE),
         ({"PatientAge": "121Y"}, RefusalReason.AGE),
+        ({"PatientAge": "8Y"}, RefusalReason.AGE),
+        ({"PatientAge": "ABC"}, RefusalReason.AGE),
+        ({"PatientOrientation": ["P", "F"], "ViewPosition": ""}, RefusalReason.VIEW),
     ],
 )
 def test_out_of_the_default_scope(edits: dict[str, Any], reason: RefusalReason) -> None:
@@ -60,6 +63,20 @@ def test_the_policy_decides_what_unknown_means() -> None:
     assert faults(**unknown) == [RefusalReason.BODY_PART, RefusalReason.VIEW]
     assert faults(ScopePolicy(accepts_unknown_body_part=True, accepts_unknown_view=True), **unknown) == []
     assert RefusalReason.AGE in faults(ScopePolicy(accepts_unknown_age=False), **unknown)
+
+
+def test_an_age_that_cannot_be_read_is_not_repeated() -> None:
+    header = read_header("x", make_dicom(edits={"PatientAge": "1ABC"}))
+    with pytest.raises(
+        ImageRefusedError, match=r"age that can't be read \(nnnD, nnnW, nnnM, nnnY or years can\)"
+    ) as caught:
+        check_scope("x", header, ScopePolicy(age_years=(0, 150)))
+    assert "1ABC" not in str(caught.value)
+
+
+def test_a_lateral_is_none_of_the_unknown_views() -> None:
+    lateral = {"ViewPosition": None, "PatientOrientation": ["A", "F"]}
+    assert faults(ScopePolicy(accepts_unknown_view=True), **lateral) == [RefusalReason.VIEW]
 
 
 def test_a_wider_scope() -> None:
