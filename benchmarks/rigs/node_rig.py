@@ -40,14 +40,17 @@ port = {port}
 ae_title = "{node}"
 calling_ae_titles = ["{scanner}"]
 networks = ["127.0.0.0/8"]
+{listen_settings}
 
 [[destinations]]
 host = "127.0.0.1"
 port = {pacs_port}
 ae_title = "{pacs}"
+{pacs_settings}
 
 [results]
 max_pictures = 1
+{result_settings}
 
 [device]
 serial_number = "RIG-1"
@@ -107,7 +110,7 @@ class NodeProcess:
 
     Attributes:
         folder: for its configuration, state and journal; survives kills.
-        model_settings: TOML for its [model].
+        listen_settings: TOML for its [listen]; the others likewise.
         overrides: TOML appended to the configuration.
     """
 
@@ -115,6 +118,9 @@ class NodeProcess:
     bundle: Path
     answer_deadline_s: float = 20.0
     model_settings: str = ""
+    result_settings: str = ""
+    listen_settings: str = ""
+    pacs_settings: str = ""
     overrides: str = ""
     port: int = field(default_factory=free_port)
     pacs_port: int = field(default_factory=free_port)
@@ -146,6 +152,9 @@ class NodeProcess:
                 pacs=PACS,
                 answer_deadline_s=self.answer_deadline_s,
                 model_settings=self.model_settings,
+                result_settings=self.result_settings,
+                listen_settings=self.listen_settings,
+                pacs_settings=self.pacs_settings,
             )
             + self.overrides
         )
@@ -250,7 +259,9 @@ def store(port: int, datasets: Sequence[Dataset], *, calling: str = SCANNER) -> 
     """
     application = AE(calling)
     application.acse_timeout = application.dimse_timeout = application.network_timeout = 30
-    application.add_requested_context(ComputedRadiographyImageStorage, ExplicitVRLittleEndian)
+    kinds = dict.fromkeys((each.SOPClassUID, each.file_meta.TransferSyntaxUID) for each in datasets)
+    for sop_class, syntax in kinds:
+        application.add_requested_context(sop_class, syntax)
     association = application.associate("127.0.0.1", port, ae_title=NODE)
     statuses: list[int | None] = []
     if not association.is_established:

@@ -41,6 +41,7 @@ class RadiographWork:
         # One image at a time, so one decoding process.
         self._predictor = Predictor.of(self._bundle, threads=model.threads, provider=model.provider, flow=Flow())
         device, max_pictures = Device(**config.device.model_dump()), config.results.max_pictures
+        self._explains = config.results.explain_refusals
         self._reporter = Reporter(self._bundle, self._predictor, device, max_pictures=max_pictures)
         self._reporter.warm_up()
         self.versions: Mapping[str, str] = {
@@ -54,17 +55,29 @@ class RadiographWork:
         self._predictor.self_test()
 
     def answer(self, path: Path) -> Answer:
-        """Return a report, and pictures of findings that are present; see Work."""
-        # The time of arrival, not of this moment: an image that is answered again after a kill gives the same bytes.
-        arrived_at = datetime.fromtimestamp(path.stat().st_mtime).astimezone()
+        """Return a report and pictures of findings that are present, or why there are none; see Work."""
         try:
-            return Answer(tuple(self._reporter.report(path, arrived_at).files.values()))
+            report = self._reporter.report(path, _arrived_at(path))
         except ImageError as err:
-            return Answer(refusal=err.reason.value)
+            return self._refuse(path, err.reason.value, str(err).removeprefix(f"{path}: "))
+        return Answer(tuple(report.files.values()), "", *report.image)
+
+    def explain(self, path: Path, reason: str) -> Answer:
+        """Return why an image that a worker was lost over has no result; see Work."""
+        return self._refuse(path, reason, "The program failed on this image twice.")
+
+    def _refuse(self, path: Path, reason: str, words: str) -> Answer:
+        image, document = self._reporter.refuse(path, _arrived_at(path), reason, words)
+        return Answer((document,) if document is not None and self._explains else (), reason, *image)
 
     def close(self) -> None:
         """Free the model and end the decoding process."""
         self._predictor.close()
+
+
+def _arrived_at(path: Path) -> datetime:
+    # Not this moment: an image that is answered again after a kill gives the same bytes.
+    return datetime.fromtimestamp(path.stat().st_mtime).astimezone()
 
 
 if __name__ == "__main__":

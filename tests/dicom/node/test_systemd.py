@@ -31,7 +31,7 @@ def make(needs_gpu: bool = False, **changes: object) -> str:
 def test_deadlines_and_addresses_are_the_configurations() -> None:
     lines = make().splitlines()
     assert "Type=notify" in lines
-    assert "WatchdogSec=195" in lines
+    assert "WatchdogSec=275" in lines
     assert "TimeoutStopSec=35" in lines
     assert "MemoryMax=4096M" in lines
     assert "StateDirectory=chexnet-node" in lines
