@@ -76,10 +76,10 @@ class Reporter:
         image = self._predictor.loader.read_dicom(path)
         # First, so that a picture is refused for the same reason here as by whoever makes no results of it.
         prediction = self._predictor.predict(image.gray)
-        header = image.header.read_dataset()
-        identity = ImageIdentity(header_sha256(header), image.pixels_sha256)
+        # Of the header as it was sent: read_dataset's says how the picture lies that was made of it.
+        identity = ImageIdentity(header_sha256(dcmread(BytesIO(image.header.raw))), image.pixels_sha256)
         try:
-            source = read_source_image(header)
+            source = read_source_image(image.header.read_dataset())
         except DicomError as err:
             raise ImageRefusedError(RefusalReason.SOURCE_HEADER, f"{path}: {err}") from err
         result = Result(source, identity, self._bundle.id, self._device, made_at, prediction, self._bundle.manifest)

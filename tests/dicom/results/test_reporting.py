@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from datetime import datetime, timezone
 from pathlib import Path
 
 import pydicom
@@ -11,6 +12,8 @@ import pytest
 from benchmarks.rigs.node_rig import write_radiograph
 from chexnet_deploy import Predictor
 from chexnet_deploy.bundle.bundle import Bundle
+from chexnet_deploy.dicom.results.reporter import Reporter
+from chexnet_deploy.dicom.results.result import Device
 from tests.cli.test_cli import chexnet
 
 
@@ -38,6 +41,24 @@ def test_each_radiograph_gets_a_folder_of_valid_objects(
             patient = pydicom.dcmread(study / series / "IM1.dcm").PatientID
             assert {pydicom.dcmread(path).PatientID for path in files} == {patient}
             assert "S-1" in str(pydicom.dcmread(out / uid / "report.dcm"))
+
+
+def test_a_corrected_orientation_is_another_header_with_another_answer(
+    bundles: dict[str, Bundle], tmp_path: Path
+) -> None:
+    first, corrected = tmp_path / "a.dcm", tmp_path / "b.dcm"
+    write_radiograph(first, seed=1)
+    dataset = pydicom.dcmread(first)
+    dataset.PatientOrientation = ["L", "F"]
+    dataset.save_as(first)
+    dataset.PatientOrientation = ["R", "H"]  # the same pixels, taken to lie upside down
+    dataset.save_as(corrected)
+    with Predictor.of(bundles["fp32"], provider="cpu") as predictor:
+        reporter = Reporter(bundles["fp32"], predictor, Device("1"), max_pictures=0)
+        reports = [reporter.report(path, datetime(2026, 1, 1, tzinfo=timezone.utc)) for path in (first, corrected)]
+    assert reports[0].image.pixels == reports[1].image.pixels
+    assert reports[0].image.header != reports[1].image.header
+    assert reports[0].prediction.probabilities != reports[1].prediction.probabilities
 
 
 def test_one_image_twice_is_refused_and_nothing_is_left(bundles: dict[str, Bundle], tmp_path: Path) -> None:

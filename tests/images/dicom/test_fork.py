@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from benchmarks.rigs.synthetic_dicom import WORDS, make_dicom
 
@@ -46,6 +47,12 @@ def wait(children):
 """
 
 
+def read_gray(words: NDArray[np.uint16]) -> NDArray[np.uint8]:
+    """Without a window from the darkest to the brightest."""
+    low, high = int(words.min()), int(words.max())
+    return np.floor((words.astype(float) - low) / (high - low) * 255 + 0.5).astype(np.uint8)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six compressed radiographs of as many patients, each with the picture that it is."""
@@ -53,7 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(6):
         words = np.roll(WORDS, 7 * i, axis=1)
         (place / f"{i}.dcm").write_bytes(make_dicom(words, syntax=SYNTAXES[i % 3]))
-        np.save(place / f"{i}.npy", np.floor(words / 4095 * 255 + 0.5).astype(np.uint8))
+        np.save(place / f"{i}.npy", read_gray(words))
     return place
 
 
