@@ -75,7 +75,7 @@ def bundle(bundles: dict[str, Bundle], tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="module")
 def files(phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """A few files of every fate, and those of shared/cases where they are; each in a folder of its own, none of them empty."""
+    """A few files of every fate, and those of shared/cases where they are; none of them empty."""
     folder = tmp_path_factory.mktemp("files")
     phantom = sorted((phantom_root / "images").glob("*.png"))[0]
     gray = np.asarray(Image.open(phantom))
@@ -110,7 +110,7 @@ def files(phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
         image.save_as(path, enforce_file_format=True)
     (folder / "cut.dcm").write_bytes((folder / "chest.dcm").read_bytes()[:-100])
     (folder / "no_preamble.dcm").write_bytes((folder / "chest.dcm").read_bytes()[132:])
-    cases = sorted(path for path in CASES.rglob("*") if path.is_file() and path.suffix not in (".md", ".toml"))
+    cases = sorted(path for path in CASES.rglob("*") if path.is_file() and path.suffix not in (".md", ".toml", ".txt"))
     return [path for path in (*sorted(folder.iterdir()), *cases) if path.stat().st_size]
 
 
@@ -148,6 +148,8 @@ def differences(expected: Answers, found: Answers, *parts: str) -> dict[str, lis
 def test_files_of_both_fates_are_compared(predicted: Answers) -> None:
     assert sum(answer.probabilities is not None for answer in predicted.values()) >= 2
     assert len({answer.reason for answer in predicted.values()} - {None}) >= 5
+    if not CASES.is_dir():
+        pytest.skip("NOT RUN on the case files: set CHEXNET_CASES to a folder of them")
 
 
 def test_bytes_are_answered_as_the_file(bundle: Bundle, files: list[Path], predicted: Answers) -> None:
