@@ -38,6 +38,7 @@ from chexnet_deploy.dicom.results.attributes import PATIENT_STUDY, PICTURE, STUD
 from chexnet_deploy.dicom.results.representations import MAX_CHARACTERS, Checked, check_value, is_uid, shortened
 from chexnet_deploy.dicom.results.texts import TextReader
 from chexnet_deploy.errors import DicomError
+from chexnet_deploy.images.dicom.header import HUMAN_CODES, HUMAN_NAMES
 
 Deed: TypeAlias = Literal["added empty", "emptied", "left out", "rewritten", "shortened", "filled in"]
 
@@ -51,8 +52,6 @@ RADIOGRAPH_CLASSES: Final = MappingProxyType(
 )
 """The SOP classes in which single-frame chest radiographs come (PS3.4 table B.5-1)."""
 
-_HUMAN: Final = frozenset({"homo sapiens", "human"})
-_HUMAN_CODES: Final = frozenset({"337915000", "L-85B00"})  # SNOMED CT, and SNOMED RT before it
 _LOSSY_SYNTAXES: Final = frozenset(
     {"1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51", "1.2.840.10008.1.2.4.81", "1.2.840.10008.1.2.4.203"}
 )
@@ -159,13 +158,13 @@ def _refuse_animals(header: Dataset, texts: TextReader) -> None:
     present = [keyword for keyword in _SPECIES if (texts.read(keyword) or "").strip(" \0")]
     if not present:
         return
-    described = (texts.read("PatientSpeciesDescription") or "").strip(" \0").casefold()
+    described = (texts.read("PatientSpeciesDescription") or "").strip(" \0").upper()
     coded = {
         (TextReader(item).read("CodeValue") or "").strip(" \0")
         for item in (header.get("PatientSpeciesCodeSequence") or ())
         if isinstance(item, Dataset)
     }
-    if not (described in _HUMAN or (not described and coded and coded <= _HUMAN_CODES)):
+    if not (described in HUMAN_NAMES or (not described and coded and coded <= HUMAN_CODES)):
         raise DicomError(
             f"The source image's {present[0]} says that the patient is no person; needed a person's radiograph, as the model "
             "was trained on nothing else."

@@ -43,7 +43,8 @@ _XRV_RANGE: Final = 1024  # torchxrayvision's pixels are -1024 to 1024
 _WRAPPERS: Final = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # An attribute's name, of an outer model, before this project's own: model., net., densenet121., backbone.features., ...
 _FEATURE: Final = re.compile(r"((?:\w+\.)*?)(?:features\.)?((?:conv0|norm0|norm5|denseblock\d|transition\d)\..+)")
-_HEAD: Final = re.compile(r"((?:\w+\.)*?)(classifier\.(?:0\.)?(?:weight|bias))")
+_HEAD: Final = re.compile(r"((?:\w+\.)*?)(classifier\.(?:0\.)?(?:weight|bias)|op_threshs)")
+_AVERAGED: Final = "n_averaged"  # torch.optim.swa_utils.AveragedModel's count of the weights in its average
 # torchvision's names until its pull request 474 of 2018: those of circulating files, and of its own densenet121 still.
 _DOTTED_LAYER: Final = re.compile(r"(\.denselayer\d+\.(?:norm|conv))\.([12]\.)")
 _SIGMOID_HEAD: Final = "classifier.0."  # Sequential(Linear, Sigmoid)
@@ -183,6 +184,9 @@ def _rename(path: Path, loaded: Mapping[object, object]) -> tuple[Weights, tuple
             raise CheckpointError(
                 f"{path}: {old!r} holds {type(value).__name__}; needed a tensor by name. Save the state_dict() alone."
             )
+        if old == _AVERAGED:
+            omitted.add(old)
+            continue
         new = _WRAPPERS.sub("", old)
         omitted.update(_WRAPPERS.findall(old))
         if match := _FEATURE.fullmatch(new):
@@ -197,7 +201,7 @@ def _rename(path: Path, loaded: Mapping[object, object]) -> tuple[Weights, tuple
         if value.is_meta or value.is_nested or value.layout is not torch.strided:
             raise CheckpointError(f"{path}: {old} is no plain tensor. Save the state_dict() of a model on the CPU.")
         weights[new], origin[new] = value.detach(), old
-    notes = (f"left out of the names: {', '.join(sorted(omitted))}",) if omitted else ()
+    notes = (f"of wrappers, left out: {', '.join(sorted(omitted))}",) if omitted else ()
     if _SIGMOID_HEAD in origin.get("classifier.weight", ""):
         return weights, (*notes, "the head is a Linear and a Sigmoid: logits are the Linear's output")
     return weights, (*notes, "the head is a Linear: its outputs are taken as logits, one sigmoid a finding")

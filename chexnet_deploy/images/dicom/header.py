@@ -45,8 +45,8 @@ _NUMBERS: Final = {"US": "<H", "SS": "<h", "UL": "<I", "SL": "<i", "FL": "<f", "
 _VIEW_CODES: Final = {"399348003": "AP", "R-10206": "AP", "272479007": "PA", "R-10214": "PA"}
 # Chest and thorax (PS3.16 CID 4009), in the editions' codes.
 _CHEST_CODES: Final = frozenset({"816094009", "51185008", "T-D3000"})
-_HUMAN_CODES: Final = frozenset({"337915000", "30996001", "L-85B00"})
-_HUMAN_NAMES: Final = frozenset({"HUMAN", "HOMO SAPIENS", "MAN"})
+HUMAN_CODES: Final = frozenset({"337915000", "30996001", "L-85B00"})
+HUMAN_NAMES: Final = frozenset({"HUMAN", "HOMO SAPIENS", "MAN"})
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -274,4 +274,4 @@ def _is_animal(values: Values) -> bool:
     if values.code(0x00102210) == "QUADRUPED":
         return True
     has_breed = values.text(0x00102292) is not None or bool(values.items(0x00102293))
-    return (species != "" and species not in _HUMAN_NAMES) or any(c not in _HUMAN_CODES for c in codes) or has_breed
+    return (species != "" and species not in HUMAN_NAMES) or any(c not in HUMAN_CODES for c in codes) or has_breed

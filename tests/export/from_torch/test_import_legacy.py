@@ -312,7 +312,16 @@ def test_what_wrappers_put_before_the_names_is_left_out_and_said(
     new, notes = legacy._rename(Path("x"), {rename(name): tensor for name, tensor in ours.items()})
     assert new.keys() == ours.keys()
     assert all(new[name] is tensor or torch.equal(new[name], tensor) for name, tensor in ours.items())
-    assert f"left out of the names: {omitted}" in notes[0]
+    assert f"of wrappers, left out: {omitted}" in notes[0]
+
+
+def test_an_averaged_model_is_taken_without_its_count(ours: Weights) -> None:
+    averaged = torch.optim.swa_utils.AveragedModel(nn.Linear(1, 1)).state_dict()
+    assert "n_averaged" in averaged  # torch still calls it so
+    weights = {"n_averaged": averaged["n_averaged"], **{f"module.{name}": tensor for name, tensor in ours.items()}}
+    new, notes = legacy._rename(Path("x"), weights)
+    assert new.keys() == ours.keys()
+    assert notes[0] == "of wrappers, left out: module., n_averaged"
 
 
 def test_two_models_under_two_prefixes_are_refused() -> None:
@@ -359,7 +368,7 @@ def test_a_number_too_large_for_its_type_is_refused(ours: Weights, tmp_path: Pat
     ("change", "said"),
     [
         (lambda w: w, "taken as logits"),
-        (lambda w: {f"module.{name}": tensor for name, tensor in w.items()}, "left out of the names: module."),
+        (lambda w: {f"module.{name}": tensor for name, tensor in w.items()}, "of wrappers, left out: module."),
         (lambda w: {name: tensor.half() for name, tensor in w.items()}, "were float16"),
         (lambda w: as_torch_03(w, "densenet121."), "num_batches_tracked was missing"),
     ],
@@ -398,7 +407,10 @@ def test_torchxrayvisions_thresholds_are_no_operating_points(ours: Weights, tmp_
     made = import_legacy(path, tmp_path / "out.safetensors", form="torchxrayvision-all")
     assert made.checkpoint.manifest.operating_points == {}
     assert "op_threshs are left out: torchxrayvision rescales probabilities by them" in " ".join(made.notes)
-    half = {name: w.half() if w.is_floating_point() else w for name, w in xrv(ours, torch.full((18,), 0.1)).items()}
+    half = {
+        f"model.{name}": w.half() if w.is_floating_point() else w
+        for name, w in xrv(ours, torch.full((18,), 0.1)).items()
+    }
     again = import_legacy(save(path, half), tmp_path / "half.safetensors", form="torchxrayvision-all")
     kernel = again.checkpoint.model.features.conv0.weight
     # Times 1024 in float32, not in float16, which would end at 65504.
