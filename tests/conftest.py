@@ -11,6 +11,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from chexnet_deploy.bundle.bundle import Bundle
 from chexnet_deploy.datasets.chestxray14 import ChestXray14
@@ -20,6 +21,10 @@ from chexnet_deploy.images.preprocessing import Preprocessing
 
 CHECKOUT = Path(__file__).parents[1]
 SIDE_PX = 32  # the smallest DenseNet-121 takes: one cell of activation map
+
+# How long an example takes on a busy machine is nothing that hypothesis should judge.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 
 @pytest.hookimpl(trylast=True)  # when what is not asked for is gone

@@ -411,7 +411,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
     )
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow])
 @given(manifests())
 def test_manifest_survives_json(manifest: Manifest) -> None:
     assert Manifest.model_validate_json(manifest.to_json(), strict=True) == manifest
@@ -469,7 +469,7 @@ def test_a_child_that_is_no_manifest_is_refused(changes: dict[str, Any], why: st
         PARENT.child("5" * 64, **{**given, **changes})
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 @given(manifests(), st.binary(max_size=50), st.binary(max_size=50))
 def test_written_bundle_opens(
     tmp_path_factory: pytest.TempPathFactory, manifest: Manifest, model: bytes, probe: bytes

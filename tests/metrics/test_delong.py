@@ -227,7 +227,7 @@ def test_the_p_value_is_that_of_the_stated_statistic(difference: float, margin: 
     area_error=st.floats(1e-3, 0.1),
     margin=st.floats(0.001, 0.1),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_interval_and_the_test_decide_alike(
     area: float, difference: float, error: float, freedom: float, area_error: float, margin: float
 ) -> None:

@@ -62,7 +62,7 @@ def paths(phantom: ChestXray14, tmp_path_factory: pytest.TempPathFactory) -> lis
     return [*good[:2], bad, *good[2:], bad.with_name("absent.png")]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     delays=st.lists(st.sampled_from([0.0, 0.0, 0.001, 0.003]), max_size=20),
     workers=st.integers(1, 4),

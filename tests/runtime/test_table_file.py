@@ -143,7 +143,7 @@ def test_the_card_binds_the_table(whole: Whole, tmp_path: Path) -> None:
     assert card.table_sha256 == hashlib.sha256(whole.table).hexdigest()
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_cut_at_any_byte_it_goes_on_to_the_same_bytes(whole: Whole, tmp_path: Path, data: st.DataObject) -> None:
     out = tmp_path / "cut" / "t.csv"

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 
 from chexnet_deploy.bundle.manifest import FLOAT16_DIALECTS, Dialect
 from chexnet_deploy.export.quantize.equalise import ConcatParts, equalise_inputs, equalise_outputs, normalise_parts
@@ -151,7 +152,11 @@ def choose_integers(calibrated: Calibrated) -> Prepared:
     if calibrated.dialect == "mixed":
         graph = equalise_outputs(graph, body, calibrated.parts)
     convs = [node for node in convolutions(graph) if node.output[0] in calibrated.convs]
-    weights = {conv.input[1]: _round(graph, conv, seen, calibrated.dialect) for conv in convs}
+    arrays = weights_of(graph)
+    weights = {
+        name: _round(arrays[name].astype(np.float64), seen.moments[name], calibrated.dialect)
+        for name in (conv.input[1] for conv in convs)
+    }
     inputs = {conv.name: (conv.input[1], conv.input[0] if conv.input[0] in activations else None) for conv in convs}
     graph = to_float16(graph) if calibrated.dialect in FLOAT16_DIALECTS else graph
     return Prepared(calibrated.dialect, graph, inputs, activations, weights)
@@ -176,14 +181,13 @@ def _of_parts(parts: ConcatParts, margin: float) -> dict[str, Quantised]:
     return {**dict.fromkeys(parts.others, signed), parts.first: unsigned}
 
 
-def _round(graph: onnx.ModelProto, conv: onnx.NodeProto, seen: Observed, dialect: Dialect) -> Quantised:
+def _round(weight: NDArray[np.float64], moments: NDArray[np.float64], dialect: Dialect) -> Quantised:
     fits_avx2 = dialect == "cpu"
-    weight = weights_of(graph)[conv.input[1]].astype(np.float64)
     largest = np.abs(weight).reshape(len(weight), -1).max(axis=1) / INT8_MAX
     if fits_avx2:
         largest = np.maximum(largest, largest_pairs(weight) / PAIR_MAX)
     if dialect == "mixed":
         largest = np.full_like(largest, largest.max())
     scales = round_up_to_half(largest)
-    steps = round_weights(weight, scales.astype(np.float64), seen.moments[conv.input[1]], fits_avx2=fits_avx2)
+    steps = round_weights(weight, scales.astype(np.float64), moments, fits_avx2=fits_avx2)
     return Quantised(np.float16(scales[0]) if dialect == "mixed" else scales, steps)

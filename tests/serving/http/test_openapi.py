@@ -26,7 +26,6 @@ def test_everything_described_answers_as_described(service: Running) -> None:
 
         @settings(
             max_examples=15,
-            deadline=None,
             database=None,
             derandomize=True,
             phases=(Phase.generate,),
