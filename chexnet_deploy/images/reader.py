@@ -110,8 +110,8 @@ class ImageReader:
             return _gray(name, _decode(name, content, JpegImageFile))
         if content[128:132] == b"DICM":
             return self.decoder.decode(content, scope=scope, name=name).gray
-        if _is_bare_data_set(content):
-            found, needed = "a DICOM data set without preamble", "a DICOM file (PS3.10)"
+        if content.startswith(b"DICM") or any(map(_begins_data_set, (content, content[128:]))):
+            found, needed = "a DICOM data set without preamble or its DICM mark", "a DICOM file (PS3.10)"
             next_step = "write it as a DICOM file (with preamble and meta header)"
             raise ImageRefusedError(RefusalReason.NOT_DICOM, refusal(name, found, needed, next_step))
         raise ImageError(_unknown_format(name, content))
@@ -164,10 +164,8 @@ def _read_png(name: object, content: bytes) -> Gray:
     return _scale_16_bit(name, image)
 
 
-def _is_bare_data_set(content: bytes) -> bool:
+def _begins_data_set(content: bytes) -> bool:
     """Return whether the bytes begin as DICOM's elements do, of group 2 or 8, in whatever transfer syntax."""
-    if content[:4] == b"DICM":
-        return True
     if len(content) < 8:
         return False
     is_little = content[0] in (2, 8) and content[1] == content[3] == 0

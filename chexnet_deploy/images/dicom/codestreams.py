@@ -102,11 +102,13 @@ def _is_padded(pixel_data: memoryview, rows: int, columns: int, pixel_bytes: int
         return True
     if behind.strip(behind[:1]):
         return False
+    if n_left % rows:
+        return True
     # A black border looks like padding. With the right width a row resembles the next one best.
     wide = columns + n_left // rows
     pixels = np.frombuffer(pixel_data, f"<u{pixel_bytes}", rows * columns + n_left).astype(np.int32)
     as_stated, as_wide = (float(np.abs(pixels[width:] - pixels[:-width]).mean()) for width in (columns, wide))
-    return n_left % rows != 0 or as_stated <= as_wide
+    return as_stated <= as_wide
 
 
 def _kind_of(stream: bytes) -> str:

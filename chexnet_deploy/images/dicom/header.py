@@ -117,7 +117,7 @@ class DicomHeader:
         Patient Orientation is that of the picture as it is read, upright.
         """
         dataset = pydicom.dcmread(io.BytesIO(self.raw))
-        if self.orientation is not None:
+        if self.orientation is not None and not self.orientation.is_upright:
             upright = self.orientation.upright()
             dataset.PatientOrientation = [upright.rows, upright.columns]
         return dataset

@@ -9,9 +9,10 @@ import pytest
 from pydicom._uid_dict import UID_dictionary
 
 from benchmarks.rigs.synthetic_dicom import COMPRESSED, WORDS, make_dicom
-from chexnet_deploy.errors import ImageRefusedError, RefusalReason
+from chexnet_deploy.errors import ImageError, ImageRefusedError, RefusalReason
 from chexnet_deploy.images.dicom.decoder import Decoder
 from chexnet_deploy.images.dicom.header import TRANSFER_SYNTAXES, read_header
+from chexnet_deploy.images.reader import ImageReader
 from chexnet_deploy.images.scope import ScopePolicy
 
 PAGE = (Path(__file__).parents[3] / "docs" / "reading-files.md").read_text()
@@ -112,3 +113,37 @@ def test_the_reasons_that_it_names_are_reasons() -> None:
         "age",
     }
     assert named <= {reason.value for reason in RefusalReason}
+
+
+WHOLE = make_dicom()
+DATA_SET = WHOLE[WHOLE.index(b"\x08\0\x16\0") :]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        DATA_SET,
+        struct.pack("<HHI", 8, 0x16, 4) + b"1.2\0",  # implicit VR
+        WHOLE[132:],  # the meta header leads
+        WHOLE[128:],  # the mark leads
+        bytes(128) + WHOLE[132:],  # the mark is missing
+        bytes(128) + DATA_SET,
+        struct.pack(">HH2sH", 8, 0x16, b"UI", 4) + b"1.2\0",  # big endian
+    ],
+)
+def test_a_data_set_without_preamble_is_called_one(content: bytes) -> None:
+    with ImageReader() as reader, pytest.raises(ImageRefusedError) as caught:
+        reader.decode(content, name="x")
+    assert caught.value.reason is RefusalReason.NOT_DICOM
+    assert str(caught.value) == (
+        "x: found a DICOM data set without preamble or its DICM mark; needed a DICOM file (PS3.10). "
+        "Next: write it as a DICOM file (with preamble and meta header)."
+    )
+
+
+@pytest.mark.parametrize(
+    "content", [b"\x08\0\x16\0\xff\xff\xff\xff", b"\x08\0", b"II*\0", b"Image Index\n", bytes(200), b"\2\0\0\0"]
+)
+def test_what_is_no_data_set_is_not_called_one(content: bytes) -> None:
+    with ImageReader() as reader, pytest.raises(ImageError, match="neither a PNG nor a JPEG nor a DICOM file"):
+        reader.decode(content, name="x")
