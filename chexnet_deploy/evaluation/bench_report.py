@@ -142,4 +142,4 @@ def write_predictions(path: Path, images: LabelledImages, findings: Sequence[str
     rows = [",".join(("Image Index", *(f"logit_{finding}" for finding in findings)))]
     for name, row in zip(images.names, np.asarray(logits, np.float32), strict=True):
         rows.append(",".join((name, *(repr(float(value)) for value in row))))
-    path.write_text("\n".join(rows) + "\n")
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")

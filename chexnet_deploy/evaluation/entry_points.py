@@ -73,7 +73,7 @@ def bench(
             provider=provider,
             on_phase=on_phase,
         )
-        (partial / "report.json").write_text(run.report.model_dump_json(indent=1) + "\n")
+        (partial / "report.json").write_text(run.report.model_dump_json(indent=1) + "\n", encoding="utf-8")
         if images is not None:
             for name, logits in run.logits.items():
                 write_predictions(partial / f"logits-{name}.csv", images, reference.manifest.findings, logits)
@@ -97,7 +97,7 @@ def evaluate(request: EvaluationRequest, out: Path | None, *, with_html: bool, o
         partial = None if out is None else stack.enter_context(new_folder(out))
         run = run_evaluation(request, on_phase=on_phase)
         if partial is not None:
-            (partial / "report.json").write_text(run.evaluation.model_dump_json(indent=1) + "\n")
+            (partial / "report.json").write_text(run.evaluation.model_dump_json(indent=1) + "\n", encoding="utf-8")
         if partial is not None and pages is not None:
             on_phase("page", 0, 1)
             pages.write_html(partial / "report.html", run)

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 from chexnet_deploy.bundle.manifest import Manifest
+from chexnet_deploy.errors import ImageRefusedError, RefusalReason
 from chexnet_deploy.images import Gray, ImageReader, Pixels, Preprocessing, ScopePolicy
 from chexnet_deploy.images.content_check import check_image
 
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
     from chexnet_deploy.images.dicom.decoder import DicomImage
 
 ImageSource: TypeAlias = Path | str | bytes | Gray
+
+BUSY_ATTEMPTS: Final = 4
+"""Of a file of many, which waits for a busy machine."""
 
 
 class LoadedImage(NamedTuple):
@@ -65,10 +69,22 @@ class PixelLoader:
         check_image(gray, None if self.scope is None else self.scope.picture)
         return gray
 
-    def load(self, image: ImageSource, *, name: object = "the image") -> LoadedImage:
-        """Return the gray picture and the model's pixels; arguments and errors as `read`."""
-        gray = self.read(image, name=name)
-        return LoadedImage(gray, self.preprocessing(gray))
+    def load(self, image: ImageSource, *, name: object = "the image", attempts: int = 1) -> LoadedImage:
+        """Return the gray picture and the model's pixels; arguments and errors as `read`.
+
+        Args:
+            image: see read.
+            name: see read.
+            attempts: how often to try while the machine is too busy; BUSY_ATTEMPTS where nobody waits for this image.
+        """
+        while True:
+            attempts -= 1
+            try:
+                gray = self.read(image, name=name)
+                return LoadedImage(gray, self.preprocessing(gray))
+            except ImageRefusedError as err:
+                if err.reason is not RefusalReason.BUSY or attempts < 1:
+                    raise
 
     def read_dicom(self, path: Path) -> "DicomImage":
         """Return a DICOM file's header, gray picture and pixels' hash, checked against the header's scope.

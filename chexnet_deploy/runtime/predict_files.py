@@ -115,7 +115,7 @@ def predict_table(
         n_before = card.n_images - len(places)
         on_phase("predict", n_before, card.n_images)
         if places:
-            make = elsewhere or _make_here(stack, threads, provider)
+            make = elsewhere or _make_here(threads, provider)
             rows = stack.enter_context(closing(make(bundle, images, card, places)))
             for part in iter_lists(again, REPLACED_ROWS):
                 fresh = {}
@@ -160,11 +160,13 @@ def _whole_batches(places: Sequence[int], batch_size: int, n_done: int) -> list[
     return [place for start in starts for place in range(start, min(start + batch_size, n_done))]
 
 
-def _make_here(stack: ExitStack, threads: int | None, provider: Provider) -> MakeRows:
+def _make_here(threads: int | None, provider: Provider) -> MakeRows:
     def make(bundle: Bundle, images: ImageFiles, card: TableCard, places: Sequence[int]) -> Generator[Row]:
-        predictor = stack.enter_context(open_predictor(bundle, images, threads=threads, provider=provider))
         paths = (images.root / images.names[place] for place in places)
-        with closing(predictor.predict_stream(paths)) as answers:
+        with (
+            open_predictor(bundle, images, threads=threads, provider=provider) as predictor,
+            closing(predictor.predict_stream(paths)) as answers,
+        ):
             for place, done in zip(places, answers, strict=True):
                 _refuse_lone(images, done.answer)
                 yield row_of(card, images.names[place], done)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Semaphore
 from types import MappingProxyType
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,13 +20,10 @@ from chexnet_deploy.errors import ImageError, ImageRefusedError, RefusalReason, 
 from chexnet_deploy.files import FileContent
 from chexnet_deploy.images import Gray, ImageReader, Pixels
 from chexnet_deploy.images.gray import read_image_file
-from chexnet_deploy.runtime.loading import ImageSource, PixelLoader
+from chexnet_deploy.runtime.loading import BUSY_ATTEMPTS, ImageSource, PixelLoader
 from chexnet_deploy.runtime.sessions.base import Logits, Provider, Session, run_padded, sigmoid
 from chexnet_deploy.runtime.sessions.open import N_STARTUP_PROBES, check_known_answers, open_session
 from chexnet_deploy.runtime.streaming import Flow, choose_flow, in_order, iter_lists, usable_cores
-
-BUSY_ATTEMPTS: Final = 4
-"""A file of many waits for a busy machine: nobody waits for this one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,21 +212,17 @@ class Predictor:
         self.close()
 
     def _load(self, path: Path) -> tuple[Pixels | ImageError, FileContent | None]:
-        content: bytes | None = None
-        for _ in range(BUSY_ATTEMPTS):
-            try:
-                content = read_image_file(path)
-                return self.loader.load(content, name=path).pixels, FileContent.of(content)
-            except ImageRefusedError as err:
-                # A new one: the first one's traceback would keep the damaged file's bytes for as long as it is kept.
-                refused: ImageError = ImageRefusedError(err.reason, str(err))
-                if err.reason is not RefusalReason.BUSY:
-                    break
-                content = None
-            except ImageError as err:
-                refused = ImageError(str(err))
-                break
-        return refused, None if content is None else FileContent.of(content)
+        content: FileContent | None = None
+        try:
+            image = read_image_file(path)
+            content = FileContent.of(image)
+            return self.loader.load(image, name=path, attempts=BUSY_ATTEMPTS).pixels, content
+        except ImageRefusedError as err:
+            # A new one: the first one's traceback would keep the damaged file's bytes for as long as it is kept.
+            is_of_file = err.reason is not RefusalReason.BUSY
+            return ImageRefusedError(err.reason, str(err)), content if is_of_file else None
+        except ImageError as err:
+            return ImageError(str(err)), content
 
     def _run_batch(self, pixels: list[Pixels], *, with_maps: bool) -> list[Prediction]:
         logits, maps = run_padded(self._session, np.concatenate(pixels))

@@ -5,12 +5,13 @@ the paths, but computes no statistics.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from chexnet_deploy.images import ImageReader, Pixels, Preprocessing
-from chexnet_deploy.runtime.loading import PixelLoader
+from chexnet_deploy.runtime.loading import BUSY_ATTEMPTS, PixelLoader
 from chexnet_deploy.runtime.sessions.base import Logits, Maps, Session, run_padded
 from chexnet_deploy.runtime.streaming import in_order, iter_lists
 
@@ -25,8 +26,8 @@ def iter_pixels(paths: Iterable[Path], preprocessing: Preprocessing) -> Iterator
         ImageError: a file can't be read without guessing.
     """
     with ImageReader(processes=READERS) as reader:
-        loader = PixelLoader(preprocessing, None, reader)
-        yield from in_order(lambda path: loader.load(path).pixels, paths, workers=READERS, ahead=2 * BATCH_SIZE)
+        load = partial(PixelLoader(preprocessing, None, reader).load, attempts=BUSY_ATTEMPTS)
+        yield from in_order(lambda path: load(path).pixels, paths, workers=READERS, ahead=2 * BATCH_SIZE)
 
 
 def iter_batches(pixels: Iterable[Pixels], batch_size: int = BATCH_SIZE) -> Iterator[Pixels]:

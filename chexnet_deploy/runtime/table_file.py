@@ -107,7 +107,8 @@ class Table:
                 f"{stored.table_sha256[:12]}…. Choose another --out, or delete the table and its card."
             )
         with _writing(self._out):
-            self._partial.unlink(missing_ok=True)  # a Parquet table's rows, where a kill came between
+            for rows in (self._partial, self._replaced):  # a Parquet table's, where a kill came between
+                rows.unlink(missing_ok=True)
         self.n_done, self.n_quarantined = self._card.n_images, stored.n_quarantined
 
     def _take_up(self, rows: IO[bytes]) -> None:

@@ -14,9 +14,10 @@ from chexnet_deploy.bundle.bundle import Bundle
 from chexnet_deploy.datasets.chestxray14 import ChestXray14
 from chexnet_deploy.errors import ImageError, ImageRefusedError, RefusalReason, SessionError
 from chexnet_deploy.files import FileContent
+from chexnet_deploy.images.gray import Gray
 from chexnet_deploy.images.preprocessing import Pixels
-from chexnet_deploy.runtime.loading import ImageSource, LoadedImage, PixelLoader
-from chexnet_deploy.runtime.predictor import BUSY_ATTEMPTS, Prediction, Predictor
+from chexnet_deploy.runtime.loading import BUSY_ATTEMPTS, ImageSource, PixelLoader
+from chexnet_deploy.runtime.predictor import Prediction, Predictor
 from chexnet_deploy.runtime.sessions.base import Session
 from chexnet_deploy.runtime.sessions.open import open_session
 from chexnet_deploy.runtime.streaming import Flow, choose_flow, in_order, iter_lists
@@ -235,9 +236,9 @@ def test_a_file_that_a_busy_machine_had_no_time_for_is_tried_again(
     monkeypatch: pytest.MonkeyPatch,
     n_busy: int,
 ) -> None:
-    loads, whole = 0, PixelLoader.load
+    loads, whole = 0, PixelLoader.read
 
-    def load(loader: PixelLoader, image: ImageSource, *, name: object) -> LoadedImage:
+    def read(loader: PixelLoader, image: ImageSource, *, name: object) -> Gray:
         nonlocal loads
         loads += 1
         if loads <= n_busy:
@@ -245,7 +246,7 @@ def test_a_file_that_a_busy_machine_had_no_time_for_is_tried_again(
         return whole(loader, image, name=name)
 
     predictor = Predictor(session, bundles["fp32"].manifest, Flow())
-    monkeypatch.setattr(PixelLoader, "load", load)
+    monkeypatch.setattr(PixelLoader, "read", read)
     ((_, answer, content),) = predictor.predict_stream(paths[:1])
     if n_busy < BUSY_ATTEMPTS:
         assert (isinstance(answer, Prediction), loads) == (True, n_busy + 1)

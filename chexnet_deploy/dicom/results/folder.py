@@ -6,9 +6,10 @@ from datetime import datetime
 from pathlib import Path
 
 from chexnet_deploy.bundle.bundle import Bundle
-from chexnet_deploy.errors import ImageError, require
+from chexnet_deploy.errors import ImageError, RefusalReason, require
 from chexnet_deploy.files import new_folder
 from chexnet_deploy.images.listing import ImageFiles
+from chexnet_deploy.runtime.loading import BUSY_ATTEMPTS
 from chexnet_deploy.runtime.predict_files import _refuse_lone
 from chexnet_deploy.runtime.predictor import Prediction, Predictor
 from chexnet_deploy.runtime.sessions.base import Provider
@@ -36,12 +37,16 @@ def report_images(
         reporter = Reporter(bundle, predictor, device, max_pictures=len(bundle.manifest.findings))
         for name, path in zip(images.names, images.paths(), strict=True):
             answer: Prediction | ImageError
-            try:
-                report = reporter.report(path, datetime.now().astimezone())
-                _write_report(partial / report.source_uid, report.files)
-                answer = report.prediction
-            except ImageError as err:
-                answer = err
+            for _ in range(BUSY_ATTEMPTS):
+                try:
+                    report = reporter.report(path, datetime.now().astimezone())
+                    _write_report(partial / report.source_uid, report.files)
+                    answer = report.prediction
+                except ImageError as err:
+                    answer = err
+                    if err.reason is RefusalReason.BUSY:
+                        continue
+                break
             _refuse_lone(images, answer)
             yield name, answer
 

@@ -102,7 +102,9 @@ class DecodingProcess:
             pass
         if not self._is_ready:
             self.kill()
-            raise _not_started(f"exit status {self._process.returncode}")  # -9: it was ended here
+            status = self._process.returncode
+            is_late = monotonic() - self._started >= START_DEADLINE_S
+            raise _not_started(f"not ready after {START_DEADLINE_S:g} s" if is_late else f"exit status {status}")
         return True
 
     def decode(
@@ -171,8 +173,8 @@ class DecodingProcess:
 
     def _ask(self, question: bytes, new_memory: list[int], end: float, processor_s: float) -> bytes:
         """Return the answer; raise TimeoutError at the end, another OSError where the process ended."""
-        last_s = self._used_s() + processor_s
         try:
+            last_s = self._used_s() + processor_s
             self._channel.settimeout(max(end - monotonic(), 0.001))
             socket.send_fds(self._channel, [question], new_memory)
         finally:
@@ -210,8 +212,8 @@ class DecodingProcess:
 
 def _not_started(why: object) -> SessionError:
     return SessionError(
-        f"the decoding process did not start ({why}). It needs the packages of chexnet-deploy[dicom] and the memory it is "
-        f"limited to: raise memory_mib, free memory, or reinstall the extra."
+        f"the decoding process did not start ({why}). It needs the packages of chexnet-deploy[dicom], the memory it is "
+        f"limited to and some time: raise memory_mib, free memory, lower the machine's load, or reinstall the extra."
     )
 
 
