@@ -25,7 +25,7 @@ from chexnet_deploy.runtime.predictor import Prediction
 
 DISCLAIMER: Final = "AI result, not for diagnosis"
 ALGORITHM: Final = "CheXNet"
-LAYOUT: Final = "1"
+LAYOUT: Final = "2"
 _NAMESPACE: Final = uuid.UUID(
     "1bc7ff33-7d16-44fd-a3b2-68aabcff9dd1"
 )  # drawn once; what follows from it must not change

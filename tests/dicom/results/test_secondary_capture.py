@@ -16,10 +16,10 @@ from chexnet_deploy.dicom.results.result import Result, encode
 from chexnet_deploy.dicom.results.secondary_capture import build_secondary_capture, caption, draw_capture
 from chexnet_deploy.errors import DicomError
 from chexnet_deploy.runtime.predictor import draw_cam
+from tests.dicom.results.conftest import Judge
 
 HeaderOf = Callable[..., Dataset]
 ResultFor = Callable[[Dataset], Result]
-Judge = Callable[[list[Path]], dict[Path, list[str]]]
 
 
 @pytest.fixture(scope="module")
