@@ -42,13 +42,14 @@ def sha256_of_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_file(path: Path, content: bytes, *, partial_in: Path | None = None) -> None:
+def write_file(path: Path, content: bytes, *, partial_in: Path | None = None, mode: int = 0o644) -> None:
     """Write a file that is either complete or as it was before, also after a crash or SIGKILL.
 
     Args:
         path: where.
         content: all of it.
         partial_in: folder on the same file system for the unfinished file; None for the file's own.
+        mode: who may read it.
     """
     with tempfile.NamedTemporaryFile(
         dir=partial_in or path.parent, prefix=f".{path.name}.partial-", delete=False
@@ -57,7 +58,7 @@ def write_file(path: Path, content: bytes, *, partial_in: Path | None = None) ->
             partial.write(content)
             partial.flush()
             os.fsync(partial.fileno())
-            Path(partial.name).chmod(0o644)
+            Path(partial.name).chmod(mode)
             Path(partial.name).replace(path)
         except BaseException:
             Path(partial.name).unlink(missing_ok=True)

@@ -47,6 +47,7 @@ ae_title = "{pacs}"
 
 [results]
 max_pictures = 1
+{result_settings}
 
 [device]
 serial_number = "RIG-1"
@@ -107,6 +108,7 @@ class NodeProcess:
     Attributes:
         folder: for its configuration, state and journal; survives kills.
         model_settings: TOML for its [model].
+        result_settings: TOML for its [results].
         overrides: TOML appended to the configuration.
     """
 
@@ -114,6 +116,7 @@ class NodeProcess:
     bundle: Path
     answer_deadline_s: float = 20.0
     model_settings: str = ""
+    result_settings: str = ""
     overrides: str = ""
     port: int = field(default_factory=free_port)
     pacs_port: int = field(default_factory=free_port)
@@ -145,6 +148,7 @@ class NodeProcess:
                 pacs=PACS,
                 answer_deadline_s=self.answer_deadline_s,
                 model_settings=self.model_settings,
+                result_settings=self.result_settings,
             )
             + self.overrides
         )
@@ -250,7 +254,9 @@ def store(port: int, datasets: Sequence[Dataset], *, calling: str = SCANNER) -> 
     """
     application = AE(calling)
     application.acse_timeout = application.dimse_timeout = application.network_timeout = 30
-    application.add_requested_context(ComputedRadiographyImageStorage, ExplicitVRLittleEndian)
+    kinds = dict.fromkeys((each.SOPClassUID, each.file_meta.TransferSyntaxUID) for each in datasets)
+    for sop_class, syntax in kinds:
+        application.add_requested_context(sop_class, syntax)
     association = application.associate("127.0.0.1", port, ae_title=NODE)
     statuses: list[int | None] = []
     if not association.is_established:

@@ -171,7 +171,7 @@ def connect(port: int, source: str) -> socket.socket:
     return connection
 
 
-def associate(connection: socket.socket) -> bool:
+def associate(connection: socket.socket, *, calling: str = SCANNER, called: str = NODE) -> bool:
     """Negotiate an association for computed radiography; return whether it was accepted (PS3.8 section 9.3.2)."""
 
     def item(kind: int, content: bytes) -> bytes:
@@ -179,7 +179,7 @@ def associate(connection: socket.socket) -> bool:
 
     context = struct.pack(">Bxxx", 1) + item(0x30, COMPUTED_RADIOGRAPHY.encode()) + item(0x40, IMPLICIT.encode())
     user = item(0x51, struct.pack(">I", 65536)) + item(0x52, b"1.2.3.4")
-    body = struct.pack(">Hxx16s16s32x", 1, NODE.ljust(16).encode(), SCANNER.ljust(16).encode())
+    body = struct.pack(">Hxx16s16s32x", 1, called.ljust(16).encode(), calling.ljust(16).encode())
     body += item(0x10, b"1.2.840.10008.3.1.1.1") + item(0x20, context) + item(0x50, user)
     connection.sendall(struct.pack(">BxI", PduType.ASSOCIATE_RQ, len(body)) + body)
     header = connection.recv(HEADER_BYTES, socket.MSG_WAITALL)

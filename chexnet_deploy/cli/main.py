@@ -16,6 +16,7 @@ app = typer.Typer(
 )
 for part in (export, measure, predict, inspect, signing, serve):
     app.add_typer(part.app)
+app.add_typer(serve.node_app, name="node")
 app.add_typer(serve.audit_app, name="audit")
 
 

@@ -3,15 +3,17 @@
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from chexnet_deploy.cli.options import BundleArgument, JsonFlag, OnProvider, ProviderName, Threads, TrustOption
 from chexnet_deploy.errors import require
 from chexnet_deploy.terminal import print_json
 
 app = typer.Typer()
+_TOLD = ("verdict", "reason", "worker", "differs", "before", "destination")  # of an audit line, to a person
 
 
 @app.command()
@@ -76,9 +78,23 @@ def serve(
     raise typer.Exit(program.serve(config))
 
 
-@app.command()
-def node(
-    config: Annotated[Path, typer.Argument(help="The node's TOML file.")],
+class _RunUnlessNamed(TyperGroup):
+    """`node CONFIG` runs a node; status and resend ask one that runs."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        named = not args or args[0] in self.commands or args[0] == "--help"
+        return super().parse_args(ctx, args if named else ["run", *args])
+
+
+node_app = typer.Typer(
+    cls=_RunUnlessNamed, no_args_is_help=True, help="Run a DICOM node (`node CONFIG`), or ask one that runs."
+)
+ConfigArgument = Annotated[Path, typer.Argument(help="The node's TOML file.")]
+
+
+@node_app.command("run")
+def run_node(
+    config: ConfigArgument,
     print_unit: Annotated[
         bool, typer.Option("--print-unit", help="Print a hardened systemd unit for it, and do nothing else.")
     ] = False,
@@ -93,7 +109,73 @@ def node(
     raise typer.Exit(service.run(config))
 
 
+@node_app.command("status")
+def show_status(config: ConfigArgument, as_json: JsonFlag = False) -> None:
+    """Print what waits, what was refused and what failed, and why."""
+    from chexnet_deploy.dicom.node.config import read_config
+    from chexnet_deploy.dicom.node.control import ask
+
+    found = ask(read_config(config).folder, "status")
+    if as_json:
+        print_json(found)
+        return
+    images = found["images"]
+    n_refused = sum(images["refused"].values())
+    typer.echo(f"model  {'ready' if found['is_ready'] else 'not ready'}")
+    typer.echo(f"images  {images['waiting']} waiting, {images['answered']} answered, {n_refused} refused")
+    for reason, count in sorted(images["refused"].items()):
+        typer.echo(f"  refused: {reason}  {count}")
+    for title, states in found["destinations"].items():
+        typer.echo(f"{title}  " + (", ".join(f"{count} {state}" for state, count in states.items()) or "nothing yet"))
+
+
+@node_app.command("resend")
+def resend(
+    config: ConfigArgument,
+    uid: Annotated[str, typer.Option(help="SOP Instance UID of the image.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Send an image's results again; where they aren't kept any more, let the image be answered when it is sent again."""
+    from chexnet_deploy.dicom.node.config import read_config
+    from chexnet_deploy.dicom.node.control import ask
+    from chexnet_deploy.errors import NodeError
+
+    found = ask(read_config(config).folder, "resend", uid.strip())
+    if not (found["documents"] or found["forgotten"]):
+        raise NodeError("the node has answered no image of this UID, as far as it remembers. Send it the image.")
+    if as_json:
+        print_json(found)
+    elif found["documents"]:
+        typer.echo(f"{found['documents']} documents are sent again")
+    else:
+        typer.echo(
+            "nothing is kept to send again; send the node the image, and it is answered again under the same UIDs"
+        )
+
+
 audit_app = typer.Typer(no_args_is_help=True, help="Check a node's audit log.")
+
+
+@audit_app.command("find")
+def find_in_audit(
+    file: Annotated[Path, typer.Argument(help="The log, audit.jsonl, in the node's folder, as its key is needed.")],
+    uid: Annotated[str, typer.Option(help="SOP Instance UID of the image.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Check the log, and print what it says of one image."""
+    with require("node"):
+        from chexnet_deploy.dicom.node.audit import find
+        from chexnet_deploy.dicom.node.inbox import Pseudonyms
+
+    lines = find(file, Pseudonyms.read(file.parent).instance(uid.strip()))
+    if as_json:
+        print_json(lines)
+        return
+    for line in lines:
+        told = (f"{name} {line[name]}" for name in _TOLD if line.get(name))
+        typer.echo("  ".join((line["utc"], line["event"], *told)))
+    if not lines:
+        typer.echo("nothing")
 
 
 @audit_app.command("verify")

@@ -72,9 +72,11 @@ class PixelLoader:
         return LoadedImage(gray, self.preprocessing(gray))
 
     def read_dicom(self, path: Path) -> "DicomImage":
-        """Return a DICOM file's header and gray picture, checked against the header's scope; `load` checks the content.
+        """Return a DICOM file's header, gray picture and pixels' hash, checked against the header's scope.
+
+        `load` checks the content.
 
         Raises:
             ImageError, MissingPackageError: as `read`; and any other format is refused.
         """
-        return self.reader.decoder.decode(path, scope=self.scope)
+        return self.reader.decoder.decode(path, scope=self.scope, is_identified=True)

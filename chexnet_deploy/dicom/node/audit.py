@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from chexnet_deploy.errors import AuditError
 from chexnet_deploy.files import fsync_path, sha256_hex, write_file
@@ -83,7 +83,7 @@ class AuditLog:
             elif head.seq > 1:
                 raise AuditError(f"{head_path} is missing, so lines cut from {path} can't be seen. Restore it.")
             log = cls(path, head)
-            write_file(head_path, _head_line(head))
+            write_file(head_path, _head_line(head), mode=0o600)
             if torn:
                 log.append("torn-line", {"torn_sha256": sha256_hex(torn)})
             return log
@@ -106,7 +106,7 @@ class AuditLog:
             before = os.fstat(self._handle).st_size
             try:
                 self._write(line)
-                write_file(_head_path(self._path), _head_line(head))
+                write_file(_head_path(self._path), _head_line(head), mode=0o600)
             except OSError as err:
                 # Nothing is done upon this line. Left there, a part of it would break the chain, and whole ones would run
                 # ahead of the head.
@@ -179,6 +179,22 @@ def verify_file(path: Path, head: str | None) -> Head:
     found, noted = verify(path), read_head(_head_path(path))
     _check_not_behind(path, found, noted)
     return found
+
+
+def find(path: Path, instance: str) -> list[dict[str, Any]]:
+    """Return the lines about one image, oldest first, having checked the whole log as `verify_file` does.
+
+    Args:
+        path: the log.
+        instance: its pseudonym.
+
+    Raises:
+        AuditError: as verify_file.
+    """
+    verify_file(path, None)
+    with path.open("rb") as file:
+        lines = [json.loads(line) for line in file if instance.encode() in line]
+    return [line for line in lines if line.get("instance") == instance]
 
 
 def read_head(path: Path) -> Head:

@@ -39,7 +39,8 @@ class Limits(StrictRecord):
     """What one peer, and all together, may take of this node.
 
     Attributes:
-        max_waiting: connections that have not asked for an association yet; beyond it the oldest gives way.
+        max_waiting: connections that have not asked for an association yet; beyond it the oldest gives way. A peer is an
+            address there, and later a calling AE title at an address, as many devices may stand behind one.
         max_associations: open at once; beyond it one that makes no progress gives way, and until there is one the newest
             waits, for request_deadline_s at the most.
         quiet_after_s: without progress for so long, an association may be ended to let another in; never otherwise.
@@ -88,6 +89,7 @@ class Listen(StrictRecord):
     Attributes:
         calling_ae_titles: who may send; an AE title is no proof of identity, but keeps a wrong device out.
         networks: addresses that may connect, e.g. "10.20.0.0/16"; all others are cut off at once.
+        tls: by [tls], and no connection without; the port that is registered for it is 2762.
     """
 
     host: str = "0.0.0.0"
@@ -95,6 +97,7 @@ class Listen(StrictRecord):
     ae_title: AeTitle
     calling_ae_titles: Annotated[tuple[AeTitle, ...], Field(min_length=1)]
     networks: Annotated[tuple[str, ...], Field(min_length=1)]
+    tls: bool = False
 
     @field_validator("calling_ae_titles", "networks", mode="before")
     @classmethod
@@ -136,6 +139,7 @@ class Outbox(StrictRecord):
         first_retry_s: after the first failure; doubled after each, with jitter, up to max_retry_s.
         send_timeout_s: for a destination to answer.
         remember: how many documents that were sent are known still, and not sent again.
+        keep_mib: of documents that were sent, for `node resend`; beyond it the oldest go, 0 keeps none.
         max_breaks: an object whose sending broke off so often, though the destination let us in, is parked.
     """
 
@@ -144,15 +148,36 @@ class Outbox(StrictRecord):
     max_retry_s: Seconds = 300.0
     send_timeout_s: Seconds = 30.0
     remember: Annotated[int, Field(ge=100, le=1_000_000)] = 20_000
+    keep_mib: Annotated[int, Field(ge=0, le=16 * 1024 * 1024)] = 1_024
     max_breaks: Count = 10
 
 
 class Destination(StrictRecord):
-    """Who gets the results."""
+    """Who gets the results; with tls, by [tls]."""
 
     host: Annotated[str, StringConstraints(min_length=1, max_length=253)]
     port: Port
     ae_title: AeTitle
+    tls: bool = False
+
+
+class Tls(StrictRecord):
+    """Certificates of this node and its peers, PEM files; see tls.py.
+
+    Attributes:
+        certificate: this node's, and those between it and its authority.
+        key: its private key, its owner's alone.
+        authorities: whose certificates a peer's must be of; or the peers' own.
+    """
+
+    certificate: Path
+    key: Path
+    authorities: Path
+
+    @field_validator("certificate", "key", "authorities", mode="before")
+    @classmethod
+    def _from_text(cls, value: object) -> object:
+        return Path(value) if isinstance(value, str) else value
 
 
 class Model(StrictRecord):
@@ -199,9 +224,11 @@ class Results(StrictRecord):
 
     Attributes:
         max_pictures: activation maps of findings that are present, the most probable first; 0 sends the report alone.
+        explain_refusals: a Secondary Capture in the study says why an image has no result; without it only the log does.
     """
 
     max_pictures: Annotated[int, Field(ge=0, le=14)] = 3
+    explain_refusals: bool = True
 
 
 class Health(StrictRecord):
@@ -231,6 +258,7 @@ class NodeConfig(StrictRecord):
     spool: Spool = Spool()
     outbox: Outbox = Outbox()
     destinations: Annotated[tuple[Destination, ...], Field(min_length=1)]
+    tls: Tls | None = None
     model: Model
     device: Device
     results: Results = Results()
@@ -248,10 +276,13 @@ class NodeConfig(StrictRecord):
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> "NodeConfig":
-        paths = (self.folder, self.model.bundle, self.model.trust or self.folder)
-        if not all(path.is_absolute() for path in paths):
+        if not all(path.is_absolute() for path in (self.folder, *self.read_paths)):
             raise ValueError(
-                "folder, model.bundle and model.trust must be absolute paths: a service has no working directory"
+                "folder and the paths of [model] and [tls] must be absolute: a service has no working directory"
+            )
+        if (self.tls is not None) != any((self.listen.tls, *(d.tls for d in self.destinations))):
+            raise ValueError(
+                "[tls] is there for listen.tls or a destination's tls, one of them true; give both or neither"
             )
         if len({d.ae_title for d in self.destinations}) < len(self.destinations):
             raise ValueError("two destinations have the same ae_title")
@@ -265,6 +296,12 @@ class NodeConfig(StrictRecord):
                 f"{arriving_mib} MiB can be arriving at once; raise the one or lower the others"
             )
         return self
+
+    @property
+    def read_paths(self) -> tuple[Path, ...]:
+        """What the node reads beside its own folder."""
+        tls = () if self.tls is None else (self.tls.certificate, self.tls.key, self.tls.authorities)
+        return (self.model.bundle, *([self.model.trust] if self.model.trust else []), *tls)
 
     @property
     def watchdog_s(self) -> float:

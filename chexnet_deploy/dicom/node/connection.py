@@ -8,10 +8,12 @@ import asyncio
 import contextlib
 import functools
 import socket
+import ssl
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from time import monotonic
-from typing import Final, ParamSpec, Protocol, TypeVar
+from types import MappingProxyType
+from typing import Final, NamedTuple, ParamSpec, Protocol, TypeVar
 
 from chexnet_deploy.dicom.node.config import Limits
 from chexnet_deploy.dicom.node.pdu import (
@@ -22,18 +24,26 @@ from chexnet_deploy.dicom.node.pdu import (
     PduFault,
     PduType,
     Pdv,
+    Request,
     accepted_syntaxes,
     read_header,
     read_pdvs,
+    read_request,
     write_abort,
     write_busy,
     write_pdv,
 )
+from chexnet_deploy.dicom.node.tls import TlsStream
 
 BUFFER_BYTES: Final = 65_536
 _DISK_PIECE_BYTES: Final = 262_144  # one hop to a disk thread for so many bytes
 _FLUSH_S: Final = 1.0  # for a last A-ABORT or A-ASSOCIATE-RJ; then the connection is cut
 _NO_REASON, _INVALID_PARAMETER = 0, 6  # of A-ABORT (PS3.8 table 9-26)
+
+# Of A-ASSOCIATE-RJ: source and reason (PS3.8 table 9-21).
+_REJECTED: Final = MappingProxyType({(1, 3): "calling-ae-title", (1, 7): "called-ae-title"})
+_OVER_LIMITS: Final = frozenset({"object-too-large", "association-too-large", "pdu-length", "command-length"})
+_MOST_NAMED: Final = 8  # SOP classes in one line of a log
 
 Address = tuple[str, int]
 P = ParamSpec("P")
@@ -62,33 +72,59 @@ class Intake(Protocol):
         """Start an object; one that has no room is refused at its end."""
 
 
+class End(NamedTuple):
+    """How a connection ended, for logs: codes, addresses and AE titles, nothing about a patient.
+
+    Attributes:
+        reason: released; rejected; no-context, none of what was asked for is offered; timed-out; limit, of size; protocol, a
+            fault in it; tls; aborted; cut, without a word; busy; gave-way to another; stopped, by the node's own end.
+        detail: more of it, a code.
+        calling: the AE title of whoever asked; empty where nobody did.
+        called: the AE title asked for; likewise.
+        not_accepted: SOP classes that were asked for and are not offered.
+    """
+
+    peer: str
+    reason: str
+    detail: str = ""
+    calling: str = ""
+    called: str = ""
+    not_accepted: tuple[str, ...] = ()
+
+
 class Connection:
     """A peer, from accept to close; lives in the guard's event loop.
 
     Args:
+        reader: with a TlsStream the handshake comes first, in the time to ask for an association.
+        address: the peer's.
         hand_over: gives one end of a socket pair, and the peer's address, to the DICOM library.
 
     Attributes:
         peer: its address without the port.
+        request: what it asks for, once it has.
         progress_s: when it last moved a message or BUFFER_BYTES forward, on the monotonic clock.
-        ended: a reason code, once it is known.
+        ended: End.reason, once it is known.
     """
 
     def __init__(
         self,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
+        reader: asyncio.StreamReader | TlsStream,
+        writer: asyncio.StreamWriter | TlsStream,
+        address: Address,
         limits: Limits,
         intake: Intake,
+        *,
         hand_over: Callable[[socket.socket, Address], None],
         disk: Executor,
     ) -> None:
-        self._reader, self._writer, self._limits = reader, writer, limits
+        self._reader, self._writer, self._address, self._limits = reader, writer, address, limits
         self._intake, self._hand_over, self._disk = intake, hand_over, disk
-        self._address: Address = writer.get_extra_info("peername")[:2]
         self.peer = self._address[0]
+        self.request = Request("", "", {})
         self.progress_s = self.opened_s = monotonic()
-        self.ended = ""
+        self.ended = self._detail = ""
+        self._not_accepted: tuple[str, ...] = ()
         self._is_associated = False
         self._deadline_s = self.opened_s + limits.request_deadline_s
         self._write_deadline_s = float("inf")
@@ -111,9 +147,20 @@ class Connection:
         """Whether it makes no progress though it is its turn, so that it may be ended for another's sake."""
         return self._answered.is_set() and now_s - self.progress_s > self._limits.quiet_after_s
 
+    @property
+    def how(self) -> End:
+        """How it ended."""
+        asked = self.request
+        return End(self.peer, self.ended, self._detail, asked.calling, asked.called, self._not_accepted)
+
+    def _note(self, reason: str, detail: str = "") -> None:
+        """Remember how it ends; what is known first is the reason, and what follows its consequence."""
+        if not self.ended:
+            self.ended, self._detail = reason, detail
+
     def end(self, reason: str) -> None:
         """End it from outside."""
-        self.ended = self.ended or reason
+        self._note(reason)
         if self._task is not None:
             self._task.cancel()
 
@@ -126,22 +173,31 @@ class Connection:
         self._task = asyncio.current_task()
         last_words = b""
         try:
+            if isinstance(self._reader, TlsStream):
+                await self._reader.handshake()
             kind, request = await self._read_pdu()
             if kind != PduType.ASSOCIATE_RQ:
                 raise PduFault("pdu-order")
+            self.request = read_request(request[HEADER_BYTES:])
             if await admit(self):
                 self._is_associated = True
                 await self._associate(request)
-                self.ended = self.ended or "closed"
+                self._note("aborted", "by-node")  # the library closed it, and said nothing
             else:
-                self.ended, last_words = "busy", write_busy()
+                self._note("busy")
+                last_words = write_busy()
         except PduFault as fault:
-            self.ended, last_words = fault.reason, write_abort(_INVALID_PARAMETER)
+            self._note("limit" if fault.reason in _OVER_LIMITS else "protocol", fault.reason)
+            last_words = write_abort(_INVALID_PARAMETER)
         except asyncio.CancelledError:
-            self.ended = self.ended or "stopped"
+            self._note("stopped")
             last_words = write_abort(_NO_REASON) if self._is_associated else b""
-        except (asyncio.IncompleteReadError, OSError):
-            self.ended = self.ended or "cut"
+        except (asyncio.IncompleteReadError, ssl.SSLEOFError):
+            self._note("cut")
+        except ssl.SSLError as err:  # its reason is one of OpenSSL's words
+            self._note("tls", str(err.reason).lower().replace("_", "-"))
+        except OSError:
+            self._note("cut")
         finally:
             if self._transfer is not None:
                 self._transfer.discard()
@@ -210,6 +266,8 @@ class Connection:
             elif kind == PduType.ABORT or (
                 kind in (PduType.RELEASE_RQ, PduType.RELEASE_RP) and self._messages.is_between_messages
             ):
+                if kind == PduType.ABORT:
+                    self._note("aborted", "by-peer")
                 behind.write(pdu)
                 await behind.drain()
             else:
@@ -268,8 +326,7 @@ class Connection:
                 return  # the library ended the association
             kind, length = read_header(header, max_data_bytes=self._limits.max_pdu_bytes)
             body = await behind.readexactly(length)
-            if kind == PduType.ASSOCIATE_AC:
-                self._syntaxes = accepted_syntaxes(body)
+            self._note_answer(kind, body)
             self._write_deadline_s = monotonic() + self._limits.pdu_deadline_s
             self._writer.write(header + body)
             await self._writer.drain()
@@ -278,6 +335,23 @@ class Connection:
                 self._has_progressed()
                 self._deadline_s = monotonic() + self._limits.idle_s
                 self._answered.set()
+
+    def _note_answer(self, kind: PduType, body: bytes) -> None:
+        """Learn from the library's answer what was agreed upon, or how it ends."""
+        if kind == PduType.ASSOCIATE_AC:
+            self._syntaxes = accepted_syntaxes(body)
+            asked = self.request.abstract_syntaxes
+            served = {asked.get(context_id) for context_id in self._syntaxes}
+            self._not_accepted = tuple(dict.fromkeys(uid for uid in asked.values() if uid not in served))[:_MOST_NAMED]
+            if not self._syntaxes:
+                self._note("no-context")
+        elif kind == PduType.ASSOCIATE_RJ:
+            source, reason = body[2], body[3]
+            self._note("rejected", _REJECTED.get((source, reason), f"source-{source}-reason-{reason}"))
+        elif kind == PduType.RELEASE_RP:
+            self._note("released")
+        elif kind == PduType.ABORT:
+            self._note("aborted", "by-node")
 
     async def _on_disk_thread(self, function: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
         call = functools.partial(function, *arguments, **options)

@@ -1,6 +1,6 @@
 """Walk over an encoded data set (PS3.5 section 7) to its pixel data, with constant memory and without recursion.
 
-Runs in the node's own process on whatever a peer sent, so values are skipped, never read, and nothing is decoded. Reading
+Runs in the node's own process on whatever a peer sent, so values are skipped but for three, and nothing is decoded. Reading
 the header for good is the decoder's work, in a process that may die.
 """
 
@@ -12,11 +12,11 @@ MAX_ELEMENTS: Final = 20_000
 """A radiograph has a few hundred before its pixels."""
 _MAX_DEPTH: Final = 32
 _UNDEFINED: Final = 0xFFFFFFFF
-_SOP_CLASS, _SOP_INSTANCE, _PIXEL_DATA = 0x0008_0016, 0x0008_0018, 0x7FE0_0010
+_SOP_CLASS, _SOP_INSTANCE, _MODALITY, _PIXEL_DATA = 0x0008_0016, 0x0008_0018, 0x0008_0060, 0x7FE0_0010
 _ITEM, _ITEM_END, _SEQUENCE_END = 0xFFFE_E000, 0xFFFE_E00D, 0xFFFE_E0DD
 # With a 32-bit length after two reserved bytes (PS3.5 section 7.1.2).
 _LONG: Final = frozenset((b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"))
-_MAX_UID_BYTES: Final = 64
+_MAX_VALUE_BYTES: Final = 64  # a UID; a modality has 16 at most
 
 
 class ElementFault(Exception):
@@ -27,12 +27,14 @@ class Identity(NamedTuple):
     """Which image a data set is.
 
     Attributes:
-        pixels_sha256: of all bytes from the Pixel Data element on, as they were sent.
+        modality: (0008,0060), empty where it is absent.
+        data_set_sha256: of all its bytes as they were sent.
     """
 
     sop_class_uid: str
     sop_instance_uid: str
-    pixels_sha256: bytes
+    modality: str
+    data_set_sha256: bytes
 
 
 def identify(file: BinaryIO, end: int, *, is_implicit: bool) -> Identity:
@@ -46,11 +48,11 @@ def identify(file: BinaryIO, end: int, *, is_implicit: bool) -> Identity:
     Raises:
         ElementFault: no pixel data, cut short, out of order, or too many elements or levels.
     """
-    uids = {_SOP_CLASS: "", _SOP_INSTANCE: ""}
+    begin = file.tell()
+    values = {_SOP_CLASS: "", _SOP_INSTANCE: "", _MODALITY: ""}
     levels: list[bool] = []  # is_implicit outside of each sequence or item that is open
     last_tag = -1
     for _ in range(MAX_ELEMENTS):
-        start = file.tell()
         tag, length, is_unknown = _read_element_header(file, is_implicit=is_implicit)
         if length != _UNDEFINED and file.tell() + length > end:
             raise ElementFault("cut-short")
@@ -64,10 +66,10 @@ def identify(file: BinaryIO, end: int, *, is_implicit: bool) -> Identity:
                 raise ElementFault("out-of-order")
             last_tag = tag
             if tag == _PIXEL_DATA:
-                file.seek(start)
-                return Identity(uids[_SOP_CLASS], uids[_SOP_INSTANCE], _digest(file))
-            if tag in uids and length <= _MAX_UID_BYTES:
-                uids[tag] = file.read(length).decode("ascii", errors="replace").rstrip("\0 ")
+                file.seek(begin)
+                return Identity(values[_SOP_CLASS], values[_SOP_INSTANCE], values[_MODALITY], _digest(file))
+            if tag in values and length <= _MAX_VALUE_BYTES:
+                values[tag] = file.read(length).decode("ascii", errors="replace").rstrip("\0 ")
                 continue
         if length != _UNDEFINED:
             file.seek(length, 1)

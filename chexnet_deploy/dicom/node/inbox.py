@@ -4,7 +4,8 @@
     received/   acknowledged, not answered yet
     done/       empty markers of what was answered, so that it is known when it is sent again
 
-A name is NUMBER-INSTANCE-PIXELS: the order of arrival, and pseudonyms of SOP Instance UID and pixel data. A power failure
+A name is NUMBER-INSTANCE-DATASET: the order of arrival, and pseudonyms of SOP Instance UID and data set. A marker's name goes on
+with what became of the image, and with pseudonyms of its header and its pixels, whatever their encoding. A power failure
 or SIGKILL at any moment leaves an image in exactly one of these states (write, fsync, rename, fsync of the folder). A disk
 that fails refuses the object, never the connection.
 
@@ -20,12 +21,15 @@ import os
 import secrets
 import struct
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from types import MappingProxyType
+from typing import BinaryIO, Final, NamedTuple
 
-from pydicom.uid import ImplicitVRLittleEndian
+from pydicom._uid_dict import UID_dictionary
+from pydicom.uid import UID, ImplicitVRLittleEndian, SecondaryCaptureImageStorage
 
 from chexnet_deploy.dicom.node.config import MIB, check_private
 from chexnet_deploy.dicom.node.config import Spool as SpoolSettings
@@ -53,7 +57,7 @@ class Pseudonyms:
         """Read the node's key; make it where the folder has none yet.
 
         Raises:
-            NodeError: others may read it, or it is not a key.
+            NodeError: others may read it, or as `read`.
         """
         path = folder / KEY_FILE
         if not path.exists():
@@ -68,10 +72,29 @@ class Pseudonyms:
             partial.rename(path)
             fsync_path(folder)
         check_private(path)
-        key = path.read_bytes()
+        return cls.read(folder)
+
+    @classmethod
+    def read(cls, folder: Path) -> "Pseudonyms":
+        """Read the node's key.
+
+        Raises:
+            NodeError: it can't be read, or is not a key.
+        """
+        path = folder / KEY_FILE
+        try:
+            key = path.read_bytes()
+        except OSError as err:
+            raise NodeError(
+                f"{path} can't be read: {err.strerror}. Give the log in the node's own folder, as the node's user or root."
+            ) from err
         if len(key) != _KEY_BYTES:
             raise NodeError(f"{path} has {len(key)} bytes, a key has {_KEY_BYTES}. Restore it from a backup.")
         return cls(key)
+
+    def instance(self, sop_instance_uid: str) -> str:
+        """Return the pseudonym that names and logs have for a SOP Instance UID."""
+        return self.name("instance", sop_instance_uid.encode())[:_NAME_DIGITS]
 
     def name(self, kind: str, value: bytes) -> str:
         """Return 64 hexadecimal digits for a value, other ones for another kind of value."""
@@ -86,28 +109,53 @@ class Verdict(str, Enum):
     """What became of an image."""
 
     STORED = "stored"
-    AGAIN = "again"  # the same image under the same UID: nothing to do
+    CHANGED = "changed"  # stored too: another data set under a UID that was used; the worker finds out what differs
+    AGAIN = "again"  # the same data set under the same UID: nothing to do
+    DROPPED = "dropped"  # no radiograph, but may lie in a study beside one: not kept
     NO_ROOM = "no-room"
     MISMATCH = "mismatch"  # the data set is not what the command announced
     UNREADABLE = "unreadable"
-    CONFLICT = "conflict"  # another image under a UID that was used
 
     @property
     def status(self) -> int:
         """The C-STORE status to answer with (PS3.4 table B.2-1)."""
-        return _STATUSES[self]
+        return STATUSES[self]
 
 
-# The standard has no C-STORE status for a UID used twice, which it forbids (PS3.5 section 9). "Cannot understand" makes the
-# sender keep its image and show a failure; a warning would let it delete an image that is nowhere else.
-_STATUSES = {
-    Verdict.STORED: 0x0000,
-    Verdict.AGAIN: 0x0000,
-    Verdict.NO_ROOM: 0xA700,
-    Verdict.MISMATCH: 0xA900,
-    Verdict.UNREADABLE: 0xC000,
-    Verdict.CONFLICT: 0xC111,
-}
+STATUSES: Final = MappingProxyType(
+    {
+        Verdict.STORED: 0x0000,
+        Verdict.CHANGED: 0x0000,
+        Verdict.AGAIN: 0x0000,
+        Verdict.DROPPED: 0xB006,  # elements discarded: all of them
+        Verdict.NO_ROOM: 0xA700,
+        Verdict.MISMATCH: 0xA900,
+        Verdict.UNREADABLE: 0xC000,
+    }
+)
+"""Every C-STORE status that is answered."""
+
+_STORAGE = "1.2.840.10008.5.1.4.1.1."
+_BESIDE_RADIOGRAPHS = (
+    "1.1.1",  # Digital X-Ray for processing: raw detector data, no picture yet
+    "7.",  # multi-frame Secondary Captures
+    "11.",  # presentation states
+    "66",  # raw data, registrations, segmentations
+    "88.",  # structured reports, key object selections
+    "104.",  # encapsulated documents
+    "131",  # Basic Structured Display
+)
+DROPPED_SOP_CLASSES: Final = tuple(
+    UID(uid)
+    for uid, (_, kind, _, retired, _) in UID_dictionary.items()
+    if kind == "SOP Class" and not retired and uid.startswith(tuple(_STORAGE + root for root in _BESIDE_RADIOGRAPHS))
+)
+"""What lies in studies beside radiographs, our own results among it. It is taken and not kept: a sender that finds no
+presentation context for one object of a study often sends none of it. A single-frame Secondary Capture is dropped by its
+modality, see RADIOGRAPH_MODALITIES."""
+
+RADIOGRAPH_MODALITIES: Final = frozenset({"CR", "DX"})
+"""A Secondary Capture of one of these is a radiograph; ours, and other programs' pictures, are not."""
 
 
 class Incoming:
@@ -115,7 +163,7 @@ class Incoming:
 
     Args:
         folder: for its file.
-        has_room: without room nothing is written, and the object is refused at its end.
+        is_written: otherwise the object is refused, or dropped, at its end.
         take: returns the object behind a token to whoever asks first, see Spool.take.
 
     Attributes:
@@ -125,24 +173,24 @@ class Incoming:
     """
 
     def __init__(
-        self, folder: Path, command: Command, syntax: str, *, has_room: bool, take: Callable[[bytes], object | None]
+        self, folder: Path, command: Command, syntax: str, *, is_written: bool, take: Callable[[bytes], object | None]
     ) -> None:
         self.token = secrets.token_bytes(16)
         self.command, self.syntax = command, syntax
         self.start = self.size = 0
         self.is_whole = False
-        self._is_refused = not has_room
+        self._is_refused = not is_written
         self._take = take
         self.path = folder / self.token.hex()
         self._file: BinaryIO | None = None
-        if has_room:
+        if is_written:
             with self._refusing_disk_errors():
                 self._file = self.path.open("xb")
                 self._file.write(_file_header(command, syntax))
                 self.start = self._file.tell()
 
     def write(self, piece: bytes) -> None:
-        """Append a piece of the data set; where there is no room, drop it."""
+        """Append a piece of the data set; where none is written, drop it."""
         if self._file is not None:
             with self._refusing_disk_errors():
                 self._file.write(piece)
@@ -214,11 +262,25 @@ class Kept(NamedTuple):
 
     Attributes:
         instance: pseudonym of its SOP Instance UID; empty where it was not looked at.
-        pixels: pseudonym of its pixel data; likewise.
+        data_set: pseudonym of its data set; likewise.
     """
 
     verdict: Verdict
     instance: str = ""
+    data_set: str = ""
+
+
+class Outcome(NamedTuple):
+    """What became of an image.
+
+    Attributes:
+        word: "answered", or why it was refused.
+        header: pseudonym of what its header says, see identity.py; empty where it is not known.
+        pixels: pseudonym of its pixels; likewise.
+    """
+
+    word: str
+    header: str = ""
     pixels: str = ""
 
 
@@ -226,7 +288,7 @@ class Stored(NamedTuple):
     """One image of the spool.
 
     Attributes:
-        name: NUMBER-INSTANCE-PIXELS.
+        name: NUMBER-INSTANCE-DATASET.
         path: a DICOM file (PS3.10).
     """
 
@@ -239,8 +301,8 @@ class Stored(NamedTuple):
         return self.name.split("-")[1]
 
     @property
-    def pixels(self) -> str:
-        """The pseudonym of its pixel data."""
+    def data_set(self) -> str:
+        """The pseudonym of its data set."""
         return self.name.split("-")[2]
 
 
@@ -256,8 +318,8 @@ class Spool:
         self._lock = threading.Lock()
         self._incoming: dict[bytes, Incoming] = {}
         self._pending: dict[str, int] = {}  # name to size in bytes, by arrival
-        self._done: dict[str, None] = {}
-        self._pixels_of: dict[str, str] = {}  # by instance, of everything pending or done
+        self._done: dict[str, Outcome] = {}  # by name
+        self._names_of: dict[str, tuple[str, ...]] = {}  # by instance, of everything pending or done
         self._pending_bytes = 0
         self._next_number = 1
 
@@ -275,7 +337,11 @@ class Spool:
         fsync_path(folder)
         for path in (folder / INCOMING).iterdir():
             path.unlink()
-        spool._done = dict.fromkeys(sorted(path.name for path in (folder / DONE).iterdir()))
+        for marker in sorted(path.name for path in (folder / DONE).iterdir()):
+            name, *outcome = marker.split(".")
+            if len(outcome) != len(Outcome._fields):
+                raise _foreign(folder, marker)
+            spool._done[name] = Outcome(*outcome)
         for path in sorted((folder / RECEIVED).iterdir()):
             if path.stem in spool._done:  # killed between the marker and the removal
                 path.unlink()
@@ -283,8 +349,8 @@ class Spool:
                 spool._pending[path.stem] = path.stat().st_size
         spool._pending_bytes = sum(spool._pending.values())
         for name in (*spool._done, *spool._pending):
-            number, instance, pixels = _parts(folder, name)
-            spool._pixels_of[instance] = pixels
+            number, instance = _parts(folder, name)
+            spool._names_of[instance] = (*spool._names_of.get(instance, ()), name)
             spool._next_number = max(spool._next_number, number + 1)
         return spool
 
@@ -298,7 +364,8 @@ class Spool:
         """Start receiving an object; where there is no room, one that will be refused."""
         with self._lock:
             folder = self.folder / INCOMING
-            incoming = Incoming(folder, command, transfer_syntax, has_room=self.has_room(), take=self.take)
+            is_written = command.sop_class_uid not in DROPPED_SOP_CLASSES and self.has_room()
+            incoming = Incoming(folder, command, transfer_syntax, is_written=is_written, take=self.take)
             self._incoming[incoming.token] = incoming
             return incoming
 
@@ -308,7 +375,7 @@ class Spool:
             return self._incoming.pop(token, None)
 
     def keep(self, incoming: Incoming) -> Kept:
-        """Decide about a received object; STORED and AGAIN only once it is on disk for good."""
+        """Decide about a received object; STORED, CHANGED and AGAIN only once it is on disk for good."""
         try:
             kept = self._judge(incoming)
             if kept.verdict is not Verdict.STORED:
@@ -321,6 +388,10 @@ class Spool:
             incoming.remove()  # nothing to remove where it was renamed
 
     def _judge(self, incoming: Incoming) -> Kept:
+        command = incoming.command
+        instance = self._pseudonyms.instance(command.sop_instance_uid)
+        if command.sop_class_uid in DROPPED_SOP_CLASSES:
+            return Kept(Verdict.DROPPED, instance)
         if not incoming.is_whole:
             return Kept(Verdict.NO_ROOM)
         try:
@@ -329,30 +400,30 @@ class Spool:
                 identity = identify(file, incoming.size, is_implicit=incoming.syntax == ImplicitVRLittleEndian)
         except ElementFault:
             return Kept(Verdict.UNREADABLE)
-        command = incoming.command
         is_announced = (identity.sop_class_uid, identity.sop_instance_uid) == (
             command.sop_class_uid,
             command.sop_instance_uid,
         )
-        return Kept(
-            Verdict.STORED if is_announced else Verdict.MISMATCH,
-            self._pseudonyms.name("instance", command.sop_instance_uid.encode())[:_NAME_DIGITS],
-            self._pseudonyms.name("pixels", identity.pixels_sha256)[:_NAME_DIGITS],
-        )
+        if not is_announced:
+            return Kept(Verdict.MISMATCH, instance)
+        if command.sop_class_uid == SecondaryCaptureImageStorage and identity.modality not in RADIOGRAPH_MODALITIES:
+            return Kept(Verdict.DROPPED, instance)
+        data_set = self._pseudonyms.name("data set", identity.data_set_sha256)[:_NAME_DIGITS]
+        return Kept(Verdict.STORED, instance, data_set)
 
     def _place(self, incoming: Incoming, kept: Kept) -> Verdict:
-        known = self._pixels_of.get(kept.instance)
-        if known is not None:
-            return Verdict.AGAIN if known == kept.pixels else Verdict.CONFLICT
-        stored = self._stored(f"{self._next_number:012d}-{kept.instance}-{kept.pixels}")
+        known = self._names_of.get(kept.instance, ())
+        if any(name.endswith(kept.data_set) for name in known):
+            return Verdict.AGAIN
+        stored = self._stored(f"{self._next_number:012d}-{kept.instance}-{kept.data_set}")
         incoming.path.rename(stored.path)
         # From here on the image is there, come what may; but it is acknowledged only if the folder's entry is safe too.
         self._next_number += 1
-        self._pixels_of[kept.instance] = kept.pixels
+        self._names_of[kept.instance] = (*known, stored.name)
         self._pending[stored.name] = incoming.size
         self._pending_bytes += incoming.size
         fsync_path(stored.path.parent)
-        return Verdict.STORED
+        return Verdict.CHANGED if known else Verdict.STORED
 
     def next_pending(self) -> Stored | None:
         """Return what has waited longest for an answer."""
@@ -364,28 +435,58 @@ class Spool:
         """How many images wait for an answer."""
         return len(self._pending)
 
-    def finish(self, stored: Stored) -> None:
-        """Remove an answered image and remember that it was answered."""
-        marker = self.folder / DONE / stored.name
+    def counts(self) -> Counter[str]:
+        """Return how many of the images that are remembered were answered, or refused for each reason."""
+        with self._lock:
+            return Counter(outcome.word for outcome in self._done.values())
+
+    def outcomes(self, instance: str) -> list[Outcome]:
+        """Return what became of the images of one SOP Instance UID, the newest last."""
+        with self._lock:
+            return [self._done[name] for name in self._names_of.get(instance, ()) if name in self._done]
+
+    def forget(self, instance: str) -> int:
+        """Forget that images of one SOP Instance UID were answered, so that they are when they come again; return how many."""
+        with self._lock:
+            names = [name for name in self._names_of.get(instance, ()) if name in self._done]
+            for name in names:
+                self._forget(name)
+            return len(names)
+
+    def finish(self, stored: Stored, outcome: Outcome) -> None:
+        """Remove an answered image and remember what became of it."""
+        marker = self.folder / DONE / _marker(stored.name, outcome)
         marker.touch(mode=0o600)
         fsync_path(marker.parent)
         stored.path.unlink(missing_ok=True)
         with self._lock:
             self._pending_bytes -= self._pending.pop(stored.name, 0)
-            self._done[stored.name] = None
+            self._done[stored.name] = outcome
             while len(self._done) > self._settings.remember:
-                oldest = next(iter(self._done))
-                del self._done[oldest]
-                self._pixels_of.pop(oldest.split("-")[1], None)
-                (self.folder / DONE / oldest).unlink(missing_ok=True)
+                self._forget(next(iter(self._done)))
+
+    def _forget(self, name: str) -> None:
+        (self.folder / DONE / _marker(name, self._done.pop(name))).unlink(missing_ok=True)
+        instance = name.split("-")[1]
+        self._names_of[instance] = tuple(other for other in self._names_of[instance] if other != name)
+        if not self._names_of[instance]:
+            del self._names_of[instance]
 
     def _stored(self, name: str) -> Stored:
         return Stored(name, self.folder / RECEIVED / f"{name}.dcm")
 
 
-def _parts(folder: Path, name: str) -> tuple[int, str, str]:
+def _parts(folder: Path, name: str) -> tuple[int, str]:
     try:
-        number, instance, pixels = name.split("-")
-        return int(number), instance, pixels
+        number, instance, _ = name.split("-")
+        return int(number), instance
     except ValueError as err:
-        raise NodeError(f"{folder} holds {name!r}, which is not the spool's. Move it away.") from err
+        raise _foreign(folder, name) from err
+
+
+def _foreign(folder: Path, name: str) -> NodeError:
+    return NodeError(f"{folder} holds {name!r}, which is not the spool's. Move it away.")
+
+
+def _marker(name: str, outcome: Outcome) -> str:
+    return ".".join((name, *outcome))

@@ -1,6 +1,7 @@
 """Stand between the network and the DICOM library: how many may connect, how much they may send, how long they may take.
 
-No peer can keep another out by being many, large, slow or silent. Those who haven't asked for an association yet, and
+No peer can keep another out by being many, large, slow or silent; a peer is a calling AE title at an address, so devices behind
+one address don't either. Those who haven't asked for an association yet, and
 associations that make no progress, give way to the newest; the peer with the most of them gives way first. What is let
 through is in connection.py.
 """
@@ -9,6 +10,7 @@ import asyncio
 import collections
 import contextlib
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +18,8 @@ from time import monotonic
 from typing import TypeVar
 
 from chexnet_deploy.dicom.node.config import Limits, Listen
-from chexnet_deploy.dicom.node.connection import BUFFER_BYTES, Address, Connection, Intake
+from chexnet_deploy.dicom.node.connection import BUFFER_BYTES, Address, Connection, End, Intake
+from chexnet_deploy.dicom.node.tls import TlsStream
 from chexnet_deploy.errors import NodeError
 
 _LOOK_EVERY_S = 0.2  # for deadlines that have passed
@@ -26,8 +29,8 @@ _KERNEL_BYTES = 262_144  # of a connection, on its way in; what is not read must
 
 T = TypeVar("T")
 
-OnEnd = Callable[[str, str], None]
-"""Called with a peer's address and the reason code of its end."""
+OnEnd = Callable[[End], None]
+"""Called with how a connection ended."""
 
 
 class Guard:
@@ -37,6 +40,7 @@ class Guard:
         listen: where, and for which networks.
         hand_over: see Connection.
         on_end: called in the guard's thread; must not block.
+        tls: for every connection; None: for none.
     """
 
     def __init__(
@@ -46,8 +50,9 @@ class Guard:
         intake: Intake,
         hand_over: Callable[[socket.socket, Address], None],
         on_end: OnEnd,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
-        self._listen_to, self._limits, self._intake = listen, limits, intake
+        self._listen_to, self._limits, self._intake, self._tls = listen, limits, intake, tls
         self._hand_over, self._on_end = hand_over, on_end
         self._waiting: dict[Connection, None] = {}  # by age; not associated yet
         self._asking: dict[Connection, None] = {}  # for an association
@@ -112,8 +117,10 @@ class Guard:
         peer = writer.get_extra_info("peername")
         if peer is None or not self._listen_to.may_connect(peer[0]):  # None: gone before we looked
             writer.transport.abort()
+            if peer is not None:
+                self._on_end(End(peer[0], "rejected", "network"))
             return
-        connection = Connection(reader, writer, self._limits, self._intake, self._hand_over, self._disk)
+        connection = self._connection(reader, writer, peer[:2])
         self._make_room(connection.peer)
         self._waiting[connection] = None
         task = asyncio.current_task()
@@ -125,14 +132,32 @@ class Guard:
             self._tasks.discard(task)
             for group in (self._waiting, self._asking, self._associated):
                 group.pop(connection, None)
-            self._on_end(connection.peer, connection.ended)
+            self._on_end(connection.how)
+
+    def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, address: Address) -> Connection:
+        tls = None if self._tls is None else TlsStream(reader, writer, self._tls)
+        return Connection(
+            tls or reader,
+            tls or writer,
+            address,
+            self._limits,
+            self._intake,
+            hand_over=self._hand_over,
+            disk=self._disk,
+        )
+
+    def _party(self, connection: Connection) -> tuple[str, str]:
+        """Return who shares a limit with this connection: the same device, as far as it can be told."""
+        calling = connection.request.calling
+        # Invented titles are one, or each would bring a share of its own.
+        return connection.peer, calling if calling in self._listen_to.calling_ae_titles else ""
 
     def _make_room(self, peer: str) -> None:
         mine = [c for c in self._waiting if c.peer == peer]
         if len(mine) >= self._limits.max_waiting_per_peer:
             self._evict(mine[0], self._waiting)
         elif len(self._waiting) >= self._limits.max_waiting:
-            self._evict(_oldest_of_the_most(self._waiting), self._waiting)
+            self._evict(self._oldest_of_the_most(self._waiting), self._waiting)
 
     async def _admit(self, connection: Connection) -> bool:
         """Give a peer that has asked for an association a place, within the time that it had to ask."""
@@ -140,7 +165,7 @@ class Guard:
             return False  # evicted while it asked
         del self._waiting[connection]
         if len(self._asking) >= self._limits.max_waiting:
-            self._evict(_oldest_of_the_most(self._asking), self._asking)
+            self._evict(self._oldest_of_the_most(self._asking), self._asking)
         self._asking[connection] = None
         end_s = connection.opened_s + self._limits.request_deadline_s
         while not self._find_place(connection):
@@ -151,7 +176,7 @@ class Guard:
         return True
 
     def _find_place(self, connection: Connection) -> bool:
-        others = [c for c in self._associated if c.peer == connection.peer]
+        others = [c for c in self._associated if self._party(c) == self._party(connection)]
         if len(others) < self._limits.max_associations_per_peer:
             if len(self._associated) < self._limits.max_associations:
                 self._associated[connection] = None
@@ -170,12 +195,18 @@ class Guard:
         del group[connection]  # now, so that its place is free; its task ends when the loop comes to it
         connection.end("gave-way")
 
+    def _oldest_of_the_most(self, connections: Iterable[Connection]) -> Connection:
+        """Return the oldest connection of the peer that has the most of them."""
+        counts = collections.Counter(map(self._party, connections))
+        most = counts.most_common(1)[0][0]
+        return next(c for c in connections if self._party(c) == most)
+
     async def _sweep(self) -> None:
         while True:
             now_s = monotonic()
             for connection in [*self._waiting, *self._asking, *self._associated]:
                 if connection.is_overdue(now_s):
-                    connection.end("deadline")
+                    connection.end("timed-out")
             await asyncio.sleep(_LOOK_EVERY_S)
 
     async def _close_server(self) -> None:
@@ -201,10 +232,3 @@ class Guard:
 
     def _call(self, coroutine: Coroutine[None, None, T]) -> T:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
-
-
-def _oldest_of_the_most(connections: Iterable[Connection]) -> Connection:
-    """Return the oldest connection of the peer that has the most of them."""
-    counts = collections.Counter(c.peer for c in connections)
-    most = counts.most_common(1)[0][0]
-    return next(c for c in connections if c.peer == most)

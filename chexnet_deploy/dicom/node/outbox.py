@@ -26,7 +26,7 @@ CREATE TABLE entry (
     source TEXT NOT NULL,                   -- the image's name in the spool
     part INTEGER NOT NULL,                  -- which document of its answer
     destination TEXT NOT NULL,              -- AE title
-    document BLOB,                          -- NULL once it was sent
+    document BLOB,                          -- NULL once it was sent and is not kept any more
     state TEXT NOT NULL CHECK (state IN ('waiting', 'sent', 'parked')),
     reason TEXT NOT NULL DEFAULT '',        -- why it was parked, or failed last
     failures INTEGER NOT NULL DEFAULT 0,
@@ -123,7 +123,9 @@ class Outbox:
         """
         n_bytes = sum(map(len, answer.documents)) * len(destinations)
         with self._transaction() as connection:
-            (waiting,) = connection.execute("SELECT coalesce(sum(length(document)), 0) FROM entry").fetchone()
+            (waiting,) = connection.execute(
+                "SELECT coalesce(sum(length(document)), 0) FROM entry WHERE state != 'sent'"
+            ).fetchone()
             if waiting + n_bytes > self._settings.max_mib * MIB:
                 raise OutboxFullError
             connection.executemany(
@@ -154,8 +156,9 @@ class Outbox:
         return (Entry(*row[:3]), 0.0) if wait_s <= 0 else (None, wait_s)
 
     def sent(self, entry: Entry) -> None:
-        """Note that the destination has it; keeps the line, without the document, so that it isn't put again."""
-        self._set(entry, "state = 'sent', document = NULL, reason = ''")
+        """Note that the destination has it; the line stays, so that it isn't put again."""
+        kept = "" if self._settings.keep_mib else ", document = NULL"
+        self._set(entry, f"state = 'sent', reason = ''{kept}")
 
     def park(self, entry: Entry, reason: str) -> None:
         """Set an entry aside that its destination will never take; a person has to look."""
@@ -199,9 +202,39 @@ class Outbox:
             found = dict(connection.execute("SELECT state, count(*) FROM entry GROUP BY state").fetchall())
         return Counts(found.get("waiting", 0), found.get("sent", 0), found.get("parked", 0))
 
-    def forget_sent(self) -> None:
-        """Remove the lines of the oldest sent entries, so that the file doesn't grow for ever."""
+    def resend(self, instance: str) -> int:
+        """Let every document about an image that is kept be sent now, were it sent or parked before; return how many.
+
+        Args:
+            instance: its pseudonym.
+        """
         with self._transaction() as connection:
+            return connection.execute(
+                "UPDATE entry SET state = 'waiting', failures = 0, breaks = 0, not_before_s = 0, reason = '' "
+                "WHERE document IS NOT NULL AND source LIKE ?",
+                (f"%-{instance}-%",),
+            ).rowcount
+
+    def destinations(self) -> dict[str, dict[str, int]]:
+        """Return of each destination how many entries are in each state, with the reason where there is one."""
+        found: dict[str, dict[str, int]] = {}
+        with self._transaction() as connection:
+            rows = connection.execute(
+                "SELECT destination, state, reason, count(*) FROM entry GROUP BY destination, state, reason"
+            ).fetchall()
+        for destination, state, reason, count in rows:
+            found.setdefault(destination, {})[f"{state} {reason}".strip()] = count
+        return found
+
+    def forget_sent(self) -> None:
+        """Remove the oldest sent entries' documents, and then their lines, so that the file doesn't grow for ever."""
+        with self._transaction() as connection:
+            connection.execute(
+                "UPDATE entry SET document = NULL WHERE state = 'sent' AND document IS NOT NULL AND id <= "
+                "(SELECT max(id) FROM (SELECT id, sum(length(document)) OVER (ORDER BY id DESC) AS n_bytes FROM entry "
+                "WHERE state = 'sent' AND document IS NOT NULL) WHERE n_bytes > ?)",
+                (self._settings.keep_mib * MIB,),
+            )
             connection.execute(
                 "DELETE FROM entry WHERE state = 'sent' AND id <= "
                 "(SELECT id FROM entry WHERE state = 'sent' ORDER BY id DESC LIMIT 1 OFFSET ?)",

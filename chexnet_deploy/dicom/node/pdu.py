@@ -138,6 +138,41 @@ def write_busy() -> bytes:
     return struct.pack(">BxIxBBB", PduType.ASSOCIATE_RJ, _CONTROL_BYTES, 2, 3, 2)
 
 
+class Request(NamedTuple):
+    """What an A-ASSOCIATE-RQ PDU asks for (PS3.8 section 9.3.2).
+
+    Attributes:
+        abstract_syntaxes: by presentation context; anything that is no UID reads as empty.
+    """
+
+    called: str
+    calling: str
+    abstract_syntaxes: dict[int, str]
+
+
+def read_request(body: bytes) -> Request:
+    """Return who asks whom for what, for limits and logs; the library behind the guard judges it.
+
+    Args:
+        body: an A-ASSOCIATE-RQ PDU without its header.
+
+    Raises:
+        PduFault: its items' lengths don't add up.
+    """
+    called, calling = (
+        "".join(map(chr, title)).strip() if all(0x20 <= letter < 0x7F for letter in title) else ""
+        for title in (body[4:20], body[20:36])
+    )
+    asked = {}
+    for kind, item in _items(memoryview(body)[_AC_FIXED_BYTES:]):
+        if kind == 0x20 and len(item) >= 4:  # presentation context
+            syntaxes = [
+                bytes(value).decode("ascii", "replace").rstrip("\0") for sub, value in _items(item[4:]) if sub == 0x30
+            ]
+            asked[item[0]] = syntaxes[0] if syntaxes and _UID.fullmatch(syntaxes[0]) else ""
+    return Request(called, calling, asked)
+
+
 def accepted_syntaxes(body: bytes) -> dict[int, str]:
     """Return the transfer syntax of each accepted presentation context (PS3.8 section 9.3.3.2).
 

@@ -1,6 +1,7 @@
 """Take images from the inbox in order, have each answered, record the decision, put the results into the outbox.
 
-An image leaves the spool only when its decision is in the audit log and its results are in the outbox; a kill before that
+An image under a UID that was used is answered anew where its header or its pixels differ, and not where only their encoding
+does. An image leaves the spool only when its decision is in the audit log and its results are in the outbox; a kill before that
 repeats the image, with the same results under the same UIDs. One thread, one worker, one image at a time.
 """
 
@@ -12,7 +13,7 @@ from time import monotonic
 
 from chexnet_deploy.dicom.node.audit import AuditLog, Value
 from chexnet_deploy.dicom.node.config import Health
-from chexnet_deploy.dicom.node.inbox import Pseudonyms, Spool, Stored
+from chexnet_deploy.dicom.node.inbox import Outcome, Pseudonyms, Spool, Stored
 from chexnet_deploy.dicom.node.log import Journal
 from chexnet_deploy.dicom.node.outbox import Outbox, OutboxFullError
 from chexnet_deploy.dicom.node.systemd import Notifier
@@ -20,8 +21,10 @@ from chexnet_deploy.dicom.node.worker import Answer
 from chexnet_deploy.dicom.node.worker_process import Worker, WorkerFault
 from chexnet_deploy.errors import AuditError
 
+ANSWERED = "answered"
 N_ATTEMPTS = 2
 """An image that a worker dies or hangs on is tried once more, in a new process: it may have been the machine's fault."""
+_IDENTITY_DIGITS = 16  # of each pseudonym, to tell images of one UID apart
 _PAUSE_S = 0.5  # before a disk, or a worker that didn't start, is tried again
 
 
@@ -133,19 +136,34 @@ class Processing:
 
     def _handle(self, stored: Stored) -> None:
         answer, fault = self._ask(stored)
-        record: dict[str, Value] = {
-            "instance": stored.instance,
-            "pixels": stored.pixels,
-            "file": self._pseudonyms.name("file", _digest(stored)),
-            "versions": dict(self._worker.versions),
-            "documents": [self._pseudonyms.name("document", document) for document in answer.documents],
-            "reason": answer.refusal,
-            "worker": fault,
-        }
+        header, pixels = (
+            self._pseudonyms.name(kind, digest.encode())[:_IDENTITY_DIGITS] if digest else ""
+            for kind, digest in (("header", answer.header), ("pixels", answer.pixels))
+        )
+        outcome = Outcome(answer.refusal or ANSWERED, header, pixels)
+        image: dict[str, Value] = {"instance": stored.instance, "data_set": stored.data_set}
+        image |= {"header": header, "pixels": pixels}
+        earlier = self._spool.outcomes(stored.instance)
         # In this order: nothing is sent that was not recorded, and nothing is forgotten that was not put.
-        self._insist(lambda: self._audit.append("refused" if answer.refusal else "answered", record))
-        self._insist(lambda: self._outbox.put(stored.name, answer, self._destinations))
-        self._insist(lambda: self._spool.finish(stored))
+        if outcome in earlier and not answer.refusal:
+            self._insist(lambda: self._audit.append("same-image", image))
+        else:
+            if earlier and outcome not in earlier:
+                changed = {**image, "differs": _difference(earlier[-1], outcome), "before": earlier[-1].word}
+                self._insist(lambda: self._audit.append("changed", changed))
+            record: dict[str, Value] = {
+                **image,
+                "file": self._pseudonyms.name("file", _digest(stored)),
+                "versions": dict(self._worker.versions),
+                "documents": [self._pseudonyms.name("document", document) for document in answer.documents],
+                "reason": answer.refusal,
+                "worker": fault,
+            }
+            self._insist(lambda: self._audit.append("refused" if answer.refusal else "answered", record))
+            if answer.refusal:
+                self._journal.say("refused", instance=stored.instance, reason=answer.refusal)
+            self._insist(lambda: self._outbox.put(stored.name, answer, self._destinations))
+        self._insist(lambda: self._spool.finish(stored, outcome))
         self._insist(self._outbox.forget_sent)
         self._on_put()
 
@@ -177,6 +195,14 @@ class Processing:
             self._wake.wait(_PAUSE_S)
             self._wake.clear()
             self._is_worker_well()
+
+
+def _difference(before: Outcome, now: Outcome) -> str:
+    """Return what differs between two images of one UID, as far as it is known."""
+    # A refused image's pixels are not known; where its header is the same, they or the model's judgement differ.
+    pairs = {"header": (before.header, now.header), "pixels": (before.pixels, now.pixels)}
+    differs = [name for name, (old, new) in pairs.items() if old and new and old != new]
+    return " and ".join(differs) or "unknown"
 
 
 def _digest(stored: Stored) -> bytes:

@@ -41,6 +41,7 @@ class RadiographWork:
         # One image at a time, so one decoding process.
         self._predictor = Predictor.of(self._bundle, threads=model.threads, provider=model.provider, flow=Flow())
         device, max_pictures = Device(**config.device.model_dump()), config.results.max_pictures
+        self._explains = config.results.explain_refusals
         self._reporter = Reporter(self._bundle, self._predictor, device, max_pictures=max_pictures)
         self._reporter.warm_up()
         self.versions: Mapping[str, str] = {
@@ -54,13 +55,16 @@ class RadiographWork:
         self._predictor.self_test()
 
     def answer(self, path: Path) -> Answer:
-        """Return a report, and pictures of findings that are present; see Work."""
+        """Return a report and pictures of findings that are present, or why there are none; see Work."""
         # The time of arrival, not of this moment: an image that is answered again after a kill gives the same bytes.
         arrived_at = datetime.fromtimestamp(path.stat().st_mtime).astimezone()
         try:
-            return Answer(tuple(self._reporter.report(path, arrived_at).files.values()))
+            report = self._reporter.report(path, arrived_at)
+            return Answer(tuple(report.files.values()), "", *report.image)
         except ImageError as err:
-            return Answer(refusal=err.reason.value)
+            image, document = self._reporter.refuse(path, arrived_at, err)
+            documents = (document,) if document is not None and self._explains else ()
+            return Answer(documents, err.reason.value, *image)
 
     def close(self) -> None:
         """Free the model and end the decoding process."""

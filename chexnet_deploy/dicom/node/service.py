@@ -4,6 +4,7 @@ import fcntl
 import os
 import resource
 import signal
+import ssl
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -17,15 +18,17 @@ from chexnet_deploy.bundle.bundle import Bundle
 from chexnet_deploy.bundle.signing.trust import read_trust
 from chexnet_deploy.dicom.node.audit import AuditLog
 from chexnet_deploy.dicom.node.config import Destination, NodeConfig, check_private, read_config
-from chexnet_deploy.dicom.node.connection import Address
+from chexnet_deploy.dicom.node.connection import Address, End
+from chexnet_deploy.dicom.node.control import Control
 from chexnet_deploy.dicom.node.inbox import Kept, Pseudonyms, Spool, Verdict
 from chexnet_deploy.dicom.node.listener import Guard
 from chexnet_deploy.dicom.node.log import Journal, silence_libraries
 from chexnet_deploy.dicom.node.outbox import Entry, Outbox
-from chexnet_deploy.dicom.node.processing import Processing
+from chexnet_deploy.dicom.node.processing import ANSWERED, Processing
 from chexnet_deploy.dicom.node.storage_scp import Scp
 from chexnet_deploy.dicom.node.storage_scu import Delivery, Sender
 from chexnet_deploy.dicom.node.systemd import Notifier, unit
+from chexnet_deploy.dicom.node.tls import open_context
 from chexnet_deploy.dicom.node.worker_process import Worker
 from chexnet_deploy.errors import AuditError, NodeError
 
@@ -56,7 +59,13 @@ class Node:
         self._outbox = Outbox.open(config.folder, config.outbox)
         self._senders = [
             Sender(
-                self._outbox, to, config.listen.ae_title, config.outbox.send_timeout_s, journal, self._record_delivery
+                self._outbox,
+                to,
+                config.listen.ae_title,
+                config.outbox.send_timeout_s,
+                journal,
+                self._record_delivery,
+                _tls(config, is_server=False) if to.tls else None,
             )
             for to in config.destinations
         ]
@@ -75,12 +84,17 @@ class Node:
             on_put=self._wake_senders,
         )
         scp = Scp(config.listen, config.limits, self._spool, self._record_kept, lambda: self._audit.is_writable)
-        self._guard = Guard(config.listen, config.limits, self._spool, scp.hand_over, self._note_end)
+        self._guard = Guard(
+            config.listen, config.limits, self._spool, scp.hand_over, self._note_end, _tls(config, is_server=True)
+        )
+        self._pseudonyms = pseudonyms
+        self._control = Control(config.folder, {"status": lambda _: self._status(), "resend": self._resend})
         self.address: Address | None = None
 
     def run(self, stop: threading.Event) -> int:
         """Work until `stop` is set; return the exit code."""
         self._audit.append("started", {"node": __version__, "config": self._config.listen.ae_title})
+        self._control.start()
         self._processing.start()
         while not self._processing.is_ready:
             if stop.wait(_LOOK_EVERY_S) or self._processing.has_failed:
@@ -127,7 +141,9 @@ class Node:
             self._journal.say("no-room")
             return kept.verdict
         try:
-            self._audit.append("received", {"verdict": kept.verdict, "instance": kept.instance, "pixels": kept.pixels})
+            self._audit.append(
+                "received", {"verdict": kept.verdict, "instance": kept.instance, "data_set": kept.data_set}
+            )
         except AuditError:
             self._journal.say("audit-disk")
             return Verdict.NO_ROOM
@@ -144,9 +160,29 @@ class Node:
             },
         )
 
-    def _note_end(self, peer: str, reason: str) -> None:
-        if reason != "closed":
-            self._journal.say("connection-ended", peer=peer, reason=reason)
+    def _status(self) -> dict[str, object]:
+        """Return what waits, what was refused or failed, and why."""
+        images = self._spool.counts()
+        answered = images.pop(ANSWERED, 0)
+        return {
+            "is_ready": self._processing.is_ready,
+            "images": {"waiting": self._spool.n_pending, "answered": answered, "refused": dict(images)},
+            "destinations": {
+                to.ae_title: self._outbox.destinations().get(to.ae_title, {}) for to in self._config.destinations
+            },
+        }
+
+    def _resend(self, uid: str) -> dict[str, int]:
+        """Send what was sent about an image again; where nothing of it is kept, let the image be answered when it comes again."""
+        instance = self._pseudonyms.instance(uid)
+        self._audit.append("resend", {"instance": instance})
+        n_documents = self._outbox.resend(instance)
+        self._wake_senders()
+        return {"documents": n_documents, "forgotten": 0 if n_documents else self._spool.forget(instance)}
+
+    def _note_end(self, end: End) -> None:
+        words = {**end._asdict(), "not_accepted": " ".join(end.not_accepted)}
+        self._journal.say("connection-ended", **{name: word for name, word in words.items() if word})
 
     def _wake_senders(self) -> None:
         for sender in self._senders:
@@ -177,6 +213,12 @@ def run_node(config: NodeConfig, worker_command: Sequence[str], stream: TextIO =
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
     return Node(config, worker_command, Notifier.take(), journal).run(stop)
+
+
+def _tls(config: NodeConfig, *, is_server: bool) -> ssl.SSLContext | None:
+    if config.tls is None or (is_server and not config.listen.tls):
+        return None
+    return open_context(config.tls, is_server=is_server)
 
 
 def _take_folder(folder: Path) -> int:

@@ -23,6 +23,7 @@ from pydicom.uid import (
     JPEGLSLossless,
     JPEGLSNearLossless,
     RLELossless,
+    SecondaryCaptureImageStorage,
 )
 from pynetdicom import AE, evt
 from pynetdicom.dimse_primitives import C_STORE
@@ -30,10 +31,15 @@ from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]  # m
 
 from chexnet_deploy.dicom.node.config import Limits, Listen
 from chexnet_deploy.dicom.node.connection import Address
-from chexnet_deploy.dicom.node.inbox import Kept, Spool, Verdict
+from chexnet_deploy.dicom.node.inbox import DROPPED_SOP_CLASSES, Kept, Spool, Verdict
 
-SOP_CLASSES: Final = (ComputedRadiographyImageStorage, DigitalXRayImageStorageForPresentation)
-"""What is taken. "For processing" is raw detector data and no picture yet."""
+SOP_CLASSES: Final = (
+    ComputedRadiographyImageStorage,
+    DigitalXRayImageStorageForPresentation,
+    SecondaryCaptureImageStorage,
+)
+"""What is taken and answered; of Secondary Captures those of a radiograph's modality, see inbox.py. What is taken beside it and
+dropped is there too."""
 TRANSFER_SYNTAXES: Final = (
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
@@ -74,7 +80,7 @@ class Scp:
         # The guard bounds numbers and silence; a second opinion here would only cut off what the guard allows.
         application.network_timeout = None
         application.maximum_associations = 8 * limits.max_associations
-        for sop_class in SOP_CLASSES:
+        for sop_class in (*SOP_CLASSES, *DROPPED_SOP_CLASSES):
             application.add_supported_context(sop_class, list(TRANSFER_SYNTAXES))
         application.add_supported_context(Verification)
         self._server = application.make_server(

@@ -6,6 +6,7 @@ and waiting.
 
 import contextlib
 import socket
+import ssl
 import threading
 from collections.abc import Callable
 from io import BytesIO
@@ -55,10 +56,14 @@ class Line:
         destination: whom to call.
         calling_ae_title: our name.
         timeout_s: for each answer of the destination, and for each piece of one.
+        tls: for the connection; None: there is none.
     """
 
-    def __init__(self, destination: Destination, calling_ae_title: str, timeout_s: float) -> None:
+    def __init__(
+        self, destination: Destination, calling_ae_title: str, timeout_s: float, tls: ssl.SSLContext | None = None
+    ) -> None:
         self._destination, self._calling_ae_title, self._timeout_s = destination, calling_ae_title, timeout_s
+        self._tls_args = None if tls is None else (tls, destination.host)
         self._association: Association | None = None
         # Every kind of document sent so far is negotiated each time, so that an image's documents go in one association.
         self._contexts: dict[_Context, None] = {}
@@ -98,7 +103,9 @@ class Line:
         to = self._destination
         handlers: list[evt.EventHandlerType] = [(evt.EVT_CONN_OPEN, self._limit_reads)]
         try:
-            association = application.associate(to.host, to.port, ae_title=to.ae_title, evt_handlers=handlers)
+            association = application.associate(
+                to.host, to.port, ae_title=to.ae_title, evt_handlers=handlers, tls_args=self._tls_args
+            )
         except OSError:  # its name can't be resolved
             return Delivery("later", "unreachable", was_let_in=False)
         if association.is_established:
@@ -156,9 +163,10 @@ class Sender:
         timeout_s: float,
         journal: Journal,
         on_delivery: Callable[[Entry, Destination, Delivery], None],
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self._outbox, self._destination, self._journal, self._on_delivery = outbox, destination, journal, on_delivery
-        self._line = Line(destination, calling_ae_title, timeout_s)
+        self._line = Line(destination, calling_ae_title, timeout_s, tls)
         self._wake, self._is_stopping = threading.Event(), False
         self._thread = threading.Thread(target=self._run, name=f"sender-{destination.ae_title}", daemon=True)
 

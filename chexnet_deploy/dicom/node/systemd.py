@@ -70,11 +70,11 @@ def unit(config: NodeConfig, path: Path, command: tuple[str, ...], *, needs_gpu:
     words = (*command, "node", str(path))
     if any(set(word) & set(" \t\n\"'\\%$;") for word in words):
         raise NodeError("a path with a space, quote or one of \\ % $ ; can't be used in a unit. Choose another path.")
-    read = (*words, str(config.model.bundle), str(config.model.trust or ""))
+    read = (*words, *map(str, config.read_paths))
     if any(word.startswith(("/home/", "/root/", "/run/user/", "/tmp/")) for word in read):
         raise NodeError(
-            "the program, the configuration, the bundle or the trust file lies in a home or temporary folder, which the service "
-            "can't see. Move it, e.g. to /opt and /etc."
+            "the program, the configuration, the bundle, the trust file or a file of [tls] lies in a home or temporary folder, "
+            "which the service can't see. Move it, e.g. to /opt and /etc."
         )
     drain_s = config.health.drain_deadline_s + _STOP_SLACK_S
     start_s = config.model.max_failed_starts * (config.model.start_deadline_s + 1.0) + _STOP_SLACK_S

@@ -22,26 +22,34 @@ from typing import IO, Any, Final, Protocol
 from chexnet_deploy.errors import ChexnetError
 
 REASON: Final = re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)*")
+_DIGEST: Final = re.compile(r"(?:[0-9a-f]{64})?")
 MAX_REASON_CHARACTERS: Final = 64
 MAX_DOCUMENTS: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What is to be sent about one image, or why nothing is.
+    """What is to be sent about one image.
 
     Attributes:
         documents: DICOM files (PS3.10), in the order to send them. The same image gives the same SOP Instance UIDs, so that
             a document sent twice is one document.
-        refusal: a code such as "not-a-chest" where there are no documents; never anything from the image's header.
+        refusal: a code such as "view" where there is no result, and the documents, if any, say only that; never anything from
+            the image's header.
+        header: SHA-256 of the image's header whatever its encoding, 64 hexadecimal digits; empty where it is not known.
+        pixels: likewise of its pixels.
     """
 
     documents: tuple[bytes, ...] = ()
     refusal: str = ""
+    header: str = ""
+    pixels: str = ""
 
     def __post_init__(self) -> None:
-        if bool(self.documents) == bool(self.refusal):
-            raise ValueError("an answer has documents or a refusal, and not both")
+        if not (self.documents or self.refusal):
+            raise ValueError("an answer has documents or a refusal")
+        if not (_DIGEST.fullmatch(self.header) and _DIGEST.fullmatch(self.pixels)):
+            raise ValueError("a hash is 64 hexadecimal digits, or empty")
         if len(self.documents) > MAX_DOCUMENTS:
             raise ValueError(f"an answer has {len(self.documents)} documents, {MAX_DOCUMENTS} is the most")
         if self.refusal and (not REASON.fullmatch(self.refusal) or len(self.refusal) > MAX_REASON_CHARACTERS):
@@ -106,7 +114,8 @@ def serve(open_work: Callable[[], Work]) -> None:
             _reply(replies, {"failed": type(err).__name__})
             return
         sizes = [len(document) for document in answer.documents]
-        _reply(replies, {"refusal": answer.refusal, "sizes": sizes}, *answer.documents)
+        head = {"refusal": answer.refusal, "header": answer.header, "pixels": answer.pixels, "sizes": sizes}
+        _reply(replies, head, *answer.documents)
 
 
 def _seal_output() -> IO[bytes]:

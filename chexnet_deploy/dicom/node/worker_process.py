@@ -80,7 +80,7 @@ class Worker:
         """
         head, documents = self._ask({"ask": "answer", "path": str(path)})
         try:
-            return Answer(documents, head["refusal"])
+            return Answer(documents, head["refusal"], head["header"], head["pixels"])
         except (KeyError, TypeError, ValueError) as err:
             raise self._fault("worker-nonsense") from err
 

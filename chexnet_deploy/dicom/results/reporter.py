@@ -2,14 +2,24 @@
 
 from dataclasses import dataclass
 from datetime import datetime
+from io import BytesIO
 from pathlib import Path
+from typing import Final
+
+from pydicom import dcmread
 
 from chexnet_deploy.bundle.bundle import Bundle
 from chexnet_deploy.dicom.results.files import build_files
-from chexnet_deploy.dicom.results.result import Device, Result
+from chexnet_deploy.dicom.results.identity import ImageIdentity, header_sha256
+from chexnet_deploy.dicom.results.result import Device, Refusal, Result, encode
 from chexnet_deploy.dicom.results.source_header import read_source_image
-from chexnet_deploy.errors import DicomError, ImageRefusedError, RefusalReason
+from chexnet_deploy.errors import DicomError, ImageError, ImageRefusedError, RefusalReason
+from chexnet_deploy.images.dicom.elements import read_structure
+from chexnet_deploy.images.dicom.header import TRANSFER_SYNTAXES
+from chexnet_deploy.images.gray import read_image_file
 from chexnet_deploy.runtime.predictor import Prediction, Predictor
+
+_MAX_WORDS: Final = 400  # of why an image was refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,11 +31,13 @@ class Report:
         prediction: its findings.
         files: DICOM files by name, see build_files; the report first, then a picture of each finding that is present, the most
             probable first.
+        image: which image it is about.
     """
 
     source_uid: str
     prediction: Prediction
     files: dict[str, bytes]
+    image: ImageIdentity
 
 
 class Reporter:
@@ -62,13 +74,46 @@ class Reporter:
             MissingPackageError: highdicom is not installed.
         """
         image = self._predictor.loader.read_dicom(path)
+        header = image.header.read_dataset()
+        identity = ImageIdentity(header_sha256(header), image.pixels_sha256)
         try:
-            source = read_source_image(image.header.read_dataset())
+            source = read_source_image(header)
         except DicomError as err:
             raise ImageRefusedError(RefusalReason.SOURCE_HEADER, f"{path}: {err}") from err
         prediction = self._predictor.predict(image.gray)
-        result = Result(source, prediction, self._bundle.manifest, self._bundle.id, self._device, made_at)
+        result = Result(source, identity, self._bundle.id, self._device, made_at, prediction, self._bundle.manifest)
         present = [finding for finding, is_present in prediction.present.items() if is_present]
         present.sort(key=lambda finding: -prediction.probabilities[finding])
         files = build_files(result, image.gray, present[: self._max_pictures])
-        return Report(source.sop_instance_uid, prediction, files)
+        return Report(source.sop_instance_uid, prediction, files, identity)
+
+    def refuse(self, path: Path, made_at: datetime, err: ImageError) -> tuple[ImageIdentity, bytes | None]:
+        """Return which image was refused, as far as its header says, and the object that says so in its study.
+
+        Args:
+            path: the file.
+            made_at: as in `report`.
+            err: what `report` raised.
+
+        Returns:
+            identity: without the pixels' hash, as they may be what is wrong.
+            document: a DICOM file (PS3.10); None where no header can be trusted, or names no study to file it in.
+        """
+        try:
+            content = read_image_file(path)
+            structure = read_structure(path, content, TRANSFER_SYNTAXES)
+        except ImageError:
+            return ImageIdentity(), None
+        header = dcmread(BytesIO(content[: structure.header_bytes]))
+        identity = ImageIdentity(header_sha256(header))
+        try:
+            source = read_source_image(header)
+        except DicomError:
+            return identity, None
+        # ASCII, as the font and every viewer have it; the path is this machine's affair.
+        words = str(err).removeprefix(f"{path}: ").encode("ascii", "replace").decode()
+        words = words[:1].upper() + words[1:_MAX_WORDS]
+        from chexnet_deploy.dicom.results.secondary_capture import build_refusal
+
+        refusal = Refusal(source, identity, self._bundle.id, self._device, made_at, err.reason.value, words)
+        return identity, encode(build_refusal(refusal))

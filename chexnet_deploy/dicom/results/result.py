@@ -1,8 +1,9 @@
-"""One image's answer with everything that a DICOM object must say of it: source, model, device, time and identity.
+"""What a DICOM object says of one image, a result or why there is none: source, model, device, time and identity.
 
-UIDs are made from the source image and the bundle alone, so a result that is made again, after a crash or a lost
-acknowledgement, is the same object, and an archive that has it keeps one. `LAYOUT` goes into them too: raise it whenever the
-objects' contents change otherwise. Knows no highdicom; structured_report.py and secondary_capture.py build the objects.
+UIDs are made from the source image, header and pixels, and the bundle alone, so a result that is made again, after a crash or a
+lost acknowledgement, is the same object, and an archive that has it keeps one; a corrected image has results of its own.
+`LAYOUT` goes into them too: raise it whenever the objects' contents change otherwise. Knows no highdicom; structured_report.py
+and secondary_capture.py build the objects.
 """
 
 import io
@@ -18,6 +19,7 @@ from pydicom.filewriter import dcmwrite
 
 from chexnet_deploy import __version__
 from chexnet_deploy.bundle.manifest import Manifest
+from chexnet_deploy.dicom.results.identity import ImageIdentity
 from chexnet_deploy.dicom.results.representations import check_value
 from chexnet_deploy.dicom.results.source_header import SourceImage
 from chexnet_deploy.errors import DicomError
@@ -66,26 +68,68 @@ class Device:
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
-    """A prediction for one source image.
+class Statement:
+    """What is said of one source image.
 
     Attributes:
         source: what its header says, from read_source_image.
-        prediction: of that image, by the bundle.
-        manifest: the bundle's.
+        image: which one it is.
         bundle_id: SHA-256 of manifest.json; names the algorithm's version.
         device: where it was made.
         made_at: when, with a time zone.
     """
 
     source: SourceImage
-    prediction: Prediction
-    manifest: Manifest
+    image: ImageIdentity
     bundle_id: str
     device: Device
     made_at: datetime
 
     def __post_init__(self) -> None:
+        if self.made_at.tzinfo is None:
+            raise DicomError("made_at has no time zone; needed one. Use datetime.now().astimezone().")
+
+    def uid(self, role: str) -> str:
+        """Return the UID of one part of this: 2.25 and a version 5 UUID (PS3.5 section B.2, RFC 9562 section 5.5)."""
+        return _uid("result", LAYOUT, self.source.sop_instance_uid, *self.image, self.bundle_id, role)
+
+    @property
+    def local_time(self) -> datetime:
+        """When it was made, in the zone that the source's header states for all its times, else in made_at's own."""
+        offset = self.source.patient_study.get("TimezoneOffsetFromUTC")
+        if not offset:
+            return self.made_at
+        minutes = int(offset[1:3]) * 60 + int(offset[3:5])
+        return self.made_at.astimezone(timezone(timedelta(minutes=-minutes if offset[0] == "-" else minutes)))
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal(Statement):
+    """Why one source image has no result.
+
+    Attributes:
+        reason: a code, RefusalReason's.
+        words: what was found and what was needed.
+    """
+
+    reason: str
+    words: str
+
+
+@dataclass(frozen=True, slots=True)
+class Result(Statement):
+    """A prediction for one source image.
+
+    Attributes:
+        prediction: of that image, by the bundle.
+        manifest: the bundle's.
+    """
+
+    prediction: Prediction
+    manifest: Manifest
+
+    def __post_init__(self) -> None:
+        Statement.__post_init__(self)
         probabilities, points = self.prediction.probabilities, self.manifest.operating_points
         if not set(probabilities) == set(self.manifest.findings) >= set(self.prediction.maps):
             raise DicomError(
@@ -102,12 +146,6 @@ class Result:
                 "What the prediction calls present does not follow from the manifest's operating points; needed both of one "
                 "bundle. Predict with that bundle."
             )
-        if self.made_at.tzinfo is None:
-            raise DicomError("made_at has no time zone; needed one. Use datetime.now().astimezone().")
-
-    def uid(self, role: str) -> str:
-        """Return the UID of one part of this result: 2.25 and a version 5 UUID (PS3.5 section B.2, RFC 9562 section 5.5)."""
-        return _uid("result", LAYOUT, self.source.sop_instance_uid, self.bundle_id, role)
 
     def decision(self, finding: str) -> str:
         """Return in words how a finding's probability lies to its operating point."""
@@ -116,25 +154,16 @@ class Result:
             return "no operating point"
         return f"{'at or above' if self.prediction.present[finding] else 'below'} the operating point {point:.4f}"
 
-    @property
-    def local_time(self) -> datetime:
-        """When it was made, in the zone that the source's header states for all its times, else in made_at's own."""
-        offset = self.source.patient_study.get("TimezoneOffsetFromUTC")
-        if not offset:
-            return self.made_at
-        minutes = int(offset[1:3]) * 60 + int(offset[3:5])
-        return self.made_at.astimezone(timezone(timedelta(minutes=-minutes if offset[0] == "-" else minutes)))
 
-
-def finish(built: Dataset, result: Result) -> None:
-    """Give an object that highdicom built the source's patient and study, and this result's time everywhere.
+def finish(built: Dataset, said: Statement) -> None:
+    """Give an object that highdicom built the source's patient and study, and this statement's time everywhere.
 
     highdicom takes both from its arguments, but warns of names with the name, and stamps the present moment, so that
-    the same result made again would differ.
+    the same one made again would differ.
     """
-    built.update(deepcopy(result.source.patient_study))
-    built.StudyInstanceUID = result.source.study_uid
-    day, moment = f"{result.local_time:%Y%m%d}", f"{result.local_time:%H%M%S.%f}"
+    built.update(deepcopy(said.source.patient_study))
+    built.StudyInstanceUID = said.source.study_uid
+    day, moment = f"{said.local_time:%Y%m%d}", f"{said.local_time:%H%M%S.%f}"
     for prefix in ("InstanceCreation", "Content"):
         setattr(built, f"{prefix}Date", day)
         setattr(built, f"{prefix}Time", moment)

@@ -1,7 +1,7 @@
-"""One finding's activation map over the radiograph, with its words burned in, as a DICOM Secondary Capture (PS3.3 A.8.1).
+"""Pictures with words burned in, as DICOM Secondary Captures (PS3.3 A.8.1): an activation map, or why there is no result.
 
-For display only: scaled to LONG_SIDE_PX, without pixel spacing, so that nobody measures on it. The words stand in strips above
-and below the picture and hide none of it; they name no patient.
+For display only. A finding's map over the radiograph is scaled to LONG_SIDE_PX, without pixel spacing, so that nobody measures
+on it. The words stand in strips above and below the picture and hide none of it; they name no patient.
 """
 
 from typing import Final
@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from pydicom.dataset import Dataset
 
-from chexnet_deploy.dicom.results.result import ALGORITHM, DISCLAIMER, Result, finish
+from chexnet_deploy.dicom.results.result import ALGORITHM, DISCLAIMER, Refusal, Result, Statement, finish
 from chexnet_deploy.errors import DicomError
 from chexnet_deploy.images.gray import Gray
 from chexnet_deploy.runtime.predictor import draw_cam
 
 SERIES_NUMBER: Final = 9102
+REFUSAL_SERIES_NUMBER: Final = 9103
 LONG_SIDE_PX: Final = 1024
 """Of the picture. An activation map has 7 x 7 cells; a radiologist reads the radiograph itself, not this."""
 MIN_WIDTH_PX: Final = 640  # of the whole, so that a line of words fits beside a narrow picture
@@ -46,31 +47,84 @@ def build_secondary_capture(result: Result, gray: Gray, finding: str) -> Dataset
         )
     if gray.dtype != np.uint8 or gray.ndim != 2 or gray.size == 0:
         raise DicomError(f"Found {gray.dtype} {list(gray.shape)}; needed uint8 [H, W]. Read it with read_image.")
-    source, device = result.source, result.device
+    built = _build(
+        result,
+        draw_capture(result, gray, finding),
+        role=f"secondary capture of {finding}",
+        series_role="secondary capture series",
+        series_number=SERIES_NUMBER,
+        instance_number=result.manifest.findings.index(finding) + 1,
+        series_description=f"{ALGORITHM} maps: {DISCLAIMER}",
+        picture=result.source.picture,
+    )
+    _refer(built, result, finding)
+    return built
+
+
+def build_refusal(refusal: Refusal) -> Dataset:
+    """Return a picture of nothing but words that says in the study why an image has no result; as build_secondary_capture."""
+    above = _strip([f"No AI result: {refusal.reason.replace('-', ' ')}."], MIN_WIDTH_PX, _AMBER)
+    below = _strip(
+        [refusal.words, f"This says nothing about the patient. {ALGORITHM} bundle {refusal.bundle_id[:12]}."],
+        MIN_WIDTH_PX,
+        _WHITE,
+    )
+    canvas = Image.new("RGB", (MIN_WIDTH_PX, above.height + below.height))
+    canvas.paste(above, (0, 0))
+    canvas.paste(below, (0, above.height))
+    built = _build(
+        refusal,
+        np.asarray(canvas),
+        role=f"no result: {refusal.reason}",
+        series_role="no result series",
+        series_number=REFUSAL_SERIES_NUMBER,
+        instance_number=1,
+        series_description=f"{ALGORITHM}: no AI result",
+        picture=Dataset(),
+    )
+    built.ImageComments = f"No AI result: {refusal.reason}"
+    origin = Dataset()
+    origin.ReferencedSOPClassUID = refusal.source.sop_class_uid
+    origin.ReferencedSOPInstanceUID = refusal.source.sop_instance_uid
+    built.ReferencedImageSequence = [origin]
+    return built
+
+
+def _build(
+    said: Statement,
+    pixels: NDArray[np.uint8],
+    *,
+    role: str,
+    series_role: str,
+    series_number: int,
+    instance_number: int,
+    series_description: str,
+    picture: Dataset,
+) -> Dataset:
+    device = said.device
     built = SCImage(
-        pixel_array=draw_capture(result, gray, finding),
+        pixel_array=pixels,
         photometric_interpretation="RGB",
         bits_allocated=8,
         coordinate_system="PATIENT",
         patient_orientation=("L", "F"),  # required here, replaced by the source's below
-        study_instance_uid=source.study_uid,
-        series_instance_uid=result.uid("secondary capture series"),
-        series_number=SERIES_NUMBER,
-        sop_instance_uid=result.uid(f"secondary capture of {finding}"),
-        instance_number=result.manifest.findings.index(finding) + 1,
+        study_instance_uid=said.source.study_uid,
+        series_instance_uid=said.uid(series_role),
+        series_number=series_number,
+        sop_instance_uid=said.uid(role),
+        instance_number=instance_number,
         manufacturer=device.manufacturer,
         manufacturer_model_name=device.model_name,
         device_serial_number=device.serial_number,
         software_versions=device.software_version,
-        series_description=f"{ALGORITHM} maps: {DISCLAIMER}",
+        series_description=series_description,
     )
     built.PatientOrientation = []
-    built.update(source.picture)
-    if source.picture.get("BodyPartExamined") != "CHEST":
+    built.update(picture)
+    if picture.get("BodyPartExamined") != "CHEST":
         built.Laterality = ""  # unknown: what may be one of a pair must say so (PS3.3 C.7.3.1, type 2C)
     built.ConversionType = "WSD"  # made on a workstation (PS3.3 C.8.6.1)
-    _refer(built, result, finding)
-    finish(built, result)
+    finish(built, said)
     built.DateOfSecondaryCapture, built.TimeOfSecondaryCapture = built.ContentDate, built.ContentTime
     return built
 
@@ -94,7 +148,8 @@ def draw_capture(result: Result, gray: Gray, finding: str) -> NDArray[np.uint8]:
 
 def caption(result: Result, finding: str) -> list[str]:
     """Return the lines below the picture."""
-    evidence = "Colour: evidence for this finding, from blue (weak) to red (strongest in this picture)."
+    # draw_cam's blue end is transparent, so nobody sees blue.
+    evidence = "Colour: evidence for this finding: none (weak), green (half), red (strongest in this picture)."
     if float(result.prediction.maps[finding].max()) <= 0.0:
         evidence = "No place in this picture speaks for this finding, so nothing is coloured."
     return [

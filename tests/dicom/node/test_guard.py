@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import write_dataset
+from pydicom.uid import CTImageStorage
 
 from benchmarks.rigs.node_rig import NODE, SCANNER, echo_s, store, write_radiograph
 from benchmarks.services.node_attack import associate, connect, store_command
 from chexnet_deploy.dicom.node.config import Limits, Listen
 from chexnet_deploy.dicom.node.config import Spool as SpoolSettings
+from chexnet_deploy.dicom.node.connection import End
 from chexnet_deploy.dicom.node.inbox import INCOMING, Kept, Pseudonyms, Spool, Verdict
 from chexnet_deploy.dicom.node.listener import Guard
 from chexnet_deploy.dicom.node.pdu import PduType, write_abort, write_busy, write_pdv
@@ -27,31 +29,30 @@ QUICK = {"request_deadline_s": 1.0, "pdu_deadline_s": 0.5, "idle_s": 1.0, "quiet
 class Front:
     """A guard and what lies behind it, in this process."""
 
-    def __init__(self, folder: Path, **limits: float) -> None:
+    def __init__(self, folder: Path, titles: tuple[str, ...] = (SCANNER,), **limits: float) -> None:
         self.kept: list[Kept] = []
-        self.ends: list[str] = []
+        self.ends: list[End] = []
         self.is_open = True
         folder.mkdir(mode=0o700)
         self.spool = Spool.open(folder, SpoolSettings(min_free_mib=1), Pseudonyms.open(folder))
         listen = Listen.model_construct(
-            host="127.0.0.1", port=0, ae_title=NODE, calling_ae_titles=(SCANNER,), networks=("127.0.0.0/16",)
+            host="127.0.0.1", port=0, ae_title=NODE, calling_ae_titles=titles, tls=False, networks=("127.0.0.0/16",)
         )
         settings = Limits.model_validate({**QUICK, **limits})
         self.scp = Scp(listen, settings, self.spool, self._keep, lambda: self.is_open)
-        self.guard = Guard(
-            listen, settings, self.spool, self.scp.hand_over, lambda peer, reason: self.ends.append(reason)
-        )
+        self.guard = Guard(listen, settings, self.spool, self.scp.hand_over, self.ends.append)
         self.port = self.guard.start()[1]
 
     def _keep(self, kept: Kept) -> Verdict:
         self.kept.append(kept)
         return kept.verdict
 
-    def wait_for_end(self, reason: str, *, timeout_s: float = 5.0) -> None:
+    def wait_for_end(self, reason: str, *, timeout_s: float = 5.0) -> End:
         deadline_s = time.monotonic() + timeout_s
-        while reason not in self.ends:
+        while not (found := [end for end in self.ends if reason in (end.reason, end.detail)]):
             assert time.monotonic() < deadline_s, self.ends
             time.sleep(0.01)
+        return found[0]
 
 
 @pytest.fixture
@@ -77,9 +78,9 @@ def said(connection: socket.socket) -> bytes:
     return heard
 
 
-def associated(port: int) -> socket.socket:
+def associated(port: int, *, calling: str = SCANNER) -> socket.socket:
     connection = connect(port, "127.0.0.1")
-    assert associate(connection)
+    assert associate(connection, calling=calling)
     return connection
 
 
@@ -180,7 +181,7 @@ def test_pdu_that_does_not_end_is_not_waited_for(front: Front) -> None:
         start = time.monotonic()
         assert said(connection) == write_abort(0)
         assert 0.4 < time.monotonic() - start < 1.2
-    front.wait_for_end("deadline")
+    front.wait_for_end("timed-out")
 
 
 def test_silent_association_ends_after_the_idle_time(front: Front) -> None:
@@ -281,6 +282,87 @@ def test_without_a_place_the_newest_is_told_to_come_later(folder: Path) -> None:
         front.wait_for_end("busy")
     finally:
         front.guard.stop()
+
+
+def test_devices_behind_one_address_have_limits_of_their_own(folder: Path) -> None:
+    # The other device behind the same address holds all that it may have, and none of it is quiet.
+    front = Front(
+        folder,
+        titles=(SCANNER, "OTHER"),
+        max_associations_per_peer=2,
+        quiet_after_s=60.0,
+        idle_s=30.0,
+        max_associations=4,
+    )
+    try:
+        held = [associated(front.port, calling="OTHER") for _ in range(2)]
+        assert echo_s(front.port) < 1.0  # SCANNER
+        with connect(front.port, "127.0.0.1") as third:
+            assert not associate(third, calling="OTHER")
+        assert front.wait_for_end("busy").calling == "OTHER"
+        for connection in held:
+            connection.close()
+    finally:
+        front.guard.stop()
+
+
+def test_invented_titles_share_one_limit(folder: Path) -> None:
+    front = Front(folder, max_associations_per_peer=1, quiet_after_s=60.0, request_deadline_s=0.5)
+    try:
+        # Each is let through to the library, which rejects it, so none may hold a place for long.
+        for i in range(5):
+            with connect(front.port, "127.0.0.1") as stranger:
+                assert not associate(stranger, calling=f"STRANGER{i}")
+        assert echo_s(front.port) < 1.0
+        assert {end.detail for end in front.ends if end.calling.startswith("STRANGER")} <= {"calling-ae-title", ""}
+    finally:
+        front.guard.stop()
+
+
+def test_ordinary_ends_are_told_apart(front: Front, tmp_path: Path) -> None:
+    image = write_radiograph(tmp_path / "a.dcm", seed=1)
+    assert store(front.port, [image]) == [0]
+    assert front.wait_for_end("released") == End("127.0.0.1", "released", "", SCANNER, NODE)
+    assert store(front.port, [image], calling="STRANGER") == []
+    assert front.wait_for_end("rejected") == End("127.0.0.1", "rejected", "calling-ae-title", "STRANGER", NODE)
+    image.SOPClassUID = CTImageStorage
+    assert store(front.port, [image]) == []
+    assert front.wait_for_end("no-context") == End("127.0.0.1", "no-context", "", SCANNER, NODE, (CTImageStorage,))
+    with associated(front.port) as connection:
+        connection.sendall(write_abort(0))
+        said(connection)
+    assert front.wait_for_end("aborted").detail == "by-peer"
+    associated(front.port).close()
+    assert front.wait_for_end("cut").calling == SCANNER
+
+
+def test_called_by_another_title_it_says_so(front: Front) -> None:
+    with connect(front.port, "127.0.0.1") as connection:
+        assert not associate(connection, called="SOMEBODY")
+    assert front.wait_for_end("rejected") == End("127.0.0.1", "rejected", "called-ae-title", SCANNER, "SOMEBODY")
+
+
+def test_a_foreign_network_is_cut_off_and_named(front: Front) -> None:
+    with connect(front.port, "127.1.0.1") as connection:
+        assert said(connection) == b""
+    assert front.wait_for_end("network") == End("127.1.0.1", "rejected", "network")
+
+
+def test_a_part_of_a_study_that_is_not_offered_is_named(front: Front, tmp_path: Path) -> None:
+    images = [write_radiograph(tmp_path / f"{i}.dcm", seed=i) for i in range(2)]
+    images[1].SOPClassUID = CTImageStorage
+    assert store(front.port, images) == [0, None]
+    assert front.wait_for_end("released").not_accepted == (CTImageStorage,)
+
+
+@pytest.mark.parametrize(
+    "sop_class", ["1.2.840.10008.5.1.4.1.1.88.34", "1.2.840.10008.5.1.4.1.1.11.1", "1.2.840.10008.5.1.4.1.1.104.1"]
+)
+def test_a_study_with_other_objects_goes_through(front: Front, tmp_path: Path, sop_class: str) -> None:
+    images = [write_radiograph(tmp_path / f"{i}.dcm", seed=i) for i in range(3)]
+    images[1].SOPClassUID = sop_class
+    assert store(front.port, images) == [0, 0xB006, 0]
+    assert front.wait_for_end("released").not_accepted == ()
 
 
 def test_rejection_of_a_busy_node_is_transient() -> None:

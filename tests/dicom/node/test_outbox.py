@@ -166,7 +166,51 @@ def test_damaged_file_is_refused(tmp_path: Path, outbox: Outbox) -> None:
         Outbox.open(tmp_path, SETTINGS)
 
 
-def test_sent_documents_leave_nothing_behind(tmp_path: Path, outbox: Outbox) -> None:
+@pytest.mark.parametrize("state", ["sent", "parked", "waiting"])
+def test_documents_are_sent_again_on_demand(outbox: Outbox, clock: Clock, state: str) -> None:
+    for instance in ("aa", "bb"):
+        outbox.put(f"01-{instance}-ff", Answer((b"%s 1" % instance.encode(), b"%s 2" % instance.encode())), ["A"])
+    while (entry := outbox.next_entry("A")[0]) is not None:
+        if state == "sent":
+            outbox.sent(entry)
+        elif state == "parked":
+            outbox.park(entry, "status-c000")
+        else:
+            outbox.retry_later(entry, "unreachable", was_let_in=False)
+    assert outbox.resend("bb") == 2
+    assert outbox.resend("cc") == 0
+    if state == "waiting":  # what comes before still waits its time, and nothing overtakes it
+        clock.now_s += 10.0
+        assert drain(outbox, "A") == [b"aa 1", b"aa 2", b"bb 1", b"bb 2"]
+    else:
+        assert drain(outbox, "A") == [b"bb 1", b"bb 2"]
+
+
+@pytest.mark.parametrize(("keep_mib", "kept"), [(0, []), (1, [b"2", b"3"]), (2, [b"0", b"1", b"2", b"3"])])
+def test_only_so_much_of_what_was_sent_is_kept(tmp_path: Path, keep_mib: int, kept: list[bytes]) -> None:
+    outbox = Outbox.open(tmp_path, OutboxSettings(keep_mib=keep_mib))
+    for i in range(4):
+        outbox.put(f"{i}-aa-ff", Answer((b"%d" % i * (MIB // 2),)), ["A"])
+    drain(outbox, "A")
+    outbox.forget_sent()
+    outbox.resend("aa")
+    assert [document[:1] for document in drain(outbox, "A")] == kept
+
+
+def test_states_are_counted_with_their_reasons(outbox: Outbox) -> None:
+    outbox.put("1-aa-ff", Answer((b"x", b"y", b"z")), ["A", "B"])
+    first, second = (outbox.next_entry("A")[0] for _ in range(2))
+    assert first is not None
+    assert first == second
+    outbox.park(first, "status-a900")
+    entry, _ = outbox.next_entry("A")
+    assert entry is not None
+    outbox.sent(entry)
+    assert outbox.destinations() == {"A": {"parked status-a900": 1, "sent": 1, "waiting": 1}, "B": {"waiting": 3}}
+
+
+def test_sent_documents_that_are_not_kept_leave_nothing_behind(tmp_path: Path) -> None:
+    outbox = Outbox.open(tmp_path, SETTINGS.model_copy(update={"keep_mib": 0}))
     outbox.put("image", Answer((b"CANARY" * 100,)), ["A"])
     drain(outbox, "A")
     outbox.close()

@@ -81,7 +81,11 @@ def test_answered_image_leaves_no_pixels_behind(node: NodeProcess, pacs: Pacs, t
     assert bytes(image.PixelData)[:64] not in left
 
 
-def test_refused_image_is_recorded_and_nothing_is_sent(node: NodeProcess, pacs: Pacs, tmp_path: Path) -> None:
+@pytest.mark.parametrize("explains", [True, False])
+def test_refused_image_is_recorded_and_explained_in_its_study(
+    node: NodeProcess, pacs: Pacs, tmp_path: Path, explains: bool
+) -> None:
+    node.result_settings = "" if explains else "explain_refusals = false"
     node.start()
     pacs.start()
     knee, chest = (
@@ -91,8 +95,13 @@ def test_refused_image_is_recorded_and_nothing_is_sent(node: NodeProcess, pacs: 
     wait_until(lambda: is_delivered(node, 1))
     (line,) = audited(node, "refused")
     assert line["reason"] == "body-part"
-    wait_until(lambda: len(pacs.received()) == len(audited(node, "delivered")))
-    assert {str(document.PatientID) for document in pacs.received().values()} == {"ID-2"}
+    (said,) = [event for event in node.events() if event["event"] == "refused"]
+    assert (said["instance"], said["reason"]) == (line["instance"], "body-part")
+    wait_until(lambda: len(pacs.received()) == len(audited(node, "delivered")) == 2 + explains)
+    explained = [document for document in pacs.received().values() if document.PatientID == "ID-1"]
+    assert [
+        (document.StudyInstanceUID, document.ImageComments, document.Modality) for document in explained
+    ] == explains * [(knee.StudyInstanceUID, "No AI result: body-part", "OT")]
 
 
 @pytest.mark.parametrize(
@@ -139,8 +148,8 @@ def test_nothing_about_a_patient_is_in_any_output(node: NodeProcess, pacs: Pacs,
     other.PixelData = other.PixelData[::-1]
     titles = ["-aet", SCANNER, "-aec", NODE, "127.0.0.1", str(node.port)]
     subprocess.run([storescu, *titles, str(image)], check=True, timeout=30, capture_output=True)
-    assert store(node.port, [other]) == [0xC111]
-    wait_until(lambda: bool(audited(node, "answered")))
+    assert store(node.port, [other]) == [0]
+    wait_until(lambda: len(audited(node, "answered")) == 2)
     assert store(node.port, [write_radiograph(tmp_path / "bad.dcm", seed=4711, name=name, body_part="CANARY")]) == [0]
     wait_until(lambda: bool(audited(node, "refused")))
     node.stop()  # the destination is away, so the results, which name the patient, lie in the outbox

@@ -5,7 +5,7 @@ import pytest
 from pydicom import Dataset, dcmread
 from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import write_dataset
-from pydicom.uid import ExplicitVRLittleEndian
+from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage
 
 from benchmarks.rigs.node_rig import write_radiograph
 from chexnet_deploy.dicom.node.config import Spool as SpoolSettings
@@ -16,6 +16,7 @@ from chexnet_deploy.dicom.node.inbox import (
     RECEIVED,
     Incoming,
     Kept,
+    Outcome,
     Pseudonyms,
     Spool,
     Verdict,
@@ -24,6 +25,7 @@ from chexnet_deploy.dicom.node.pdu import STORE_RQ, Command
 from chexnet_deploy.errors import NodeError
 
 SETTINGS = SpoolSettings(max_mib=1, min_free_mib=1, remember=100)
+ANSWERED = Outcome("answered", "0" * 16, "1" * 16)
 
 
 @pytest.fixture
@@ -88,7 +90,7 @@ def test_images_are_answered_in_order_of_arrival_also_after_opening_again(folder
         stored = spool.next_pending()
         assert stored is not None
         patients.append(dcmread(stored.path).PatientID)
-        spool.finish(stored)
+        spool.finish(stored, ANSWERED)
     assert patients == ["ID-3", "ID-1", "ID-2"]
     assert spool.next_pending() is None
     assert files(folder) == {INCOMING: 0, RECEIVED: 0, DONE: 3}
@@ -104,7 +106,7 @@ def test_same_image_again_is_acknowledged_and_not_kept_twice(
     stored = spool.next_pending()
     assert stored is not None
     if is_answered:
-        spool.finish(stored)
+        spool.finish(stored, ANSWERED)
     if is_opened_again:
         spool = open_spool(folder)
     kept = receive(spool, image(tmp_path, 1))
@@ -112,16 +114,79 @@ def test_same_image_again_is_acknowledged_and_not_kept_twice(
     assert (spool.n_pending, files(folder)[INCOMING]) == (0 if is_answered else 1, 0)
 
 
-def test_other_pixels_under_a_used_uid_are_refused_and_the_first_kept(folder: Path, tmp_path: Path) -> None:
-    spool, first, second = open_spool(folder), image(tmp_path, 1), image(tmp_path, 2)
-    second.SOPInstanceUID = first.SOPInstanceUID
+@pytest.mark.parametrize(
+    "change",
+    [{"PatientID": "CORRECTED"}, {"ViewPosition": "AP"}, {"AccessionNumber": "A2"}, {"PixelData": bytes(96 * 96 * 2)}],
+)
+@pytest.mark.parametrize("is_answered", [False, True])
+def test_another_data_set_under_a_used_uid_is_kept_too(
+    folder: Path, tmp_path: Path, change: dict[str, object], is_answered: bool
+) -> None:
+    spool, first = open_spool(folder), image(tmp_path, 1)
     receive(spool, first)
+    if is_answered:
+        stored = spool.next_pending()
+        assert stored is not None
+        spool.finish(stored, ANSWERED)
+    second = image(tmp_path, 1)
+    second.update(change)
     kept = receive(spool, second)
-    assert (kept.verdict, kept.verdict.status) == (Verdict.CONFLICT, 0xC111)
+    assert (kept.verdict, kept.verdict.status) == (Verdict.CHANGED, 0x0000)
+    assert spool.n_pending == (1 if is_answered else 2)
+    for again in (first, second):  # each is known now, after opening again too
+        assert receive(open_spool(folder), again).verdict is Verdict.AGAIN
+    assert open_spool(folder).outcomes(kept.instance) == ([ANSWERED] if is_answered else [])
+
+
+@pytest.mark.parametrize("word", ["answered", "view", "not-a-frontal-chest"])
+def test_what_became_of_images_is_remembered_until_it_is_forgotten(folder: Path, tmp_path: Path, word: str) -> None:
+    spool = open_spool(folder)
+    kept = receive(spool, image(tmp_path, 1))
     stored = spool.next_pending()
     assert stored is not None
-    assert dcmread(stored.path).PatientID == "ID-1"
-    assert spool.n_pending == 1
+    spool.finish(stored, Outcome(word, "ab", ""))
+    for opened in (spool, open_spool(folder)):
+        assert opened.outcomes(kept.instance) == [Outcome(word, "ab", "")]
+        assert opened.counts() == {word: 1}
+    assert spool.forget(kept.instance) == 1
+    assert spool.forget(kept.instance) == 0
+    assert open_spool(folder).outcomes(kept.instance) == []
+    assert receive(spool, image(tmp_path, 1)).verdict is Verdict.STORED
+
+
+@pytest.mark.parametrize(
+    "sop_class", ["1.2.840.10008.5.1.4.1.1.88.34", "1.2.840.10008.5.1.4.1.1.11.1", "1.2.840.10008.5.1.4.1.1.88.59"]
+)
+def test_what_lies_beside_radiographs_is_dropped_with_a_warning(folder: Path, sop_class: str) -> None:
+    spool = open_spool(folder)
+    incoming = spool.begin(Command(1, STORE_RQ, b"", sop_class, "1.2.3"), str(ExplicitVRLittleEndian))
+    incoming.write(b"whatever")
+    assert files(folder)[INCOMING] == 0
+    incoming.finish()
+    taken = spool.take(incoming.token)
+    assert taken is not None
+    kept = spool.keep(taken)
+    assert (kept.verdict, kept.verdict.status) == (Verdict.DROPPED, 0xB006)
+    assert files(folder) == {INCOMING: 0, RECEIVED: 0, DONE: 0}
+
+
+@pytest.mark.parametrize(
+    ("modality", "verdict"),
+    [
+        ("CR", Verdict.STORED),
+        ("DX", Verdict.STORED),
+        ("OT", Verdict.DROPPED),
+        ("SC", Verdict.DROPPED),
+        ("", Verdict.DROPPED),
+    ],
+)
+def test_a_secondary_capture_is_an_image_where_its_modality_is(
+    folder: Path, tmp_path: Path, modality: str, verdict: Verdict
+) -> None:
+    sent = image(tmp_path, 1)
+    sent.SOPClassUID, sent.Modality = SecondaryCaptureImageStorage, modality
+    assert receive(open_spool(folder), sent).verdict is verdict
+    assert files(folder)[RECEIVED] == (verdict is Verdict.STORED)
 
 
 def test_data_set_of_another_uid_than_announced_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -150,7 +215,7 @@ def test_low_disk_and_full_spool_are_answered_a700_and_nothing_is_written(folder
     assert receive(spool, image(tmp_path, 2)).verdict is Verdict.NO_ROOM
     stored = spool.next_pending()
     assert stored is not None
-    spool.finish(stored)
+    spool.finish(stored, ANSWERED)
     assert receive(spool, image(tmp_path, 2)).verdict is Verdict.STORED
 
 
@@ -184,7 +249,7 @@ def test_what_a_kill_left_is_set_right(folder: Path, tmp_path: Path) -> None:
     (folder / INCOMING / "0123").write_bytes(b"half")
     stored = spool.next_pending()
     assert stored is not None
-    (folder / DONE / stored.name).touch()  # killed between the marker and the removal
+    (folder / DONE / f"{stored.name}.view..").touch()  # killed between the marker and the removal
     spool = open_spool(folder)
     assert spool.next_pending() is None
     assert files(folder) == {INCOMING: 0, RECEIVED: 0, DONE: 1}
@@ -196,7 +261,7 @@ def test_the_oldest_answered_images_are_forgotten(folder: Path, tmp_path: Path) 
         receive(spool, image(tmp_path, seed))
         stored = spool.next_pending()
         assert stored is not None
-        spool.finish(stored)
+        spool.finish(stored, ANSWERED)
     assert files(folder)[DONE] == 3
     assert receive(spool, image(tmp_path, 0)).verdict is Verdict.STORED
     assert receive(spool, image(tmp_path, 4)).verdict is Verdict.AGAIN

@@ -22,6 +22,7 @@ from pydicom.filereader import read_dataset
 from chexnet_deploy.bundle.manifest import ONNX_MODEL, PROBE, Manifest, Precision
 from chexnet_deploy.datasets.findings import FINDINGS
 from chexnet_deploy.dicom.results.attributes import PATIENT_STUDY, PICTURE
+from chexnet_deploy.dicom.results.identity import ImageIdentity
 from chexnet_deploy.dicom.results.result import Device, Result
 from chexnet_deploy.dicom.results.source_header import read_source_image
 from chexnet_deploy.images.preprocessing import Preprocessing
@@ -144,7 +145,8 @@ def result_for(manifest: Manifest, prediction: Prediction) -> Callable[[Dataset]
     """Make a result about the image with this header."""
 
     def make(header: Dataset) -> Result:
-        return Result(read_source_image(header), prediction, manifest, "d" * 64, Device("SN-1"), MADE_AT)
+        image = ImageIdentity("e" * 64, "f" * 64)
+        return Result(read_source_image(header), image, "d" * 64, Device("SN-1"), MADE_AT, prediction, manifest)
 
     return make
 

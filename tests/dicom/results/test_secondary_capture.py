@@ -1,6 +1,7 @@
 """The picture: what it shows, that it hides nothing, and judges that did not write it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -12,11 +13,18 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydicom.dataset import Dataset
 
-from chexnet_deploy.dicom.results.result import Result, encode
-from chexnet_deploy.dicom.results.secondary_capture import build_secondary_capture, caption, draw_capture
-from chexnet_deploy.errors import DicomError
+from chexnet_deploy.dicom.results.identity import ImageIdentity
+from chexnet_deploy.dicom.results.result import Device, Refusal, Result, encode
+from chexnet_deploy.dicom.results.secondary_capture import (
+    build_refusal,
+    build_secondary_capture,
+    caption,
+    draw_capture,
+)
+from chexnet_deploy.dicom.results.source_header import read_source_image
+from chexnet_deploy.errors import DicomError, RefusalReason
 from chexnet_deploy.runtime.predictor import draw_cam
-from tests.dicom.results.conftest import Judge
+from tests.dicom.results.conftest import MADE_AT, Judge
 
 HeaderOf = Callable[..., Dataset]
 ResultFor = Callable[[Dataset], Result]
@@ -50,7 +58,7 @@ def test_the_picture_stands_whole_between_the_words(capture: Dataset, result: Re
 def test_the_words(result: Result) -> None:
     assert caption(result, "Pneumonia") == [
         "Pneumonia: probability 0.4654, at or above the operating point 0.3000.",
-        "Colour: evidence for this finding, from blue (weak) to red (strongest in this picture).",
+        "Colour: evidence for this finding: none (weak), green (half), red (strongest in this picture).",
         "CheXNet fp32, bundle dddddddddddd.",
     ]
     assert caption(result, "Hernia")[0] == "Hernia: probability 0.9500, no operating point."
@@ -142,3 +150,39 @@ def test_dcmtk_reads_it(tmp_path: Path, capture: Dataset, dcmtk: Callable[..., s
     path = tmp_path / "map.dcm"
     path.write_bytes(encode(capture))
     assert "AI result, not for diagnosis" in dcmtk("dcmdump", path)
+
+
+@pytest.mark.parametrize(("evidence", "strongest"), [(0.05, None), (0.5, "green"), (1.0, "red")])
+def test_the_legend_names_the_colours_that_are_drawn(evidence: float, strongest: str | None) -> None:
+    # One cell has the strongest evidence of the picture, the other so much of it.
+    cam = np.array([[1.0, evidence]], np.float32)
+    red, green, blue = draw_cam(np.full((8, 64), 128, np.uint8), cam)[4, -1].astype(int)
+    if strongest is None:  # by less than anybody sees
+        assert max(red, green, blue) - min(red, green, blue) <= 8
+    else:
+        assert {"green": green - max(red, blue), "red": red - max(green, blue)}[strongest] >= 20
+
+
+@pytest.mark.parametrize("reason", [RefusalReason.VIEW, RefusalReason.BODY_PART, RefusalReason.AGE])
+def test_a_refusal_is_a_valid_object_in_the_source_s_study(
+    header_of: Callable[..., Dataset],
+    dciodvfy: Callable[[list[Path]], dict[Path, list[str]]],
+    tmp_path: Path,
+    reason: RefusalReason,
+) -> None:
+    words = "Found a; needed b. Next: c."
+    image = ImageIdentity("e" * 64, "")
+    source = read_source_image(header_of(LossyImageCompression=b"01", PatientOrientation=b"L\\F"))
+    refusal = Refusal(source, image, "d" * 64, Device("SN-1"), MADE_AT, reason.value, words)
+    path = tmp_path / "refusal.dcm"
+    path.write_bytes(encode(build_refusal(refusal)))
+    assert dciodvfy([path]) == {path: []}
+    said = pydicom.dcmread(path)
+    assert (said.StudyInstanceUID, said.PatientID, said.AccessionNumber) == ("1.2.3", "CANARY-4711", "A1")
+    assert said.ImageComments == f"No AI result: {reason.value}"
+    assert said.ReferencedImageSequence[0].ReferencedSOPInstanceUID == "1.2.3.4.5"
+    assert (said.pixel_array == (255, 191, 0)).all(axis=-1).any()  # amber words
+    assert not said.pixel_array[:, [0, -1]].any()  # none is cut off
+    others = {build_refusal(replace(refusal, reason=other.value)).SOPInstanceUID for other in RefusalReason}
+    assert len(others) == len(RefusalReason)  # one for each reason
+    assert encode(build_refusal(refusal)) == path.read_bytes()
