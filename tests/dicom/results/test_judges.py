@@ -10,7 +10,8 @@ from highdicom.sr import CodedConcept
 from pydicom.dataset import Dataset
 
 from chexnet_deploy.dicom.results.files import REPORT, build_files
-from chexnet_deploy.dicom.results.result import Result, encode
+from chexnet_deploy.dicom.results.result import Refusal, Result, encode
+from chexnet_deploy.dicom.results.secondary_capture import build_refusal
 from chexnet_deploy.dicom.results.structured_report import build_structured_report
 from chexnet_deploy.runtime.predictor import Prediction
 from tests.dicom.results.conftest import Judge
@@ -91,10 +92,14 @@ def answered(plain: Result, probabilities: dict[str, float], **of_model: object)
 def sent(
     results: dict[str, Result], gray: np.ndarray, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, list[Path]]:
-    """The files of each kind, the report first; the ordinary predictions have maps and so a picture."""
+    """The files of each kind, the report first, a refusal last; the ordinary predictions have maps and so a picture."""
     root, paths = tmp_path_factory.mktemp("sent"), {}
     for kind, result in results.items():
         files = build_files(result, gray, ["Mass"] if result.prediction.maps else [])
+        refusal = Refusal(
+            result.source, result.image, result.bundle_id, result.device, result.made_at, "view", "A lateral."
+        )
+        files["refusal.dcm"] = encode(build_refusal(refusal))
         paths[kind] = [root / f"{kind} {name}" for name in files]
         for path, content in zip(paths[kind], files.values(), strict=True):
             path.write_bytes(content)
@@ -104,7 +109,7 @@ def sent(
 def test_dciodvfy_finds_nothing(sent: dict[str, list[Path]], dciodvfy: Judge) -> None:
     complaints = dciodvfy([path for paths in sent.values() for path in paths])
     assert {path: said for path, said in complaints.items() if said} == {}
-    assert len(complaints) == 2 * len(HEADERS) + 4
+    assert len(complaints) == 3 * len(HEADERS) + 2 * 4
 
 
 @pytest.mark.slow
