@@ -39,11 +39,13 @@ port = {port}
 ae_title = "{node}"
 calling_ae_titles = ["{scanner}"]
 networks = ["127.0.0.0/8"]
+{listen_settings}
 
 [[destinations]]
 host = "127.0.0.1"
 port = {pacs_port}
 ae_title = "{pacs}"
+{pacs_settings}
 
 [results]
 max_pictures = 1
@@ -107,8 +109,7 @@ class NodeProcess:
 
     Attributes:
         folder: for its configuration, state and journal; survives kills.
-        model_settings: TOML for its [model].
-        result_settings: TOML for its [results].
+        listen_settings: TOML for its [listen]; the others likewise.
         overrides: TOML appended to the configuration.
     """
 
@@ -117,6 +118,8 @@ class NodeProcess:
     answer_deadline_s: float = 20.0
     model_settings: str = ""
     result_settings: str = ""
+    listen_settings: str = ""
+    pacs_settings: str = ""
     overrides: str = ""
     port: int = field(default_factory=free_port)
     pacs_port: int = field(default_factory=free_port)
@@ -149,6 +152,8 @@ class NodeProcess:
                 answer_deadline_s=self.answer_deadline_s,
                 model_settings=self.model_settings,
                 result_settings=self.result_settings,
+                listen_settings=self.listen_settings,
+                pacs_settings=self.pacs_settings,
             )
             + self.overrides
         )

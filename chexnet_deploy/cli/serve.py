@@ -120,11 +120,11 @@ def show_status(config: ConfigArgument, as_json: JsonFlag = False) -> None:
         print_json(found)
         return
     images = found["images"]
-    n_refused = sum(images["refused"].values())
     typer.echo(f"model  {'ready' if found['is_ready'] else 'not ready'}")
-    typer.echo(f"images  {images['waiting']} waiting, {images['answered']} answered, {n_refused} refused")
-    for reason, count in sorted(images["refused"].items()):
-        typer.echo(f"  refused: {reason}  {count}")
+    typer.echo(f"images  {images['waiting']} waiting, {images['answered']} answered")
+    for state in ("refused", "failed"):
+        for reason, count in sorted(images[state].items()):
+            typer.echo(f"images  {count} {state} {reason}")
     for title, states in found["destinations"].items():
         typer.echo(f"{title}  " + (", ".join(f"{count} {state}" for state, count in states.items()) or "nothing yet"))
 

@@ -307,10 +307,11 @@ class NodeConfig(StrictRecord):
     def watchdog_s(self) -> float:
         """How long the time between two self-tests can be while all is well.
 
-        The worst is an image that hangs twice, with a restart of the worker after each, and then a slow self-test.
+        The worst is an image that hangs twice, and once more while it is explained, with a restart of the worker after each,
+        and then a slow self-test.
         """
         model = self.model
-        return self.health.self_test_every_s + 3 * model.answer_deadline_s + 2 * model.start_deadline_s
+        return self.health.self_test_every_s + 4 * model.answer_deadline_s + 3 * model.start_deadline_s
 
 
 def read_config(path: Path) -> NodeConfig:
@@ -333,7 +334,7 @@ def read_config(path: Path) -> NodeConfig:
         return NodeConfig.model_validate(content)
     except ValidationError as err:
         complaints = [f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in err.errors()]
-        raise NodeError(f"{path}: {'; '.join(complaints[:5])}. See the README for the fields.") from err
+        raise NodeError(f"{path}: {'; '.join(complaints[:5])}. docs/dicom-node.md has the fields.") from err
 
 
 def check_private(path: Path) -> None:

@@ -110,7 +110,7 @@ class Verdict(str, Enum):
 
     STORED = "stored"
     CHANGED = "changed"  # stored too: another data set under a UID that was used; the worker finds out what differs
-    AGAIN = "again"  # the same data set under the same UID: nothing to do
+    AGAIN = "again"  # the same data set under the same UID, which waits or was answered: nothing to do
     DROPPED = "dropped"  # no radiograph, but may lie in a study beside one: not kept
     NO_ROOM = "no-room"
     MISMATCH = "mismatch"  # the data set is not what the command announced
@@ -270,11 +270,14 @@ class Kept(NamedTuple):
     data_set: str = ""
 
 
+ANSWERED: Final = "answered"
+
+
 class Outcome(NamedTuple):
     """What became of an image.
 
     Attributes:
-        word: "answered", or why it was refused.
+        word: ANSWERED, or why it was refused.
         header: pseudonym of what its header says, see identity.py; empty where it is not known.
         pixels: pseudonym of its pixels; likewise.
     """
@@ -413,7 +416,9 @@ class Spool:
 
     def _place(self, incoming: Incoming, kept: Kept) -> Verdict:
         known = self._names_of.get(kept.instance, ())
-        if any(name.endswith(kept.data_set) for name in known):
+        same = [name for name in known if name.endswith(kept.data_set)]
+        # What was refused is judged anew: another model may run by now.
+        if any(name not in self._done or self._done[name].word == ANSWERED for name in same):
             return Verdict.AGAIN
         stored = self._stored(f"{self._next_number:012d}-{kept.instance}-{kept.data_set}")
         incoming.path.rename(stored.path)
@@ -423,7 +428,7 @@ class Spool:
         self._pending[stored.name] = incoming.size
         self._pending_bytes += incoming.size
         fsync_path(stored.path.parent)
-        return Verdict.CHANGED if known else Verdict.STORED
+        return Verdict.CHANGED if len(known) > len(same) else Verdict.STORED
 
     def next_pending(self) -> Stored | None:
         """Return what has waited longest for an answer."""

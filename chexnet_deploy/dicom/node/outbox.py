@@ -223,7 +223,8 @@ class Outbox:
                 "SELECT destination, state, reason, count(*) FROM entry GROUP BY destination, state, reason"
             ).fetchall()
         for destination, state, reason, count in rows:
-            found.setdefault(destination, {})[f"{state} {reason}".strip()] = count
+            word = "failed" if state == "parked" else state
+            found.setdefault(destination, {})[f"{word} {reason}".strip()] = count
         return found
 
     def forget_sent(self) -> None:

@@ -13,7 +13,7 @@ from time import monotonic
 
 from chexnet_deploy.dicom.node.audit import AuditLog, Value
 from chexnet_deploy.dicom.node.config import Health
-from chexnet_deploy.dicom.node.inbox import Outcome, Pseudonyms, Spool, Stored
+from chexnet_deploy.dicom.node.inbox import ANSWERED, Outcome, Pseudonyms, Spool, Stored
 from chexnet_deploy.dicom.node.log import Journal
 from chexnet_deploy.dicom.node.outbox import Outbox, OutboxFullError
 from chexnet_deploy.dicom.node.systemd import Notifier
@@ -21,9 +21,10 @@ from chexnet_deploy.dicom.node.worker import Answer
 from chexnet_deploy.dicom.node.worker_process import Worker, WorkerFault
 from chexnet_deploy.errors import AuditError
 
-ANSWERED = "answered"
+WORKER_LOST = "worker-lost"
 N_ATTEMPTS = 2
-"""An image that a worker dies or hangs on is tried once more, in a new process: it may have been the machine's fault."""
+"""An image that a worker dies or hangs on is tried once more, in a new process: it may have been the machine's fault. After
+that a third process only says so."""
 _IDENTITY_DIGITS = 16  # of each pseudonym, to tell images of one UID apart
 _PAUSE_S = 0.5  # before a disk, or a worker that didn't start, is tried again
 
@@ -170,17 +171,19 @@ class Processing:
     def _ask(self, stored: Stored) -> tuple[Answer, str]:
         """Return an image's answer, and the code of the last worker lost over it."""
         reason = ""
-        for _ in range(N_ATTEMPTS):
+        for attempt in range(N_ATTEMPTS + 1):
             while not self._is_worker_well():
                 if self._is_stopping or self.has_failed:
                     raise _StoppingError
             try:
+                if attempt == N_ATTEMPTS:
+                    return self._worker.explain(stored.path, WORKER_LOST), reason
                 return self._worker.answer(stored.path), reason
             except WorkerFault as fault:
                 reason = fault.reason
                 self.is_ready = False
                 self._journal.say("worker-lost", reason=reason)
-        return Answer(refusal="worker-lost"), reason
+        return Answer(refusal=WORKER_LOST), reason
 
     def _insist(self, act: Callable[[], object]) -> None:
         """Do it, as soon as the disk or the outbox has room; meanwhile the node takes no images that it can't keep."""

@@ -56,19 +56,28 @@ class RadiographWork:
 
     def answer(self, path: Path) -> Answer:
         """Return a report and pictures of findings that are present, or why there are none; see Work."""
-        # The time of arrival, not of this moment: an image that is answered again after a kill gives the same bytes.
-        arrived_at = datetime.fromtimestamp(path.stat().st_mtime).astimezone()
         try:
-            report = self._reporter.report(path, arrived_at)
-            return Answer(tuple(report.files.values()), "", *report.image)
+            report = self._reporter.report(path, _arrived_at(path))
         except ImageError as err:
-            image, document = self._reporter.refuse(path, arrived_at, err)
-            documents = (document,) if document is not None and self._explains else ()
-            return Answer(documents, err.reason.value, *image)
+            return self._refuse(path, err.reason.value, str(err).removeprefix(f"{path}: "))
+        return Answer(tuple(report.files.values()), "", *report.image)
+
+    def explain(self, path: Path, reason: str) -> Answer:
+        """Return why an image that a worker was lost over has no result; see Work."""
+        return self._refuse(path, reason, "The program failed on this image twice.")
+
+    def _refuse(self, path: Path, reason: str, words: str) -> Answer:
+        image, document = self._reporter.refuse(path, _arrived_at(path), reason, words)
+        return Answer((document,) if document is not None and self._explains else (), reason, *image)
 
     def close(self) -> None:
         """Free the model and end the decoding process."""
         self._predictor.close()
+
+
+def _arrived_at(path: Path) -> datetime:
+    # Not this moment: an image that is answered again after a kill gives the same bytes.
+    return datetime.fromtimestamp(path.stat().st_mtime).astimezone()
 
 
 if __name__ == "__main__":

@@ -20,11 +20,11 @@ from chexnet_deploy.dicom.node.audit import AuditLog
 from chexnet_deploy.dicom.node.config import Destination, NodeConfig, check_private, read_config
 from chexnet_deploy.dicom.node.connection import Address, End
 from chexnet_deploy.dicom.node.control import Control
-from chexnet_deploy.dicom.node.inbox import Kept, Pseudonyms, Spool, Verdict
+from chexnet_deploy.dicom.node.inbox import ANSWERED, Kept, Pseudonyms, Spool, Verdict
 from chexnet_deploy.dicom.node.listener import Guard
 from chexnet_deploy.dicom.node.log import Journal, silence_libraries
 from chexnet_deploy.dicom.node.outbox import Entry, Outbox
-from chexnet_deploy.dicom.node.processing import ANSWERED, Processing
+from chexnet_deploy.dicom.node.processing import WORKER_LOST, Processing
 from chexnet_deploy.dicom.node.storage_scp import Scp
 from chexnet_deploy.dicom.node.storage_scu import Delivery, Sender
 from chexnet_deploy.dicom.node.systemd import Notifier, unit
@@ -162,11 +162,16 @@ class Node:
 
     def _status(self) -> dict[str, object]:
         """Return what waits, what was refused or failed, and why."""
-        images = self._spool.counts()
-        answered = images.pop(ANSWERED, 0)
+        refused = self._spool.counts()
+        answered, failed = refused.pop(ANSWERED, 0), refused.pop(WORKER_LOST, 0)
         return {
             "is_ready": self._processing.is_ready,
-            "images": {"waiting": self._spool.n_pending, "answered": answered, "refused": dict(images)},
+            "images": {
+                "waiting": self._spool.n_pending,
+                "answered": answered,
+                "refused": dict(refused),
+                "failed": {WORKER_LOST: failed} if failed else {},
+            },
             "destinations": {
                 to.ae_title: self._outbox.destinations().get(to.ae_title, {}) for to in self._config.destinations
             },

@@ -75,6 +75,14 @@ class Work(Protocol):
         """
         ...
 
+    def explain(self, path: Path, reason: str) -> Answer:
+        """Return the answer for an image that `answer` was lost over, having looked at its header alone.
+
+        Raises:
+            Exception: as `answer`.
+        """
+        ...
+
     def self_test(self) -> None:
         """Answer the embedded known images again.
 
@@ -109,7 +117,8 @@ def serve(open_work: Callable[[], Work]) -> None:
                 work.self_test()
                 _reply(replies, {})
                 continue
-            answer = work.answer(Path(request["path"]))
+            path = Path(request["path"])
+            answer = work.answer(path) if request["ask"] == "answer" else work.explain(path, request["reason"])
         except Exception as err:  # noqa: BLE001 - after any error this process is replaced; its message may quote the image
             _reply(replies, {"failed": type(err).__name__})
             return

@@ -78,7 +78,18 @@ class Worker:
         Raises:
             WorkerFault: there is none.
         """
-        head, documents = self._ask({"ask": "answer", "path": str(path)})
+        return self._answer({"ask": "answer", "path": str(path)})
+
+    def explain(self, path: Path, reason: str) -> Answer:
+        """Return what is to be said of an image that a worker was lost over.
+
+        Raises:
+            WorkerFault: nothing can be.
+        """
+        return self._answer({"ask": "explain", "path": str(path), "reason": reason})
+
+    def _answer(self, request: Mapping[str, str]) -> Answer:
+        head, documents = self._ask(request)
         try:
             return Answer(documents, head["refusal"], head["header"], head["pixels"])
         except (KeyError, TypeError, ValueError) as err:

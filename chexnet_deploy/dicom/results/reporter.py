@@ -87,13 +87,14 @@ class Reporter:
         files = build_files(result, image.gray, present[: self._max_pictures])
         return Report(source.sop_instance_uid, prediction, files, identity)
 
-    def refuse(self, path: Path, made_at: datetime, err: ImageError) -> tuple[ImageIdentity, bytes | None]:
+    def refuse(self, path: Path, made_at: datetime, reason: str, words: str) -> tuple[ImageIdentity, bytes | None]:
         """Return which image was refused, as far as its header says, and the object that says so in its study.
 
         Args:
             path: the file.
             made_at: as in `report`.
-            err: what `report` raised.
+            reason: a code.
+            words: what was found and what was needed.
 
         Returns:
             identity: without the pixels' hash, as they may be what is wrong.
@@ -110,10 +111,9 @@ class Reporter:
             source = read_source_image(header)
         except DicomError:
             return identity, None
-        # ASCII, as the font and every viewer have it; the path is this machine's affair.
-        words = str(err).removeprefix(f"{path}: ").encode("ascii", "replace").decode()
+        words = words.encode("ascii", "replace").decode()  # as the font and every viewer have it
         words = words[:1].upper() + words[1:_MAX_WORDS]
         from chexnet_deploy.dicom.results.secondary_capture import build_refusal
 
-        refusal = Refusal(source, identity, self._bundle.id, self._device, made_at, err.reason.value, words)
+        refusal = Refusal(source, identity, self._bundle.id, self._device, made_at, reason, words)
         return identity, encode(build_refusal(refusal))

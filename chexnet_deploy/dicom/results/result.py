@@ -108,7 +108,7 @@ class Refusal(Statement):
     """Why one source image has no result.
 
     Attributes:
-        reason: a code, RefusalReason's.
+        reason: a code, RefusalReason's or the node's own.
         words: what was found and what was needed.
     """
 

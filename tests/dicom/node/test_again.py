@@ -184,7 +184,7 @@ def test_status_says_what_waits_what_was_refused_and_why(running: tuple[NodeProc
     assert found["images"]["answered"] >= 1
     assert set(found["destinations"]) == {"PACS"}
     told = chexnet("node", "status", node.folder / "node.toml").stdout
-    assert "refused: body-part" in told
+    assert " refused body-part\n" in told
     assert "PACS  " in told
 
 

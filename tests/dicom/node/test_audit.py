@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from chexnet_deploy.dicom.node.audit import HEAD_SUFFIX, START_HASH, AuditLog, read_head, verify
+from chexnet_deploy.dicom.node.audit import HEAD_SUFFIX, START_HASH, AuditLog, find, read_head, verify
 from chexnet_deploy.errors import AuditError
 
 EVENTS = ("started", "received", "answered", "refused", "delivered", "stopped")
@@ -195,3 +195,27 @@ def test_log_counts_as_writable_while_a_line_is_being_written(tmp_path: Path, mo
     log.close()
     assert seen
     assert all(seen)
+
+
+@pytest.mark.parametrize(("instance", "numbers"), [("aa", [2, 5]), ("bb", [3]), ("cc", []), ("started", [])])
+def test_the_lines_about_one_image_are_found(tmp_path: Path, instance: str, numbers: list[int]) -> None:
+    log = AuditLog.open(tmp_path / "audit.jsonl")
+    log.append("started")
+    for event, about in (("received", "aa"), ("received", "bb"), ("started", ""), ("answered", "aa")):
+        log.append(event, {"instance": about, "reason": "cc"})
+    log.close()
+    assert [line["seq"] for line in find(tmp_path / "audit.jsonl", instance)] == numbers
+    path = tmp_path / "audit.jsonl"
+    path.write_bytes(path.read_bytes().replace(b'"aa"', b'"dd"'))
+    with pytest.raises(AuditError, match="changed"):
+        find(path, instance)
+
+
+def test_log_and_head_are_their_owner_s_alone(tmp_path: Path) -> None:
+    log = AuditLog.open(tmp_path / "audit.jsonl")
+    for _ in range(3):
+        assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {
+            "audit.jsonl": 0o600,
+            "audit.jsonl.head": 0o600,
+        }
+        log.append("received")

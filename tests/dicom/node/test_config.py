@@ -43,8 +43,8 @@ def test_the_smallest_configuration_has_every_limit(tmp_path: Path) -> None:
     config = read(tmp_path)
     assert config.listen.port == 11112
     assert config.limits.max_object_bytes == 192 * 1024 * 1024
-    # Two hangs, a restart after each, a slow self-test and the time between two: 15 + 3 x 20 + 2 x 60.
-    assert config.watchdog_s == 195.0
+    # Three hangs, a restart after each, a slow self-test and the time between two: 15 + 4 x 20 + 3 x 60.
+    assert config.watchdog_s == 275.0
 
 
 def test_networks_decide_who_may_connect(tmp_path: Path) -> None:
@@ -75,6 +75,12 @@ def test_networks_decide_who_may_connect(tmp_path: Path) -> None:
         ("[model]", "[limits]\nidle_s = nan\n[model]", "idle_s"),
         ("[model]", "[outbox]\nfirst_retry_s = 500\n[model]", "max_retry_s"),
         ("[model]", '[[destinations]]\nhost = "x"\nport = 1\nae_title = "PACS"\n[model]', "same ae_title"),
+        ("[model]", "[results]\nexplain_refusals = 1\n[model]", "explain_refusals"),
+        ("[model]", "[outbox]\nkeep_mib = -1\n[model]", "keep_mib"),
+        ('ae_title = "PACS"', 'ae_title = "PACS"\ntls = true', "both or neither"),
+        ('ae_title = "CHEXNET"', 'ae_title = "CHEXNET"\ntls = true', "both or neither"),
+        ("[model]", '[tls]\ncertificate = "/c"\nkey = "/k"\nauthorities = "/a"\n[model]', "both or neither"),
+        ("[model]", '[tls]\ncertificate = "/c"\nauthorities = "/a"\n[model]', "tls.key"),
         ("[model]", "[model", "not TOML"),
     ],
 )

@@ -1,6 +1,7 @@
 """The guard with the DICOM library behind it, attacked on loopback by hand-made bytes."""
 
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -29,7 +30,9 @@ QUICK = {"request_deadline_s": 1.0, "pdu_deadline_s": 0.5, "idle_s": 1.0, "quiet
 class Front:
     """A guard and what lies behind it, in this process."""
 
-    def __init__(self, folder: Path, titles: tuple[str, ...] = (SCANNER,), **limits: float) -> None:
+    def __init__(
+        self, folder: Path, titles: tuple[str, ...] = (SCANNER,), tls: ssl.SSLContext | None = None, **limits: float
+    ) -> None:
         self.kept: list[Kept] = []
         self.ends: list[End] = []
         self.is_open = True
@@ -40,7 +43,7 @@ class Front:
         )
         settings = Limits.model_validate({**QUICK, **limits})
         self.scp = Scp(listen, settings, self.spool, self._keep, lambda: self.is_open)
-        self.guard = Guard(listen, settings, self.spool, self.scp.hand_over, self.ends.append)
+        self.guard = Guard(listen, settings, self.spool, self.scp.hand_over, self.ends.append, tls)
         self.port = self.guard.start()[1]
 
     def _keep(self, kept: Kept) -> Verdict:

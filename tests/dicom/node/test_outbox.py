@@ -206,7 +206,7 @@ def test_states_are_counted_with_their_reasons(outbox: Outbox) -> None:
     entry, _ = outbox.next_entry("A")
     assert entry is not None
     outbox.sent(entry)
-    assert outbox.destinations() == {"A": {"parked status-a900": 1, "sent": 1, "waiting": 1}, "B": {"waiting": 3}}
+    assert outbox.destinations() == {"A": {"failed status-a900": 1, "sent": 1, "waiting": 1}, "B": {"waiting": 3}}
 
 
 def test_sent_documents_that_are_not_kept_leave_nothing_behind(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
+import contextlib
 import struct
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chexnet_deploy.dicom.node.pdu import (
@@ -13,9 +14,11 @@ from chexnet_deploy.dicom.node.pdu import (
     PduFault,
     PduType,
     Pdv,
+    Request,
     accepted_syntaxes,
     read_header,
     read_pdvs,
+    read_request,
     write_abort,
     write_busy,
     write_pdv,
@@ -156,10 +159,31 @@ def test_data_in_another_context_is_refused() -> None:
         reader.check_data(fragment(b"x", is_command=False, context_id=3))
 
 
-def test_accepted_syntaxes_of_an_answer() -> None:
-    def item(kind: int, content: bytes) -> bytes:
-        return struct.pack(">BxH", kind, len(content)) + content
+def item(kind: int, content: bytes) -> bytes:
+    return struct.pack(">BxH", kind, len(content)) + content
 
+
+@pytest.mark.parametrize(
+    ("title", "read"),
+    [(b"SCANNER         ", "SCANNER"), (b"  ROOM 1        ", "ROOM 1"), (bytes(16), ""), (b"\xff" * 16, "")],
+)
+def test_a_request_says_who_asks_whom_for_what(title: bytes, read: str) -> None:
+    contexts = b"".join(
+        item(0x20, bytes([number, 0, 0, 0]) + item(0x30, syntax) + item(0x40, b"1.2.840.10008.1.2"))
+        for number, syntax in ((1, b"1.2.840.10008.1.1"), (3, b"CANARY^NAME"))
+    )
+    body = bytes(4) + b"CHEXNET".ljust(16) + title + bytes(32) + item(0x10, b"1.2.840.10008.3.1.1.1") + contexts
+    assert read_request(body) == Request("CHEXNET", read, {1: "1.2.840.10008.1.1", 3: ""})
+
+
+@settings(max_examples=300)
+@given(st.binary(min_size=68, max_size=300))
+def test_any_request_is_read_or_refused(body: bytes) -> None:
+    with contextlib.suppress(PduFault):
+        read_request(body)
+
+
+def test_accepted_syntaxes_of_an_answer() -> None:
     accepted = item(0x21, bytes([1, 0, 0, 0]) + item(0x40, b"1.2.840.10008.1.2"))
     refused = item(0x21, bytes([3, 0, 4, 0]) + item(0x40, b""))
     body = bytes(68) + item(0x10, b"1.2.840.10008.3.1.1.1") + accepted + refused

@@ -21,7 +21,7 @@ from chexnet_deploy.dicom.node.config import read_config
 from chexnet_deploy.dicom.node.radiograph_worker import RadiographWork
 
 
-def wait_until(is_so: Callable[[], bool], *, timeout_s: float = 20.0) -> None:
+def wait_until(is_so: Callable[[], bool], *, timeout_s: float = 60.0) -> None:
     deadline_s = time.monotonic() + timeout_s
     while not is_so():
         assert time.monotonic() < deadline_s
@@ -124,6 +124,9 @@ def test_worker_that_is_lost_over_an_image_is_replaced_and_the_image_refused_aft
     (line,) = audited(node, "refused")
     assert (line["reason"], line["worker"]) == ("worker-lost", worker_reason)
     assert [event["event"] for event in node.events()].count("worker-lost") == n_lost
+    wait_until(lambda: len(pacs.received()) == len(audited(node, "delivered")))
+    (explained,) = [each for each in pacs.received().values() if each.PatientID == "ID-1"]
+    assert explained.ImageComments == "No AI result: worker-lost"
     assert name not in node.journal.read_text()
     assert node.stop() == 0
 

@@ -138,6 +138,18 @@ def test_another_data_set_under_a_used_uid_is_kept_too(
     assert open_spool(folder).outcomes(kept.instance) == ([ANSWERED] if is_answered else [])
 
 
+@pytest.mark.parametrize("word", ["view", "blank", "worker-lost"])
+def test_a_refused_image_that_comes_again_is_judged_anew(folder: Path, tmp_path: Path, word: str) -> None:
+    spool = open_spool(folder)
+    for _ in range(2):
+        assert receive(spool, image(tmp_path, 1)).verdict is Verdict.STORED
+        assert receive(spool, image(tmp_path, 1)).verdict is Verdict.AGAIN  # it waits
+        stored = spool.next_pending()
+        assert stored is not None
+        spool.finish(stored, Outcome(word))
+        spool = open_spool(folder)
+
+
 @pytest.mark.parametrize("word", ["answered", "view", "not-a-frontal-chest"])
 def test_what_became_of_images_is_remembered_until_it_is_forgotten(folder: Path, tmp_path: Path, word: str) -> None:
     spool = open_spool(folder)

@@ -31,7 +31,7 @@ def make(needs_gpu: bool = False, **changes: object) -> str:
 def test_deadlines_and_addresses_are_the_configurations() -> None:
     lines = make().splitlines()
     assert "Type=notify" in lines
-    assert "WatchdogSec=195" in lines
+    assert "WatchdogSec=275" in lines
     assert "TimeoutStopSec=35" in lines
     assert "MemoryMax=4096M" in lines
     assert "StateDirectory=chexnet-node" in lines
@@ -65,6 +65,13 @@ def test_named_destination_leaves_addresses_open_and_says_so() -> None:
         ({"folder": "/srv/node"}, "/var/lib"),
         ({"model": {"bundle": "/home/me/bundle"}}, "home"),
         ({"model": {"bundle": "/opt/chexnet/bundle", "trust": "/home/me/trust.toml"}}, "home"),
+        (
+            {
+                "tls": {"certificate": "/etc/node.pem", "key": "/root/node.key", "authorities": "/etc/peers.pem"},
+                "destinations": [{"host": "10.20.0.9", "port": 104, "ae_title": "PACS", "tls": True}],
+            },
+            "home",
+        ),
     ],
 )
 def test_what_a_service_cannot_see_is_refused(changes: dict[str, object], named: str) -> None:
