@@ -51,7 +51,7 @@ results are marked "{disclaimer}"; the node is no medical device.
 
 One application entity listens, and calls each destination. An image is acknowledged once it is on disk. Images are answered
 in the order of arrival; results wait in a durable outbox until each destination took them. After a kill at any moment the same
-results may be sent again, under the same SOP Instance UIDs. An image that comes again, transcoded or not, is not answered again;
+results may be sent again, under the same SOP Instance UIDs. An image that was answered is not answered again, transcoded or not;
 one with another header or other pixels under the same UID is, by objects with UIDs of their own.
 
 ### 3.2 Association policies
