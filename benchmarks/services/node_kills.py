@@ -149,7 +149,7 @@ def kill_node(
             node.start()
             on_done(i + 1)
         modality.stop()
-        _settle(node, pacs)
+        settle(node, lambda: len(pacs.paths()))
         node.stop()
         lost, wrong = _compare(modality, pacs, node)
         head = verify(node.state / "audit.jsonl", read_head(node.state / "audit.jsonl.head").hash)
@@ -168,14 +168,14 @@ def kill_node(
     )
 
 
-def _settle(node: NodeProcess, pacs: Pacs) -> None:
-    """Wait until the node has nothing left to do, or does nothing any more."""
+def settle(node: NodeProcess, count: Callable[[], int]) -> None:
+    """Wait until the node has nothing left to do, or what its destination has grows no more."""
     n_before, changed_s = -1, time.monotonic()
     while not _is_settled(node) and time.monotonic() < changed_s + PATIENCE_S:
-        if len(pacs.paths()) != n_before:
-            n_before, changed_s = len(pacs.paths()), time.monotonic()
+        if (n_now := count()) != n_before:
+            n_before, changed_s = n_now, time.monotonic()
         time.sleep(0.5)
-    time.sleep(0.5)  # storescp may be writing the last one
+    time.sleep(0.5)  # the destination may be writing the last one
 
 
 def _is_settled(node: NodeProcess) -> bool:

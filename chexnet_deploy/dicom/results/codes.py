@@ -23,10 +23,11 @@ PRIVATE_SCHEME_NAME: Final = "chexnet-deploy: findings and operating points of C
 PROBABILITY: Final = Code("122157", "DCM", "Probability")
 NO_UNITS: Final = Code("1", "UCUM", "no units")
 OPERATING_POINT: Final = Code("OPERATING_POINT", PRIVATE_SCHEME, "Operating point")
-AT_OR_ABOVE: Final = Code("AT_OR_ABOVE_OP", PRIVATE_SCHEME, "At or above the operating point")
-BELOW: Final = Code("BELOW_OP", PRIVATE_SCHEME, "Below the operating point")
-UNDECIDED: Final = Code("NO_OP", PRIVATE_SCHEME, "No operating point")
-CHEST_IMAGING: Final = Code("413815006", "SCT", "Chest imaging")
+# CID 240, Present-Absent.
+PRESENT: Final = Code("52101004", "SCT", "Present")
+ABSENT: Final = Code("272519000", "SCT", "Absent")
+UNDETERMINED: Final = Code("373068000", "SCT", "Undetermined")
+IMAGING: Final = Code("363679005", "SCT", "Imaging procedure")  # CID 100 names none of the chest
 
 _FINDINGS: Final = MappingProxyType(
     {

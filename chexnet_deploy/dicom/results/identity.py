@@ -4,6 +4,7 @@ The same image in another transfer syntax, or with other padding, is the same im
 other pixel makes it another, under the same SOP Instance UID too: a corrected view, patient or accession number.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Iterator
 from typing import Final, NamedTuple
@@ -62,7 +63,11 @@ def _pieces(header: Dataset) -> Iterator[bytes]:
         if tag.group % 2 or tag.element == 0 or tag.group == _PIXEL_GROUP or tag in _OF_TRANSPORT:
             continue
         yield int(tag).to_bytes(4, "little")
-        element = header[tag] if _is_sequence(tag) else header.get_item(tag)
+        element = header.get_item(tag)
+        if isinstance(element, RawDataElement) and _is_sequence(tag, element.VR):
+            # Where it is none after all, its bytes are compared, which stay as they are.
+            with contextlib.suppress(Exception):
+                element = header[tag]
         value = None if element is None else element.value
         if isinstance(value, Sequence):
             for item in value:
@@ -75,6 +80,6 @@ def _pieces(header: Dataset) -> Iterator[bytes]:
             yield str(value or "").encode("utf-8", "surrogateescape").rstrip(b" \0")
 
 
-def _is_sequence(tag: BaseTag) -> bool:
+def _is_sequence(tag: BaseTag, vr: str | None) -> bool:
     # Only these are converted: the values of others are a patient's, and the library's warnings repeat them.
-    return dictionary_has_tag(tag) and dictionary_VR(tag) == "SQ"
+    return vr in (None, "UN", "SQ") and dictionary_has_tag(tag) and dictionary_VR(tag) == "SQ"

@@ -6,10 +6,11 @@ One measurement group (TID 1501) a finding, in the manifest's order:
     Algorithm ... (TID 4019)     bundle id as version; precision, preprocessing and hashes as parameters
     (122157, DCM, Probability)   0..1
     Operating point              0..1; absent where the bundle has none for this finding
-    <code of the finding>        At or above / below the operating point, or none
+    <code of the finding>        Present: at or above the operating point; Absent: below it; Undetermined: there is none
 
 The finding's code is the name of an evaluation and not the value of (121071, DCM, Finding): that would assert all 14 findings
-of every patient, and a reader that looks no further would believe it. Nor is one below its operating point called absent.
+of every patient, and a reader that looks no further would believe it. The evaluation stays in its group, beside the numbers
+that it follows from, and not in TID 1500's own container (row 12): an "Absent" alone says more than the model does.
 
 A probability is written as 64-bit Floating Point Value, exactly, and rounded to the 16 characters of a decimal string beside
 it, which still tells every float32 apart.
@@ -37,15 +38,15 @@ from pydicom.dataset import Dataset
 from pydicom.sr.coding import Code
 
 from chexnet_deploy.dicom.results.codes import (
-    AT_OR_ABOVE,
-    BELOW,
-    CHEST_IMAGING,
+    ABSENT,
+    IMAGING,
     NO_UNITS,
     OPERATING_POINT,
+    PRESENT,
     PRIVATE_SCHEME,
     PRIVATE_SCHEME_NAME,
     PROBABILITY,
-    UNDECIDED,
+    UNDETERMINED,
     finding_code,
 )
 from chexnet_deploy.dicom.results.result import ALGORITHM, DISCLAIMER, Result, finish
@@ -55,6 +56,7 @@ SERIES_NUMBER: Final = 9101  # far from those a modality counts up to; a study's
 _TRACKING_IDENTIFIER: Final = Code("112039", "DCM", "Tracking Identifier")
 _MEASUREMENT_GROUP: Final = Code("125007", "DCM", "Measurement Group")
 _IMAGING_MEASUREMENTS: Final = Code("126010", "DCM", "Imaging Measurements")
+_MEANING: Final = "Present and absent say how a probability lies to its operating point."
 
 
 def build_structured_report(result: Result) -> Dataset:
@@ -80,12 +82,12 @@ def build_structured_report(result: Result) -> Dataset:
                 ),
             )
         ),
-        procedure_reported=CHEST_IMAGING,
+        procedure_reported=IMAGING,
         imaging_measurements=[_group(result, finding, algorithm) for finding in result.manifest.findings],
     )
     # TID 1500 is extensible, and this must stay with the numbers wherever the tree is shown.
     report[0].ContentSequence.append(
-        TextContentItem(Code("121106", "DCM", "Comment"), f"{DISCLAIMER}.", relationship_type="CONTAINS")
+        TextContentItem(Code("121106", "DCM", "Comment"), f"{DISCLAIMER}. {_MEANING}", relationship_type="CONTAINS")
     )
     built = Comprehensive3DSR(
         evidence=[_nameless(result)],
@@ -139,10 +141,10 @@ def _group(result: Result, finding: str, algorithm: AlgorithmIdentification) -> 
     point = result.manifest.operating_points.get(finding)
     measurements = [Measurement(PROBABILITY, float(result.prediction.probabilities[finding]), NO_UNITS)]
     if point is None:
-        decision = UNDECIDED
+        decision = UNDETERMINED
     else:
         measurements.append(Measurement(OPERATING_POINT, float(point), NO_UNITS))
-        decision = AT_OR_ABOVE if result.prediction.present[finding] else BELOW
+        decision = PRESENT if result.prediction.present[finding] else ABSENT
     return MeasurementsAndQualitativeEvaluations(
         tracking_identifier=TrackingIdentifier(uid=result.uid(f"tracking of {finding}"), identifier=finding),
         algorithm_id=algorithm,

@@ -21,7 +21,7 @@ from chexnet_deploy.dicom.node.config import read_config
 from chexnet_deploy.dicom.node.radiograph_worker import RadiographWork
 
 
-def wait_until(is_so: Callable[[], bool], *, timeout_s: float = 20.0) -> None:
+def wait_until(is_so: Callable[[], bool], *, timeout_s: float = 60.0) -> None:
     deadline_s = time.monotonic() + timeout_s
     while not is_so():
         assert time.monotonic() < deadline_s

@@ -65,6 +65,13 @@ def test_named_destination_leaves_addresses_open_and_says_so() -> None:
         ({"folder": "/srv/node"}, "/var/lib"),
         ({"model": {"bundle": "/home/me/bundle"}}, "home"),
         ({"model": {"bundle": "/opt/chexnet/bundle", "trust": "/home/me/trust.toml"}}, "home"),
+        (
+            {
+                "tls": {"certificate": "/etc/node.pem", "key": "/root/node.key", "authorities": "/etc/peers.pem"},
+                "destinations": [{"host": "10.20.0.9", "port": 104, "ae_title": "PACS", "tls": True}],
+            },
+            "home",
+        ),
     ],
 )
 def test_what_a_service_cannot_see_is_refused(changes: dict[str, object], named: str) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta, timezone
 from io import BytesIO
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn, TypeAlias
 
 import numpy as np
 import pytest
@@ -57,6 +57,7 @@ CHARACTER_SETS: Final = (
 )
 
 CHECKOUT = Path(__file__).parents[3]
+Judge: TypeAlias = Callable[[list[Path]], dict[Path, list[str]]]
 MADE_AT = datetime(2026, 3, 1, 12, 30, 15, 250000, tzinfo=timezone(timedelta(hours=1)))
 
 # What any archive would take: the least that a valid chest radiograph says of patient and study.
@@ -168,15 +169,18 @@ def real_headers() -> list[Path]:
 def _tool(name: str, package: str) -> str:
     path = shutil.which(name)
     if path is None:
-        reason = f"NOT RUN: no {name}; on Debian: apt-get install {package}"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
+        _not_run(f"no {name}; on Debian: apt-get install {package}")
     return path
 
 
+def _not_run(why: str) -> NoReturn:
+    if os.environ.get("CI"):
+        pytest.fail(f"NOT RUN: {why}")
+    pytest.skip(f"NOT RUN: {why}")
+
+
 @pytest.fixture(scope="session")
-def dciodvfy() -> Callable[[list[Path]], dict[Path, list[str]]]:
+def dciodvfy() -> Judge:
     """Judge files by dicom3tools' dciodvfy: what it says of each that is an error, and what it warns of that we answer for."""
     tool = _tool("dciodvfy", "dicom3tools")
 
@@ -212,6 +216,49 @@ def _is_answered_for(line: str) -> bool:
             "Value is zero",  # of weights and sizes carried over
         )
     )
+
+
+PIXELMED = Path("/usr/share/java/pixelmed.jar")
+
+
+@pytest.fixture(scope="session")
+def pixelmed() -> Judge:
+    """Judge structured reports by PixelMed's DicomSRValidator: errors, and warnings that we don't answer for."""
+    java = str(Path(_tool("javac", "default-jdk-headless")).with_name("java"))  # a runtime alone runs no source file
+    if not PIXELMED.exists():
+        _not_run(f"no {PIXELMED}; on Debian: apt-get install libpixelmed-java")
+    limits = [f"-Djdk.xml.xpath{limit}Limit=0" for limit in ("ExprOp", "ExprGrp", "TotalOp")]  # its rules exceed Java's
+
+    def judge(files: list[Path]) -> dict[Path, list[str]]:
+        program = Path(__file__).with_name("ValidateReports.java")
+        command = [java, *limits, "-cp", str(PIXELMED), str(program), *map(str, files)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        said: dict[Path, list[str]] = {file: [] for file in files}
+        for name, _, line in (line.partition("\t") for line in done.stdout.splitlines()):
+            said[Path(name)].append(line)
+        for lines in said.values():
+            assert lines[:2] == ["Found Comprehensive3DSR IOD", "Found Root Template TID_1500 (MeasurementReport)"]
+            assert "IOD validation complete" in lines
+        is_complaint = ("Error", "Warning")
+        return {
+            file: [
+                line for line in lines if line.startswith(is_complaint) and not _PIXELMED_ANSWERED_FOR.fullmatch(line)
+            ]
+            for file, lines in said.items()
+        }
+
+    return judge
+
+
+_PIXELMED_ANSWERED_FOR = re.compile(
+    r"Warning: .*"
+    # Its rules for TID 1410, 1411 and 1501 are older than these templates' rows for qualitative evaluations.
+    r'(CONTAINER \(125007,DCM,"Measurement Group"\)/CODE \(.*\)'
+    # TID 1500 is extensible, and the disclaimer stands at its root.
+    r'|/CONTAINER \(126000,DCM,"Imaging Measurement Report"\)/TEXT \(121106,DCM,"Comment"\))'
+    r": Content Item not in template"
+)
 
 
 @pytest.fixture(scope="session")

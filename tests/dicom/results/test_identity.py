@@ -3,6 +3,8 @@
 from collections.abc import Callable
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
@@ -62,3 +64,24 @@ def test_what_is_inside_a_sequence_counts(header_of: Callable[..., Dataset], cha
     others = {"other code": coded("B"), "one more item": coded("A", "B"), "no item": coded()}
     assert header_sha256(coded("A")) == header_sha256(coded("A"))
     assert header_sha256(coded("A")) != header_sha256(others[changed])
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_whatever_stands_in_a_header_is_compared_silently(
+    header_of: Callable[..., Dataset], malformed: st.SearchStrategy[dict[str, bytes | None]], data: st.DataObject
+) -> None:
+    drawn = data.draw(malformed)
+    header = header_of(**drawn)
+    assert header_sha256(header) == header_sha256(header_of(**drawn))  # and silently: a warning is an error here
+    assert header_sha256(header) == header_sha256(header)
+
+
+@pytest.mark.parametrize(
+    "content", [b"nonsense", b"\xfe\xff\x00\xe0\xff\xff\xff\x00AB", b"\xfe\xff\x00\xe0\x02\x00\x00\x00AB"]
+)
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_no_sequence_is_compared_by_its_bytes(header_of: Callable[..., Dataset], content: bytes) -> None:
+    odd = header_of(ViewCodeSequence=content)
+    assert header_sha256(odd) == header_sha256(header_of(ViewCodeSequence=content))
+    assert header_sha256(odd) != header_sha256(header_of())

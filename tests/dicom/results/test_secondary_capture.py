@@ -24,11 +24,10 @@ from chexnet_deploy.dicom.results.secondary_capture import (
 from chexnet_deploy.dicom.results.source_header import read_source_image
 from chexnet_deploy.errors import DicomError, RefusalReason
 from chexnet_deploy.runtime.predictor import draw_cam
-from tests.dicom.results.conftest import MADE_AT
+from tests.dicom.results.conftest import MADE_AT, Judge
 
 HeaderOf = Callable[..., Dataset]
 ResultFor = Callable[[Dataset], Result]
-Judge = Callable[[list[Path]], dict[Path, list[str]]]
 
 
 @pytest.fixture(scope="module")

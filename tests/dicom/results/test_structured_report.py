@@ -22,10 +22,10 @@ from chexnet_deploy.dicom.results.result import Device, Result, encode
 from chexnet_deploy.dicom.results.structured_report import build_structured_report, read_probabilities
 from chexnet_deploy.errors import DicomError
 from chexnet_deploy.runtime.predictor import Prediction
+from tests.dicom.results.conftest import Judge
 
 HeaderOf = Callable[..., Dataset]
 ResultFor = Callable[[Dataset], Result]
-Judge = Callable[[list[Path]], dict[Path, list[str]]]
 
 
 @pytest.fixture(scope="module")
@@ -70,15 +70,15 @@ def test_a_group_by_hand(report: Dataset) -> None:
     (decision,) = [item for item in items if named(item) == "Pneumonia"]
     name = decision.ConceptNameCodeSequence[0]
     assert (name.CodeValue, name.CodingSchemeDesignator) == ("233604007", "SCT")
-    assert decision.ConceptCodeSequence[0].CodeMeaning == "At or above the operating point"
+    assert decision.ConceptCodeSequence[0].CodeMeaning == "Present"
     (image,) = [item.ReferencedSOPSequence[0] for item in items if item.ValueType == "IMAGE"]
     assert image.ReferencedSOPInstanceUID == "1.2.3.4.5"
 
 
 def test_the_other_two_decisions(report: Dataset) -> None:
     by_finding = groups(report)
-    assert by_finding["Atelectasis"][-2].ConceptCodeSequence[0].CodeMeaning == "Below the operating point"
-    assert by_finding["Hernia"][-2].ConceptCodeSequence[0].CodeMeaning == "No operating point"
+    assert by_finding["Atelectasis"][-2].ConceptCodeSequence[0].CodeMeaning == "Absent"
+    assert by_finding["Hernia"][-2].ConceptCodeSequence[0].CodeMeaning == "Undetermined"
     assert [named(item) for item in by_finding["Hernia"] if item.ValueType == "NUM"] == ["Probability"]
 
 
@@ -119,7 +119,7 @@ def test_it_belongs_to_the_source_s_study_and_is_nobody_s_verdict(report: Datase
     )
     assert "not for diagnosis" in report.SeriesDescription
     assert [str(item.TextValue) for item in report.ContentSequence if named(item) == "Comment"] == [
-        "AI result, not for diagnosis."
+        "AI result, not for diagnosis. Present and absent say how a probability lies to its operating point."
     ]
 
 
@@ -263,5 +263,5 @@ def test_dcmtk_reads_it(tmp_path: Path, result: Result, dcmtk: Callable[..., str
     path.write_bytes(encode(build_structured_report(result)))
     tree = dcmtk("dsrdump", path)
     assert tree.count('"Probability")=') == 14
-    assert '"Pneumonia")=(AT_OR_ABOVE_OP,99CHEXNET,' in tree
+    assert '"Pneumonia")=(52101004,SCT,"Present")' in tree
     assert "Comprehensive3DSRStorage" in dcmtk("dcmdump", path)
