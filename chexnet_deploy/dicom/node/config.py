@@ -323,7 +323,7 @@ def read_config(path: Path) -> NodeConfig:
     try:
         with path.open("rb") as file:
             mode = os.fstat(file.fileno()).st_mode
-            content = tomllib.load(file)
+            content = tomllib.loads(file.read().decode("utf-8-sig"))  # editors on Windows put a mark first
     except OSError as err:
         raise NodeError(f"{path} can't be read: {err.strerror}. Check the path.") from err
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:

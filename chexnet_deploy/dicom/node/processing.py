@@ -150,8 +150,10 @@ class Processing:
             self._insist(lambda: self._audit.append("same-image", image))
         else:
             if earlier and outcome not in earlier:
-                changed = {**image, "differs": _difference(earlier[-1], outcome), "before": earlier[-1].word}
+                differs = _difference(earlier[-1], outcome)
+                changed = {**image, "differs": differs, "before": earlier[-1].word}
                 self._insist(lambda: self._audit.append("changed", changed))
+                self._journal.say("changed", instance=stored.instance, differs=differs)
             record: dict[str, Value] = {
                 **image,
                 "file": self._pseudonyms.name("file", _digest(stored)),

@@ -2,7 +2,8 @@
 
 pynetdicom does what the standard says about associations and messages. It never listens: each connection is handed to it
 by the guard as one end of a socket pair, with the peer's address, so nobody can go around the guard. Data sets don't pass
-through it either, see connection.py; what it gets in place of one is a token.
+through it either, see connection.py; what it gets in place of one is a token. Listening itself, with its own chunked receive
+and 16 associations, it let 44 of 88 C-ECHOs fail under the attack of benchmarks/services/node_attack.py, which lets none fail here.
 """
 
 import socket

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from pydicom import Dataset, dcmread
-from pydicom.uid import ImplicitVRLittleEndian, RLELossless
+from pydicom.uid import ImplicitVRLittleEndian, RLELossless, SecondaryCaptureImageStorage
 
 from benchmarks.rigs.node_rig import NodeProcess, Pacs, find_dcmtk, store, write_radiograph
 from chexnet_deploy.bundle.bundle import Bundle
@@ -126,6 +126,22 @@ def test_the_same_image_in_another_encoding_is_no_other(
         "same-image",
     ]
     assert len(of_patient(pacs, f"ID-{seed}")) == 2
+
+
+@pytest.mark.parametrize(("seed", "modality", "status"), [(51, "CR", 0), (52, "DX", 0), (53, "OT", 0xB006)])
+def test_a_secondary_capture_of_a_radiograph_is_answered(
+    running: tuple[NodeProcess, Pacs], tmp_path: Path, seed: int, modality: str, status: int
+) -> None:
+    node, pacs = running
+    image = write_radiograph(tmp_path / "a.dcm", seed=seed)
+    image.SOPClassUID, image.Modality = SecondaryCaptureImageStorage, modality
+    assert store(node.port, [image]) == [status]
+    if status == 0:
+        wait_until(lambda: len(of_patient(pacs, f"ID-{seed}")) == 2)
+        # Our own results come back with their study.
+        assert store(node.port, list(of_patient(pacs, f"ID-{seed}").values())) == [0xB006, 0xB006]
+    else:
+        assert [line["verdict"] for line in instance_of(node, str(image.SOPInstanceUID))] == ["dropped"]
 
 
 @pytest.mark.parametrize("seed", [31, 32, 33])

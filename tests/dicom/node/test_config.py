@@ -89,6 +89,13 @@ def test_what_is_wrong_is_named(tmp_path: Path, old: str, new: str, named: str) 
         read(tmp_path, WHOLE.replace(old, new, 1))
 
 
+@pytest.mark.parametrize("content", [b"\xef\xbb\xbf", b"\xef\xbb\xbf# \xc3\xbc\r\n", b"# \xc3\xbc\n"])
+def test_a_byte_order_mark_is_passed_over(tmp_path: Path, content: bytes) -> None:
+    path = write(tmp_path, "")
+    path.write_bytes(content + WHOLE.encode())
+    assert read_config(path) == read(tmp_path)
+
+
 @pytest.mark.parametrize("mode", [0o666, 0o620, 0o602])
 def test_configuration_that_others_may_write_is_refused(tmp_path: Path, mode: int) -> None:
     path = write(tmp_path, WHOLE)
