@@ -315,7 +315,7 @@ def test_absent_images_are_named_and_refused_once_they_are_there(root: Path, tmp
 
 def test_without_any_image_nothing_is_made(root: Path, tmp_path: Path) -> None:
     shutil.rmtree(root / "images")
-    with pytest.raises(DatasetError, match="no image of the train_val list"):
+    with pytest.raises(DatasetError, match="found none of the 143 train images on disk"):
         prepare(root, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
