@@ -125,6 +125,7 @@ def test_the_same_image_in_another_encoding_is_no_other(
         "answered",
         "same-image",
     ]
+    wait_until(lambda: len(of_patient(pacs, f"ID-{seed}")) >= 2)  # done is before delivered
     assert len(of_patient(pacs, f"ID-{seed}")) == 2
 
 
