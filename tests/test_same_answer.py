@@ -182,6 +182,7 @@ def chexnet(*arguments: object) -> str:
     return printed.getvalue()
 
 
+@pytest.mark.slow
 def test_the_command_line_answers_one_file_as_the_predictor(
     bundle: Bundle, files: list[Path], predicted: Answers
 ) -> None:

@@ -187,6 +187,7 @@ def edit(source: Path, path: Path, **changes: object) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_a_checkpoint_of_another_resolution_and_other_findings(
     finished: Path, phantom_root: Path, tmp_path: Path
 ) -> None:

@@ -106,7 +106,11 @@ def test_refused_image_is_recorded_and_explained_in_its_study(
 
 @pytest.mark.parametrize(
     ("name", "worker_reason", "n_lost"),
-    [("DIE", "worker-died-signal-11", 2), ("RAISE", "worker-failed-RuntimeError", 2), ("HANG", "worker-deadline", 2)],
+    [
+        ("DIE", "worker-died-signal-11", 2),
+        ("RAISE", "worker-failed-RuntimeError", 2),
+        pytest.param("HANG", "worker-deadline", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_worker_that_is_lost_over_an_image_is_replaced_and_the_image_refused_after_two_tries(
     node: NodeProcess, pacs: Pacs, tmp_path: Path, name: str, worker_reason: str, n_lost: int
@@ -131,6 +135,7 @@ def test_worker_that_is_lost_over_an_image_is_replaced_and_the_image_refused_aft
     assert node.stop() == 0
 
 
+@pytest.mark.slow
 def test_image_that_hangs_once_is_answered_at_the_second_try(node: NodeProcess, pacs: Pacs, tmp_path: Path) -> None:
     node.answer_deadline_s = 2.0
     node.start()
@@ -179,6 +184,7 @@ def test_nothing_about_a_patient_is_in_any_output(node: NodeProcess, pacs: Pacs,
     assert all(stat.S_IMODE(path.stat().st_mode) & 0o007 == 0 for path in (node.state, node.state / "outbox.sqlite"))
 
 
+@pytest.mark.slow
 def test_destination_that_comes_back_gets_everything_in_order(node: NodeProcess, pacs: Pacs, tmp_path: Path) -> None:
     node.overrides = "\n[outbox]\nfirst_retry_s = 0.2\nmax_retry_s = 0.5\n"
     node.start()
