@@ -1,6 +1,5 @@
 """Commands export, import and build: checkpoint -> bundles, bundle -> TensorRT plan."""
 
-import json
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from chexnet_deploy.cli.options import DataOption, JsonFlag, TrustOption, read_trust
-from chexnet_deploy.cli.printing import print_repository
+from chexnet_deploy.cli.printing import print_record, print_repository
 from chexnet_deploy.errors import SpecError
 from chexnet_deploy.terminal import cancellation, print_json, progress
 
@@ -218,7 +217,7 @@ def build(
             on_phase=on_phase,
         )
     if as_json:
-        print_json(json.loads(made.manifest.model_dump_json()))
+        print_record(made.manifest)
         return
     card = made.manifest.engine
     assert card is not None  # a plan's manifest has one

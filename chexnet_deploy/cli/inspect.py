@@ -1,6 +1,5 @@
 """Say what this machine can run, and what to install for the rest. Of what it looks for it imports the driver's binding alone."""
 
-import json
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from chexnet_deploy.cli.options import JsonFlag, TrustOption, read_trust
+from chexnet_deploy.cli.printing import print_record
 from chexnet_deploy.errors import MissingPackageError, SessionError, SpecError
 from chexnet_deploy.terminal import print_json
 
@@ -128,7 +128,7 @@ def inspect(
             raise SpecError("checkpoints aren't signed, and --trust is for bundles. Omit it.")
         from chexnet_deploy.export.chain import import_to_onnx
 
-        print_json(json.loads(import_to_onnx().read_checkpoint(path).manifest.model_dump_json()))
+        print_record(import_to_onnx().read_checkpoint(path).manifest)
         return
     from chexnet_deploy.bundle.bundle import Bundle
     from chexnet_deploy.serving.triton import check_repository, is_repository
@@ -138,7 +138,7 @@ def inspect(
         print_json({m.name: {"device": m.device, "versions": {v: b.id for v, b in m.versions.items()}} for m in models})
         return
     bundle = Bundle.open(path, trust=read_trust(trust))
-    print_json({"id": bundle.id, **json.loads(bundle.manifest.model_dump_json())})
+    print_record(bundle.manifest, id=bundle.id)
 
 
 @app.command()

@@ -1,6 +1,5 @@
 """bench and evaluate."""
 
-import json
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -17,8 +16,8 @@ from chexnet_deploy.cli.options import (
     TrustOption,
     read_trust,
 )
-from chexnet_deploy.cli.printing import print_evaluation
-from chexnet_deploy.terminal import print_json, progress
+from chexnet_deploy.cli.printing import print_evaluation, print_record
+from chexnet_deploy.terminal import progress
 
 app = typer.Typer()
 
@@ -72,7 +71,7 @@ def bench(
             on_phase=on_phase,
         )
     if as_json:
-        print_json(json.loads(report.model_dump_json()))
+        print_record(report)
     else:
         from chexnet_deploy.evaluation.bench_report import print_bench
 
@@ -137,7 +136,7 @@ def evaluate(
     with progress() as on_phase:
         result = run(request, out, with_html=html, on_phase=on_phase)
     if as_json:
-        print_json(json.loads(result.model_dump_json()))
+        print_record(result)
         return
     print_evaluation(result)
     if out is not None:

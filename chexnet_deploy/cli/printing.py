@@ -8,12 +8,19 @@ from typing import TYPE_CHECKING
 import typer
 
 from chexnet_deploy.errors import ImageError
-from chexnet_deploy.terminal import print_table
+from chexnet_deploy.terminal import print_json, print_table
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from chexnet_deploy.evaluation.records import Evaluation
     from chexnet_deploy.runtime.predictor import Prediction
     from chexnet_deploy.serving.triton import TritonModel
+
+
+def print_record(record: "BaseModel", **before: object) -> None:
+    """Print a record as its file holds it, behind what is to stand before it."""
+    print_json({**before, **json.loads(record.model_dump_json())})
 
 
 def print_repository(path: Path, models: "Sequence[TritonModel]") -> None:

@@ -5,7 +5,6 @@ the paths, but computes no statistics.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +25,12 @@ def iter_pixels(paths: Iterable[Path], preprocessing: Preprocessing) -> Iterator
         ImageError: a file can't be read without guessing.
     """
     with ImageReader(processes=READERS) as reader:
-        load = partial(PixelLoader(preprocessing, None, reader).load, attempts=BUSY_ATTEMPTS)
-        yield from in_order(lambda path: load(path).pixels, paths, workers=READERS, ahead=2 * BATCH_SIZE)
+        loader = PixelLoader(preprocessing, None, reader)
+
+        def load(path: Path) -> Pixels:
+            return loader.load(path, attempts=BUSY_ATTEMPTS).pixels
+
+        yield from in_order(load, paths, workers=READERS, ahead=2 * BATCH_SIZE)
 
 
 def iter_batches(pixels: Iterable[Pixels], batch_size: int = BATCH_SIZE) -> Iterator[Pixels]:
