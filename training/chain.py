@@ -1,4 +1,4 @@
-"""The whole chain on one data set, as the demo and the benchmark on real radiographs run it.
+"""The whole chain on one data set, as the demo runs it.
 
 train -> export fp32, fp16, int8 -> bench all three beside fp32; everything lies in one folder.
 """
@@ -42,34 +42,8 @@ def train_export_bench(
         ChexnetError: any step refused.
     """
     best = train(data, read_recipe(recipe), folder / RUN, on_phase)
-    return export_and_bench(
-        best,
-        data,
-        folder,
-        n_calibration_images=n_calibration_images,
-        test_list=test_list,
-        effort=effort,
-        on_phase=on_phase,
-    )
-
-
-def export_and_bench(
-    checkpoint: Path,
-    data: Path,
-    folder: Path,
-    *,
-    n_calibration_images: int,
-    test_list: Path | None,
-    effort: Effort,
-    on_phase: OnPhase,
-) -> BenchReport:
-    """Run what comes after training; see train_export_bench.
-
-    Raises:
-        ChexnetError: any step refused.
-    """
     bundles = export_bundles(
-        checkpoint,
+        best,
         folder / BUNDLES,
         tuple(Precision),
         data_root=data,
