@@ -23,7 +23,6 @@ def train_export_bench(
     folder: Path,
     *,
     n_calibration_images: int,
-    test_list: Path | None,
     effort: Effort,
     on_phase: OnPhase,
 ) -> BenchReport:
@@ -34,7 +33,6 @@ def train_export_bench(
         recipe: the name of one in training/recipes, or a path to a .toml.
         folder: gets run/, bundles/ and bench/.
         n_calibration_images: chosen from the training patients.
-        test_list: the test images to measure on; None for all.
         effort: how long to measure speed.
         on_phase: told of every step.
 
@@ -57,7 +55,7 @@ def train_export_bench(
         bundles[0].path,
         data,
         "test",
-        test_list,
+        None,
         None,
         folder / BENCH,
         effort=effort,
