@@ -1,4 +1,4 @@
-"""The README says what is true: its commands run as printed, on phantoms and with a recipe of one epoch."""
+"""The README and the pages it leads to say what is true: commands run as printed, on phantoms and with a recipe of one epoch."""
 
 import json
 import os
@@ -34,8 +34,22 @@ SMALLER = {
 }
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+# In the order of a user's day: what one makes the next ones use.
+PAGES = (
+    "README.md",
+    *(f"docs/{name}.md" for name in ("training", "evaluation", "reading-files", "signing", "tensorrt")),
+)
+NOT_RUN = "# not run here: "
+
+
+def blocks(language: str, page: str = "README.md") -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (CHECKOUT / page).read_text(), flags=re.DOTALL)
+
+
+def commands() -> list[str]:
+    """Return the lines of all blocks but the README's first and those that say why they are not run."""
+    found = [block for page in PAGES for block in blocks("sh", page) if not block.startswith(NOT_RUN)]
+    return "".join(found[1:]).strip().split("\n")
 
 
 def test_the_two_commands_are_targets_of_the_makefile() -> None:
@@ -56,7 +70,7 @@ def test_commands_on_your_own_data_and_the_scanner_example(
     radiograph = tmp_path / "radiograph.png"
     shutil.copy(sorted((phantom_root / "images").iterdir())[0], radiograph)
     environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
-    for line in "".join(blocks("sh")[1:]).strip().split("\n"):
+    for line in commands():
         smaller = line.replace("ROOT", str(phantom_root))
         for long, short in SMALLER.items():
             smaller = smaller.replace(long, short)
@@ -98,7 +112,8 @@ def test_the_peers_table_is_made_from_the_committed_results() -> None:
     from benchmarks.cpu.peers import OUT
     from benchmarks.cpu.peers_page import Results, markdown_table
 
-    table = README.split("<!-- python -m benchmarks.cpu.peers --table -->\n")[1].split("<!-- end -->")[0]
+    page = (CHECKOUT / "docs" / "measurements.md").read_text()
+    table = page.split("<!-- python -m benchmarks.cpu.peers --table -->\n")[1].split("<!-- end -->")[0]
     assert table.strip() == markdown_table(Results.model_validate_json(OUT.read_text())).strip()
 
 
