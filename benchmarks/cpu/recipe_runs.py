@@ -77,7 +77,7 @@ def main(
                 effort=Effort(min_runs=20, min_duration_s=0.5),
                 on_phase=on_phase,
             )
-            request = EvaluationRequest(bundle=folder / BUNDLES / "fp32", data=data, images=test_list, readers=readers)
+            request = EvaluationRequest(engine=folder / BUNDLES / "fp32", data=data, images=test_list, readers=readers)
             evaluation = run_evaluation(request, on_phase=on_phase).evaluation
         dataset = ChestXray14.open(data)
         results: dict[str, Any] = {
