@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from chexnet_deploy.bundle.bundle import Bundle
+from tests.export.from_onnx.test_bundle import resnet
+from tests.foreign import write_onnx
 from tests.serving.running import Running
 
 CHECKOUT = Path(__file__).parents[1]
@@ -99,6 +101,36 @@ def test_commands_on_your_own_data_and_the_scanner_example(
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+@pytest.mark.slow
+def test_the_commands_on_other_peoples_models(bundles: dict[str, Bundle], phantom_root: Path, tmp_path: Path) -> None:
+    page = (CHECKOUT / "docs" / "foreign-models.md").read_text()
+    for name, contract in zip(
+        ("contract", "served"), re.findall(r"```toml\n(.*?)```", page, flags=re.DOTALL), strict=True
+    ):
+        (tmp_path / f"{name}.toml").write_text(contract)
+    for name in ("theirs", "int8"):
+        write_onnx(tmp_path / f"{name}.onnx", 4)
+    resnet(tmp_path / "resnet.onnx", channels=1)
+    shutil.copytree(bundles["fp32"].path, tmp_path / "bundles" / "first" / "fp32")
+    service = Running([str(bundles["fp32"].path), "--provider", "cpu"], tmp_path / "serve.log")
+    service.wait_for_log("ready: ")
+    (commands,) = re.findall(r"```sh\n(.*?)```", page, flags=re.DOTALL)
+    # 3: forty phantom patients are too few to prove parity; 1: the made-up model is no CheXNet.
+    for line, code in zip(commands.strip().split("\n"), (0, 3, 1, 0, 0, 3), strict=True):
+        words = shlex.split(line.replace("ROOT", str(phantom_root)).replace(":8000", f":{service.port}"))[1:]
+        quick = ["--min-runs", "1", "--min-duration-s", "0"] if words[0] == "bench" else []
+        done = subprocess.run(
+            [sys.executable, "-m", "chexnet_deploy", *words, *quick],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == code, f"{line}\n{done.stdout}\n{done.stderr}"
+    assert service.stop() == 0
 
 
 def test_the_table_is_made_from_the_committed_results() -> None:
