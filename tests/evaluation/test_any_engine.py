@@ -132,6 +132,7 @@ def untrained(path: Path, parent: Path, findings: tuple[str, ...]) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("findings", "measured"),
     [((*FINDINGS[:13], "No Finding", "Hernia"), 14), (("Pneumonia",), 1)],
