@@ -31,7 +31,6 @@ from benchmarks.int8.recipes import (
     ort_default,
     without_equalising,
     without_gptq,
-    without_margin,
 )
 from chexnet_deploy.datasets import ChestXray14, LabelledImages
 from chexnet_deploy.evaluation.machine import Machine, describe_machine
@@ -187,7 +186,6 @@ def our_recipes(model: bytes, pixels: Pixels, draws: list[Pixels]) -> Iterator[R
     for words, taken_away in (
         ("weights rounded to the nearest", lambda images: choose_integers(without_gptq(for_cpu(images)))),
         ("channels not equalised", lambda images: choose_integers(without_equalising(for_cpu(images)))),
-        ("no range margin", lambda images: choose_integers(without_margin(for_cpu(images)))),
     ):
         make: Callable[[Pixels], Prepared] = taken_away
         yield Recipe(f"{OURS}, {words}", "OpenVINO", pixels, lambda images, make=make: finished(make(images), images))  # type: ignore[misc]

@@ -184,8 +184,3 @@ def without_equalising(calibrated: Calibrated) -> Calibrated:
         name: np.full_like(values, -highest[name] if (values < 0.0).any() else 0.0) for name, values in seen.low.items()
     }
     return replace(calibrated, seen=replace(seen, low=low, high=high))
-
-
-def without_margin(calibrated: Calibrated) -> Calibrated:
-    """Return it as if no image reached further than the calibration images."""
-    return replace(calibrated, margin=1.0)

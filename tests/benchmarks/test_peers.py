@@ -14,7 +14,7 @@ from benchmarks.int8.accuracy import Accuracy, Against, signal_db
 from benchmarks.int8.quantisers import Results as QuantiserResults
 from benchmarks.int8.quantisers import Row as QuantiserRow
 from benchmarks.int8.quantisers import markdown_table as quantisers_table
-from benchmarks.int8.recipes import StaticOpenvino, without_equalising, without_gptq, without_margin
+from benchmarks.int8.recipes import StaticOpenvino, without_equalising, without_gptq
 from chexnet_deploy.bundle.bundle import Bundle
 from chexnet_deploy.bundle.probe import draw_probe_pixels
 from chexnet_deploy.evaluation.machine import Machine
@@ -22,7 +22,7 @@ from chexnet_deploy.export.from_torch.checkpoint import read_checkpoint
 from chexnet_deploy.export.from_torch.model import DeployGraph
 from chexnet_deploy.export.quantize.graph_edits import weights_of
 from chexnet_deploy.export.quantize.qdq import convolutions
-from chexnet_deploy.export.quantize.variants import Calibrated, Prepared, calibrate, choose_integers, range_margin
+from chexnet_deploy.export.quantize.variants import Calibrated, Prepared, calibrate, choose_integers
 from chexnet_deploy.images.preprocessing import Pixels
 from chexnet_deploy.runtime.sessions.base import run_in_batches
 from chexnet_deploy.runtime.sessions.ort import OrtSession
@@ -176,12 +176,6 @@ def test_without_equalising_every_channel_keeps_its_size(calibrated: Calibrated,
     before, after = weights_of(calibrated.graph)[name], weights_of(choose_integers(flat).graph)[name]
     np.testing.assert_array_equal(before, after)
     assert not np.array_equal(before, weights_of(usual.graph)[name])
-
-
-def test_without_margin_scales_shrink_by_the_margin(calibrated: Calibrated, usual: Prepared, pixels: Pixels) -> None:
-    for name, how in choose_integers(without_margin(calibrated)).activations.items():
-        ratio = float(usual.activations[name].scale) / float(how.scale)
-        assert ratio == pytest.approx(range_margin(len(pixels)), rel=2e-3)
 
 
 def test_signal_in_decibels() -> None:

@@ -43,7 +43,7 @@ def equalise_inputs(
     for conv in [node for node in graph.node if node.output[0] in names]:
         tensor, weight = conv.input[0], conv.input[1]
         relu = producers[tensor] if producers[tensor].op_type == "Relu" else producers[producers[tensor].input[0]]
-        high = observed.high[relu.output[0]]
+        high = observed.high[tensor]
         factors = np.maximum(high / high.max(), 1.0 / _LARGEST_STRETCH)
         _divide_producer(arrays, producers[relu.input[0]], factors)
         arrays[weight] = _times(arrays[weight], factors, axis=1)

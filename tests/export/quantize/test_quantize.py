@@ -33,7 +33,7 @@ from chexnet_deploy.export.quantize.qdq import (
 )
 from chexnet_deploy.export.quantize.quantize import to_fp16, to_int8
 from chexnet_deploy.export.quantize.sensitivity import Sensitivity, fewest_float_convolutions
-from chexnet_deploy.export.quantize.variants import Prepared, prepare
+from chexnet_deploy.export.quantize.variants import Prepared, in_contrasts, prepare
 from chexnet_deploy.runtime.score import iter_pixels
 from chexnet_deploy.runtime.sessions.base import run_in_batches, sigmoid
 from chexnet_deploy.runtime.sessions.ort import OrtSession, load_onnx
@@ -180,6 +180,11 @@ def test_to_float16_leaves_its_argument_alone(bundles: dict[str, Bundle]) -> Non
 # int8
 
 
+def is_left_float(conv: onnx.NodeProto) -> bool:
+    """In TensorRT's forms: the first, the last transition, the last dense block, the head."""
+    return conv.name.startswith(("/features/conv0/", "/features/transition3/", "/features/denseblock4/", "/Conv"))
+
+
 @pytest.mark.parametrize(
     ("dialect", "scale_type", "opset"),
     [("typed", np.float16, 19), pytest.param("trt8", np.float32, 17, marks=pytest.mark.slow)],
@@ -196,7 +201,7 @@ def test_int8_graph(
     convs = [node for node in model.graph.node if node.op_type == "Conv"]
     assert len(convs) == 121
     for conv in convs:
-        if conv is convs[0] or conv.output[0] == "cam":  # these two stay in floating point
+        if is_left_float(conv):
             assert weights[conv.input[1]].dtype in (np.float16, np.float32)
             assert producer[conv.input[0]].op_type != "DequantizeLinear"
             continue
@@ -253,9 +258,9 @@ def test_the_two_dialects_have_the_same_scales(bundles: dict[str, Bundle], trt8:
     for bundle in (bundles["int8"], trt8):
         weights, model = weights_of(graph_of(bundle)), graph_of(bundle)
         producer = {name: node for node in model.graph.node for name in node.output}
-        convs = convolutions(model)[1:]
+        convs = [conv for conv in convolutions(model) if not is_left_float(conv)]
         scales.append([weights[producer[name].input[1]] for conv in convs for name in conv.input[:2]])
-    assert len(scales[0]) == len(scales[1]) == 2 * 119
+    assert len(scales[0]) == len(scales[1]) == 2 * 86
     for typed, single in zip(*scales, strict=True):
         np.testing.assert_array_equal(typed.astype(np.float32), single)
 
@@ -275,7 +280,9 @@ def test_int8_records_its_calibration(bundles: dict[str, Bundle], calibration: C
     assert manifest.calibration is not None
     assert (manifest.calibration.list_sha256, manifest.calibration.n_images) == (calibration.sha256, 100)
     assert manifest.ancestors == (bundles["fp32"].id,)
-    assert manifest.float_convolutions == ("/features/conv0/Conv", "/Conv")  # the first and the head
+    left = [node.name for node in convolutions(graph_of(bundles["fp32"])) if is_left_float(node)]
+    assert manifest.float_convolutions == (*left, "/Conv")
+    assert len(left) == 1 + 1 + 32
     assert bundles["int8"].read_probe_bytes() == bundles["fp32"].read_probe_bytes()
     assert all(check.value <= check.limit for check in manifest.checks)
 
@@ -373,14 +380,14 @@ def test_the_mixed_form(mixed: Bundle, bundles: dict[str, Bundle]) -> None:
     weights = weights_of(model)
     producer = {name: node for node in model.graph.node for name in node.output}
     in_int8 = {node.name for node in convolutions(model) if producer[node.input[0]].op_type == "DequantizeLinear"}
-    # A 1x1 in each of the 58 layers and in the 3 transitions; the 3x3, the first and the head are named.
-    assert len(in_int8) == 58 + 3
+    # A 1x1 in each of the first three blocks' 42 layers and in 2 transitions; the others are named.
+    assert len(in_int8) == 42 + 2
     all_names = {node.name for node in model.graph.node if node.op_type == "Conv"}
     assert set(manifest.float_convolutions) == all_names - in_int8
     for conv in convolutions(model):
         if conv.name not in in_int8:
             assert weights[conv.input[1]].dtype == np.float16
-            assert weights[conv.input[1]].shape[2:] in ((3, 3), (7, 7))
+            assert is_left_float(conv) or weights[conv.input[1]].shape[2:] == (3, 3)
             continue
         # ReLU's zeros lie at -127, so that all steps are used.
         quantise = producer[producer[conv.input[0]].input[0]]
@@ -506,7 +513,11 @@ def test_the_cpu_form(bundles: dict[str, Bundle]) -> None:
         assert np.iinfo(np.int16).max >= 255 * PAIR_MAX
     concats = [node for node in model.graph.node if node.op_type == "Concat" and node.name != "stem/Concat"]
     joined = {name for node in concats for name in node.input if producer[name].op_type != "Concat"}
-    assert {producer[name].op_type for name in joined} == {"DequantizeLinear", "MaxPool"}
+    in_floating_point = {name for name in joined if producer[name].op_type == "Conv"}
+    assert {producer[name].op_type for name in joined - in_floating_point} == {"DequantizeLinear", "MaxPool"}
+    # Of the last transition and of the last block's 16 layers.
+    assert all("/transition3/" in name or "/denseblock4/" in name for name in in_floating_point)
+    assert len(in_floating_point) == 17
 
 
 # sensitivity and fallback
@@ -605,6 +616,17 @@ def test_largest_pairs_by_hand() -> None:
 def test_an_input_that_is_never_read_is_rounded_to_the_nearest() -> None:
     steps = round_weights(np.full((1, 2, 1, 1), 0.6), np.array([1.0]), np.zeros((2, 2)), fits_avx2=False)
     assert steps.reshape(-1).tolist() == [1, 1]
+
+
+# contrasts
+
+
+def test_calibration_images_are_seen_brighter_and_darker_too() -> None:
+    pixels = np.array([0, 64, 255, 0, 64, 255], np.uint8).reshape(2, 1, 1, 3)
+    seen = in_contrasts(pixels).reshape(4, 3)
+    assert seen[:2].tolist() == [[0, 64, 255], [0, 64, 255]]
+    # 255 * (64 / 255) ** 0.8 = 84.4 and 255 * (64 / 255) ** 1.3 = 42.3
+    assert seen[2:].tolist() == [[0, 84, 255], [0, 42, 255]]
 
 
 # centred activations
