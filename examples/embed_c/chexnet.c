@@ -587,7 +587,7 @@ static const rule ENGINE_CARD[] = {
     {NULL},
 };
 static const rule MANIFEST[] = {
-    {"schema_version", WHOLE, OPTIONAL, WITHIN(1, 1)},
+    {"schema_version", REAL, OPTIONAL, WITHIN(1, 1)},
     {"precision", TEXT, .words = "fp32|fp16|int8"},
     {"dialect", TEXT, OPTIONAL, .words = "float|typed|mixed|trt8|cpu"},
     {"findings", LIST, WITHIN(1, MAX_FINDINGS), .of = &A_NAME},
@@ -610,7 +610,7 @@ static const rule MANIFEST[] = {
     {"engine", RECORD, OR_NULL, .of = ENGINE_CARD},
     {NULL},
 };
-static const rule FLOOR[] = {{"format", WHOLE, OPTIONAL, WITHIN(1, 1)}, {"release", RECORD, .of = RELEASE}, {NULL}};
+static const rule FLOOR[] = {{"format", REAL, OPTIONAL, WITHIN(1, 1)}, {"release", RECORD, .of = RELEASE}, {NULL}};
 static const rule A_MANIFEST = {"manifest", RECORD, .of = MANIFEST}, A_FLOOR = {"floor", RECORD, .of = FLOOR};
 
 static bool is_word(const char *words, const node *text) {
@@ -877,46 +877,51 @@ static uint32_t little_endian(const uint8_t *bytes, int n) {
   return value;
 }
 
-/* Return one member's bytes, to be freed, or NULL. The directory is believed where the bytes and their CRC bear it out. */
+/* Return one member's bytes, to be freed, or NULL. What the directory says is believed where the bytes and their CRC bear it out. */
 static uint8_t *unzip(content zip, const char *name, size_t *size) {
-  const size_t END = 22, ENTRY = 46, LOCAL = 30;
+  const size_t END = 22, ENTRY = 46, LOCAL = 30, n_wanted = strlen(name);
+  const uint8_t *found = NULL;
   if (zip.size < END) return NULL;
   const uint8_t *end = zip.bytes + zip.size - END;
   size_t n_entries = little_endian(end + 10, 2), at = little_endian(end + 16, 4);
-  if (memcmp(end, "PK\5\6", 4) != 0 || little_endian(end + 20, 2) || n_entries != 3) return NULL;
+  if (memcmp(end, "PK\5\6", 4) != 0 || little_endian(end + 20, 2) || n_entries != 3 ||
+      at + (size_t)little_endian(end + 12, 4) != zip.size - END)
+    return NULL;
   for (size_t i = 0; i < n_entries; i++) {
-    if (at > zip.size || zip.size - at < ENTRY) return NULL;
+    if (at > zip.size || zip.size - at < ENTRY || memcmp(zip.bytes + at, "PK\1\2", 4) != 0) return NULL;
     const uint8_t *entry = zip.bytes + at;
-    if (memcmp(entry, "PK\1\2", 4) != 0) return NULL;
     size_t n_name = little_endian(entry + 28, 2), n_rest = little_endian(entry + 30, 2) + little_endian(entry + 32, 2);
     if (zip.size - at - ENTRY < n_name + n_rest) return NULL;
+    if (n_name == n_wanted && memcmp(entry + ENTRY, name, n_name) == 0) found = entry;
     at += ENTRY + n_name + n_rest;
-    if (n_name != strlen(name) || memcmp(entry + ENTRY, name, n_name) != 0) continue;
-    uint32_t method = little_endian(entry + 10, 2), crc = little_endian(entry + 16, 4);
-    size_t packed = little_endian(entry + 20, 4), start = little_endian(entry + 42, 4);
-    *size = little_endian(entry + 24, 4);
-    if ((little_endian(entry + 8, 2) & 1) || zip.size < LOCAL || start > zip.size - LOCAL || *size > MAX_PROBE_BYTES) return NULL;
-    if (memcmp(zip.bytes + start, "PK\3\4", 4) != 0) return NULL;
-    start += LOCAL + little_endian(zip.bytes + start + 26, 2) + little_endian(zip.bytes + start + 28, 2);
-    if (start > zip.size || packed > zip.size - start) return NULL;
-    uint8_t *out = malloc(*size + 1);
-    if (!out) return NULL;
-    bool good = false;
-    if (method == 0 && packed == *size) {
-      memcpy(out, zip.bytes + start, packed);
-      good = true;
-    } else if (method == 8) {
-      z_stream stream = {.next_in = zip.bytes + start, .avail_in = (uInt)packed, .next_out = out, .avail_out = (uInt)*size};
-      if (inflateInit2(&stream, -MAX_WBITS) == Z_OK) {
-        good = inflate(&stream, Z_FINISH) == Z_STREAM_END && stream.total_out == *size && stream.avail_in == 0;
-        inflateEnd(&stream);
-      }
-    }
-    out[*size] = 0;
-    if (good && crc32(0, out, (uInt)*size) == crc) return out;
-    free(out);
-    return NULL;
   }
+  if (zip.bytes + at != end || !found) return NULL;
+
+  uint32_t version = little_endian(found + 6, 2), flags = little_endian(found + 8, 2), method = little_endian(found + 10, 2);
+  size_t packed = little_endian(found + 20, 4), start = little_endian(found + 42, 4);
+  *size = little_endian(found + 24, 4);
+  if (version > 45 || flags || zip.size < LOCAL || start > zip.size - LOCAL || *size > MAX_PROBE_BYTES) return NULL;
+  const uint8_t *local = zip.bytes + start;
+  size_t n_name = little_endian(local + 26, 2), n_local = LOCAL + n_name + little_endian(local + 28, 2);
+  if (memcmp(local, "PK\3\4", 4) != 0 || n_name != n_wanted || zip.size - start < n_local || packed > zip.size - start - n_local ||
+      memcmp(local + LOCAL, name, n_name) != 0)
+    return NULL;
+  uint8_t *out = malloc(*size + 1);
+  if (!out) return NULL;
+  bool good = false;
+  if (method == 0 && packed == *size) {
+    memcpy(out, local + n_local, packed);
+    good = true;
+  } else if (method == 8) {
+    z_stream stream = {.next_in = zip.bytes + start + n_local, .avail_in = (uInt)packed, .next_out = out, .avail_out = (uInt)*size};
+    if (inflateInit2(&stream, -MAX_WBITS) == Z_OK) {
+      good = inflate(&stream, Z_FINISH) == Z_STREAM_END && stream.total_out == *size && stream.avail_in == 0;
+      inflateEnd(&stream);
+    }
+  }
+  out[*size] = 0;
+  if (good && crc32(0, out, (uInt)*size) == little_endian(found + 16, 4)) return out;
+  free(out);
   return NULL;
 }
 
@@ -964,6 +969,14 @@ static float value_at(const array *floats, size_t i) {
   return value;
 }
 
+static bool are_finite(const array *floats) {
+  size_t n = 1;
+  for (int i = 0; i < floats->rank; i++) n *= (size_t)floats->shape[i];
+  for (size_t i = 0; i < n; i++)
+    if (!isfinite(value_at(floats, i))) return false;
+  return true;
+}
+
 static void free_probe(probe *known) {
   free(known->pixels.bytes);
   free(known->logits.bytes);
@@ -977,7 +990,7 @@ static int read_probe(content zip, const chexnet_model *model, const char *where
   const long *pixels = known->pixels.shape, *logits = known->logits.shape, *cam = known->cam.shape;
   if (!good || known->pixels.rank != 4 || known->logits.rank != 2 || known->cam.rank != 4 || logits[0] != N_PROBES ||
       pixels[0] != N_PROBES || pixels[1] != 1 || pixels[2] != pixels[3] || cam[0] != N_PROBES || cam[1] != logits[1] ||
-      cam[2] != pixels[2] / 32 || cam[3] != pixels[2] / 32)
+      cam[2] != pixels[2] / 32 || cam[3] != pixels[2] / 32 || !are_finite(&known->logits) || !are_finite(&known->cam))
     return fail(message, CHEXNET_BUNDLE_ERROR,
                 "%s/probe.npz does not hold pixels, logits and cam arrays that belong together. Export again.", where);
   if (pixels[2] != model->side_px || logits[1] != model->n_findings)
