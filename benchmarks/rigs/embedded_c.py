@@ -55,7 +55,8 @@ def build(out: Path, *libraries: Library, source: Path | None = None, sanitize: 
         sanitize: with AddressSanitizer and UndefinedBehaviorSanitizer, which end the process at the first fault.
 
     Raises:
-        NotBuiltError: what is needed is missing, or it doesn't compile.
+        NotBuiltError: what is needed is missing.
+        RuntimeError: it doesn't compile.
     """
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
@@ -84,8 +85,12 @@ def build(out: Path, *libraries: Library, source: Path | None = None, sanitize: 
             done = subprocess.run(step, capture_output=True, text=True)
         except OSError as err:
             raise NotBuiltError(f"{step[0]} can't be run: {err}") from err
+        if "No such file" in done.stderr or "cannot find" in done.stderr:
+            raise NotBuiltError(
+                next(line for line in done.stderr.splitlines() if "No such" in line or "cannot" in line)
+            )
         if done.returncode:
-            raise NotBuiltError(done.stderr)
+            raise RuntimeError(done.stderr)
     return out
 
 

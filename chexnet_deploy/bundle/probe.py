@@ -52,8 +52,10 @@ class Probe:
         pixels, logits, cam = probe.pixels, probe.logits, probe.cam
         c, s = logits.shape[-1] if logits.ndim else 0, pixels.shape[-1] if pixels.ndim else 0
         shapes = (N_PROBES, 1, s, s), (N_PROBES, c), (N_PROBES, c, s // 32, s // 32)
-        types = np.uint8, np.float32, np.float32
-        if (pixels.shape, logits.shape, cam.shape) != shapes or (pixels.dtype, logits.dtype, cam.dtype) != types:
+        types = ["uint8", "float32", "float32"]
+        if (pixels.shape, logits.shape, cam.shape) != shapes or [
+            each.dtype.name for each in (pixels, logits, cam)
+        ] != types:
             raise BundleError(
                 f"probe.npz holds pixels {pixels.shape}, logits {logits.shape} and cam {cam.shape}, "
                 f"which don't belong together. Export again."

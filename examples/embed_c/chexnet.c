@@ -1299,6 +1299,12 @@ static int check_content(const guard *policy, const uint8_t *gray, int height, i
 
 /* ---- backends ---- */
 
+static size_t n_values(const chexnet_model *model, bool is_map) {
+  size_t cells = (size_t)model->side_px / 32;
+  return (size_t)model->n_findings * (is_map ? cells * cells : 1);
+}
+
+#if defined(CHEXNET_OPENVINO) || defined(CHEXNET_ONNXRUNTIME)
 /* An output must be float of exactly these extents: it is copied into what was made for them. */
 static bool is_shape(const int64_t *extents, size_t rank, const chexnet_model *model, bool is_map) {
   int64_t cells = model->side_px / 32;
@@ -1306,12 +1312,8 @@ static bool is_shape(const int64_t *extents, size_t rank, const chexnet_model *m
   return !is_map || (extents[2] == cells && extents[3] == cells);
 }
 
-static size_t n_values(const chexnet_model *model, bool is_map) {
-  size_t cells = (size_t)model->side_px / 32;
-  return (size_t)model->n_findings * (is_map ? cells * cells : 1);
-}
-
 #define OTHER_SHAPE "the model's output \"%s\" is of another type or shape than its manifest says. Export it again."
+#endif
 
 #ifdef CHEXNET_OPENVINO
 #include <openvino/c/openvino.h>
