@@ -52,7 +52,7 @@ __attribute__((format(printf, 3, 4))) static int fail(char *message, int status,
     vsnprintf(message, CHEXNET_MESSAGE_BYTES, format, values);
     va_end(values);
     for (char *c = message; *c; c++) /* names from a disk may hold anything; a message is one line */
-      if ((unsigned char)*c < 0x20 || *c == 0x7f) *c = '?';
+      if ((unsigned char)*c < 0x20 || *c == 0x7f) *c = ' ';
   }
   return status;
 }

@@ -41,7 +41,7 @@ typedef struct {
 /* What runs the network. One call at a time. */
 typedef struct {
   const char *file; /* what it loads: "model.onnx" or "model.plan" */
-  /* Load the bytes, which are verified, and free() them, soon, as they are many. Return 0, or leave a message. */
+  /* Load the bytes, which are verified, and free() them, soon, as they are many; threads is 1 or more. Return 0, or leave a message. */
   int (*open)(const chexnet_model *model, void *bytes, size_t n_bytes, int threads, void **session, char *message);
   /* pixels uint8 [1, 1, S, S] -> logits float [1, C] and maps float [1, C, S/32, S/32]. Return 0, or leave a message. */
   int (*run)(void *session, const uint8_t *pixels, float *logits, float *maps, char *message);

@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -254,6 +255,21 @@ def test_the_example_program_leaks_nothing_and_prints_the_probabilities(
     refused = subprocess.run([program, folder, folder / "a.pgm"], capture_output=True, text=True, env=environment)
     assert refused.returncode == 2
     assert "manifest.json is missing" in refused.stderr
+
+
+@pytest.mark.slow
+def test_the_pages_program_compiles_as_cpp_and_runs(bundles: dict[str, Bundle], folder: Path, tmp_path: Path) -> None:
+    page = (CHECKOUT / "docs" / "embedding.md").read_text()
+    (tmp_path / "console.cpp").write_text(re.findall(r"```cpp\n(.*?)```", page, flags=re.DOTALL)[0])
+    program = built(folder / "console", "openvino", source=tmp_path / "console.cpp")
+    key = Ed25519PrivateKey.generate()
+    shutil.copytree(bundles["fp32"].path, tmp_path / "signed")
+    sign_bundle(tmp_path / "signed", key)
+    public = base64.b64encode(public_der(key)).decode()
+    done = subprocess.run([program, tmp_path / "signed", public], capture_output=True, text=True)
+    assert (done.returncode, len(done.stdout.splitlines())) == (0, 14), done.stderr
+    unsigned = subprocess.run([program, bundles["fp32"].path, public], capture_output=True, text=True)
+    assert (unsigned.returncode, unsigned.stdout.count("is not signed")) == (1, 1)
 
 
 @pytest.mark.slow
