@@ -26,11 +26,11 @@ def checkout_environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(CHECKOUT)}
 
 
-def resident_mib(pid: int | str = "self") -> float:
-    """Return the resident memory of a process (VmRSS, proc(5)); 0 of one that has ended."""
+def resident_mib(pid: int | str = "self", field: str = "VmRSS") -> float:
+    """Return the resident memory of a process (proc(5): VmRSS is now, VmHWM the most so far); 0 of one that has ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except FileNotFoundError:
         return 0.0
-    _, _, after = status.partition("VmRSS:")
+    _, _, after = status.partition(f"{field}:")
     return int(after.split()[0]) / 1024.0 if after else 0.0  # a zombie has none

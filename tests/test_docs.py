@@ -188,6 +188,15 @@ def test_the_startup_table_is_made_from_the_committed_results() -> None:
     assert table.strip() == markdown_table(json.loads(OUT.read_text()))
 
 
+def test_the_table_of_embedded_starts_is_made_from_the_committed_results() -> None:
+    from benchmarks.cpu.startup import OUT_EMBEDDED, embedded_table
+
+    table = EMBEDDING.split("<!-- python -m benchmarks.cpu.startup --embedded --table -->\n")[1].split("<!-- end -->")[
+        0
+    ]
+    assert table.strip() == embedded_table(json.loads(OUT_EMBEDDED.read_text()))
+
+
 def test_the_serving_table_is_made_from_the_committed_results() -> None:
     from benchmarks.services.serving import OUT, markdown_table
 

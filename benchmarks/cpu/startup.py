@@ -2,13 +2,19 @@
 
     python -m benchmarks.cpu.startup BUNDLE IMAGE [--idle-s 60]      writes results/startup-cpu.json
     python -m benchmarks.cpu.startup --table                         prints it as docs/embedding.md shows it
+    python -m benchmarks.cpu.startup BUNDLE IMAGE --embedded         writes results/startup-embedded-cpu.json
+    python -m benchmarks.cpu.startup --embedded --table              prints that
 
 A start is a new process that opens the bundle (hashes, known answers), predicts IMAGE once and ends; its clock begins before Python
 does. Every provider has as many starts, in turns, so all but the first find the files in the system's memory. The node's start ends
 when the destination has the report. Idle: one Predictor in this process answers, sleeps, and answers again, timed.
+
+--embedded: Predictor beside examples/embed_c, which does the same, and beside ten lines of Python over the bare library, which
+verify nothing. The C program is given the picture's pixels, as it decodes none.
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -17,11 +23,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, NamedTuple
 
 import typer
+from PIL import Image
 
-from benchmarks.common import RESULTS, checkout_environment, write_results
+from benchmarks.common import RESULTS, checkout_environment, resident_mib, write_results
+from benchmarks.rigs.embedded_c import FOLDER, build, find_libraries
 from benchmarks.rigs.node_rig import NodeProcess, Pacs, find_dcmtk, store, write_radiograph
 from chexnet_deploy.bundle.bundle import Bundle
 from chexnet_deploy.runtime.predictor import Predictor
@@ -30,6 +38,7 @@ from chexnet_deploy.terminal import run_program
 
 OUT = RESULTS / "startup-cpu.json"
 PROVIDERS: Final[tuple[Provider, ...]] = ("openvino", "cpu")
+OUT_EMBEDDED: Final = RESULTS / "startup-embedded-cpu.json"
 START_BAR_S: Final = 5.0
 IDLE_BAR: Final = 2.0
 
@@ -42,6 +51,28 @@ with Predictor.open(sys.argv[1], provider=sys.argv[3]) as predictor:
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
+_BARE: Final = {
+    "openvino": """
+import sys
+import numpy, openvino
+from PIL import Image
+pixels = numpy.asarray(Image.open(sys.argv[2]).convert("L").resize((int(sys.argv[3]),) * 2, Image.Resampling.BILINEAR))
+core = openvino.Core()
+model = core.read_model(sys.argv[1] + "/model.onnx")
+model.reshape([1, 1, *pixels.shape])
+request = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).create_infer_request()
+request.infer({0: pixels[None, None]})
+""",
+    "onnxruntime": """
+import sys
+import numpy, onnxruntime
+from PIL import Image
+pixels = numpy.asarray(Image.open(sys.argv[2]).convert("L").resize((int(sys.argv[3]),) * 2, Image.Resampling.BILINEAR))
+session = onnxruntime.InferenceSession(sys.argv[1] + "/model.onnx", providers=["CPUExecutionProvider"])
+session.run(None, {"pixels": pixels[None, None]})
+""",
+}
+
 app = typer.Typer(add_completion=False)
 
 
@@ -52,15 +83,25 @@ def main(
     starts: Annotated[int, typer.Option(min=3, help="Of each program.")] = 7,
     idle_s: Annotated[float, typer.Option(min=0.0, help="Before each answer after idling.")] = 60.0,
     idles: Annotated[int, typer.Option(min=1, help="Of each provider.")] = 5,
-    out: Annotated[Path, typer.Option(help="JSON to write.")] = OUT,
+    out: Annotated[Path | None, typer.Option(help="JSON to write.")] = None,
+    embedded: Annotated[
+        bool, typer.Option("--embedded", help="Predictor beside C and bare libraries; starts alone.")
+    ] = False,
     table: Annotated[bool, typer.Option("--table", help="Print the committed results and stop.")] = False,
 ) -> None:
     """Measure, print and write."""
     if table:
-        typer.echo(markdown_table(json.loads(OUT.read_text())))
+        typer.echo(
+            embedded_table(json.loads(OUT_EMBEDDED.read_text()))
+            if embedded
+            else markdown_table(json.loads(OUT.read_text()))
+        )
         return
     if bundle is None or image is None:
         raise typer.BadParameter("give a bundle and a radiograph")
+    if embedded:
+        typer.echo(write_results(out or OUT_EMBEDDED, _embedded_starts(bundle, image, starts)))
+        return
     manifest = Bundle.open(bundle).manifest
     results = {
         "resize_px": manifest.preprocessing.resize_px,
@@ -72,7 +113,7 @@ def main(
         "idle_s": idle_s,
         "first_after_idle": {provider: _idle(bundle, image, provider, idle_s, idles) for provider in PROVIDERS},
     }
-    typer.echo(write_results(out, results))
+    typer.echo(write_results(out or OUT, results))
 
 
 def markdown_table(results: Mapping[str, Any]) -> str:
@@ -99,6 +140,110 @@ def markdown_table(results: Mapping[str, Any]) -> str:
         f"for {results['idle_s']:.0f} s. {machine['processor']}.",
     ]
     return "\n".join(lines)
+
+
+def embedded_table(results: Mapping[str, Any]) -> str:
+    """Return the results of --embedded as a table for people."""
+    lines = [
+        "| program | start to first result, median (worst) | processor time | most memory "
+        "| beside Predictor: time | processor time | memory |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in results["programs"].items():
+        lines.append(
+            f"| {name} | {row['median_s']:.2f} s ({row['worst_s']:.2f} s) | {row['processor_s']:.2f} s "
+            f"| {row['peak_memory_mib']:.0f} MiB | {row['time_ratio']:.2f} | {row['processor_ratio']:.2f} "
+            f"| {row['memory_ratio']:.2f} |"
+        )
+    machine = results["machine"]
+    lines += [
+        "",
+        f"{results['precision']} bundle, {results['resize_px']} px; {results['starts']} starts of each, in turns; ratios are "
+        f"medians of each turn's. {machine['processor']}, {machine['cores']} cores{results['load']}.",
+    ]
+    return "\n".join(lines)
+
+
+def _embedded_starts(bundle: Path, image: Path, n_starts: int) -> Mapping[str, object]:
+    """Return seconds and memory of every program, and their ratios to the Predictor's on the same library."""
+    manifest = Bundle.open(bundle).manifest
+    side_px = str(manifest.preprocessing.resize_px)
+    load = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as name:
+        folder, python = Path(name), [sys.executable, "-c"]
+        Image.open(image).convert("L").save(folder / "image.pgm")
+        families: dict[str, dict[str, list[str]]] = {}
+        for library in find_libraries():
+            title = {"openvino": "OpenVINO", "onnxruntime": "ONNX Runtime"}[library]
+            provider = {"openvino": "openvino", "onnxruntime": "cpu"}[library]
+            program = build(folder / f"embed-{library}", library, source=FOLDER / "main.c")
+            families[library] = {
+                f"Predictor on {title}": [*python, _PROGRAM, str(bundle), str(image), provider],
+                f"examples/embed_c on {title}": [str(program), str(bundle), str(folder / "image.pgm")],
+                f"bare {title} in Python, nothing verified": [
+                    *python,
+                    _BARE[library],
+                    str(bundle),
+                    str(image),
+                    side_px,
+                ],
+            }
+        measured: dict[str, list[_Started]] = {}
+        for _ in range(n_starts):
+            for family in families.values():
+                for title, command in family.items():
+                    measured.setdefault(title, []).append(_start(command))
+    programs: dict[str, object] = {}
+    for family in families.values():
+        peers = measured[next(iter(family))]
+        for title in family:
+            own = measured[title]
+            programs[title] = {
+                **_summary([each.seconds for each in own]),
+                "processor_s": round(median(each.processor_s for each in own), 3),
+                "peak_memory_mib": max(each.peak_mib for each in own),
+                **{
+                    f"{name}_ratio": round(
+                        median(getattr(a, field) / getattr(b, field) for a, b in zip(own, peers, strict=True)), 3
+                    )
+                    for name, field in (("time", "seconds"), ("processor", "processor_s"), ("memory", "peak_mib"))
+                },
+            }
+    return {
+        "resize_px": int(side_px),
+        "precision": manifest.precision.value,
+        "starts": n_starts,
+        "load": "" if load < 1 else f", busy with other work (load {load:.0f})",
+        "programs": programs,
+    }
+
+
+class _Started(NamedTuple):
+    seconds: float
+    processor_s: float
+    peak_mib: float
+
+
+def _start(command: Sequence[str]) -> _Started:
+    """Run a program to its end; its memory is looked at every 2 ms."""
+    before, peak, start = _children_s(), 0.0, perf_counter()
+    process = subprocess.Popen(
+        command, env=checkout_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while process.poll() is None:
+        # Not by getrusage: its figure of a child begins with its parent's.
+        peak = max(peak, resident_mib(process.pid, "VmHWM"))
+        time.sleep(0.002)
+    seconds = perf_counter() - start
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return _Started(round(seconds, 3), round(_children_s() - before, 3), round(peak, 1))
+
+
+def _children_s() -> float:
+    """Return the processor time of this process's children that have ended."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def _starts(bundle: Path, image: Path, n_starts: int) -> Mapping[str, object]:

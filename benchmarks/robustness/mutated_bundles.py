@@ -119,13 +119,13 @@ def main(
 def mutate(bundle: Path, folder: Path, n: int, *, seed: int, on_done: OnDone) -> Outcome:
     """Do n mutations to the copies of a bundle: all systematic ones that fit in n, the rest by chance."""
     keys = {role: Ed25519PrivateKey.generate() for role in (*TRUSTED, *REVOKED, "stranger")}
-    onnx, plan = _lay(bundle, folder, keys)
+    onnx, plan = lay(bundle, folder, keys)
     trust = trust_in(keys, folder / "floor.json")
     admit_first(onnx.path, trust)
     tally = _Tally(trust)
     with watched() as tally.spy:
         reached = {"onnxruntime": tally.control(onnx), "tensorrt": tally.control(plan)}
-        for i, (bench, mutation) in enumerate(_chosen(onnx, plan, n, random.Random(seed))):
+        for i, (bench, mutation) in enumerate(chosen(onnx, plan, n, random.Random(seed))):
             tally.judge(bench, mutation)
             if i % 500 == 499:  # what is put back must open, or the rest would be refused for the last one's sake
                 tally.control(bench)
@@ -248,7 +248,7 @@ def watched() -> Iterator[Spy]:
         yield spy
 
 
-def _lay(bundle: Path, folder: Path, keys: dict[str, Ed25519PrivateKey]) -> tuple[Workbench, Workbench]:
+def lay(bundle: Path, folder: Path, keys: dict[str, Ed25519PrivateKey]) -> tuple[Workbench, Workbench]:
     """Copy a bundle as a release, put a plan of random bytes beside it, and sign both."""
     source = Bundle.open(bundle)
     model, probe = source.read_model(), source.read_probe_bytes()
@@ -265,7 +265,7 @@ def _lay(bundle: Path, folder: Path, keys: dict[str, Ed25519PrivateKey]) -> tupl
     return benches[0], benches[1]
 
 
-def _chosen(onnx: Workbench, plan: Workbench, n: int, chance: random.Random) -> Iterator[tuple[Workbench, Mutation]]:
+def chosen(onnx: Workbench, plan: Workbench, n: int, chance: random.Random) -> Iterator[tuple[Workbench, Mutation]]:
     """Yield n mutations: every systematic one, or of each family its share where there are more; the rest by chance."""
     # Of the plan all but what is the same in kind and long: its files are cut and flipped in the ONNX bundle already.
     kept = [(onnx, mutation) for mutation in systematic(onnx)]

@@ -5,7 +5,6 @@ and copied from bundle to bundle; nobody needs to draw the same ones again.
 """
 
 import io
-import zipfile
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,20 +42,26 @@ class Probe:
         """Read a probe; pickled arrays are refused.
 
         Raises:
-            BundleError: not an .npz file of these three arrays.
+            BundleError: not an .npz file of these three arrays, or an answer is not finite.
         """
         try:
             with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
                 probe = cls(arrays["pixels"], arrays["logits"], arrays["cam"])
-        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as err:
+        except Exception as err:  # what NumPy, zipfile, zlib and lzma raise on such bytes has no class in common
             raise BundleError(f"probe.npz does not hold pixels, logits and cam arrays ({err}). Export again.") from err
-        n, c = probe.logits.shape
-        s = probe.pixels.shape[-1]
-        if probe.pixels.shape != (n, 1, s, s) or probe.cam.shape != (n, c, s // 32, s // 32) or n != N_PROBES:
+        pixels, logits, cam = probe.pixels, probe.logits, probe.cam
+        c, s = logits.shape[-1] if logits.ndim else 0, pixels.shape[-1] if pixels.ndim else 0
+        shapes = (N_PROBES, 1, s, s), (N_PROBES, c), (N_PROBES, c, s // 32, s // 32)
+        types = ["uint8", "float32", "float32"]
+        if (pixels.shape, logits.shape, cam.shape) != shapes or [
+            each.dtype.name for each in (pixels, logits, cam)
+        ] != types:
             raise BundleError(
-                f"probe.npz holds pixels {probe.pixels.shape}, logits {probe.logits.shape} and cam {probe.cam.shape}, "
+                f"probe.npz holds pixels {pixels.shape}, logits {logits.shape} and cam {cam.shape}, "
                 f"which don't belong together. Export again."
             )
+        if not (np.isfinite(logits).all() and np.isfinite(cam).all()):  # with NaN for an answer every other would pass
+            raise BundleError("probe.npz holds answers that are not finite. Export again.")
         return probe
 
 

@@ -334,6 +334,40 @@ def test_probe_refuses_pickles_and_other_shapes(bundles: dict[str, Bundle], tmp_
             Probe.from_bytes(content)
 
 
+ZEROS = Probe(
+    np.zeros((32, 1, 32, 32), np.uint8), np.zeros((32, 1), np.float32), np.zeros((32, 1, 1, 1), np.float32)
+).to_bytes()
+
+
+def test_probe_refuses_other_answers() -> None:
+    probe = Probe.from_bytes(ZEROS)
+    for logits in (np.full((32, 1), np.nan, np.float32), np.zeros((32, 1)), np.zeros(32, np.float32)):
+        # Every answer differs by NaN from NaN, which is not more than any limit.
+        with pytest.raises(BundleError, match=r"probe\.npz holds"):
+            Probe.from_bytes(dataclasses.replace(probe, logits=logits).to_bytes())
+
+
+@pytest.mark.parametrize(
+    ("in_directory", "in_front", "new"),
+    [
+        (8, 6, b"\x01"),  # encrypted
+        (10, 8, b"\x63"),  # a packing that nobody knows
+        (10, 8, b"\x0e"),  # LZMA, which it isn't
+        (None, 64, b"\xff" * 8),  # no deflate stream
+    ],
+)
+def test_probe_refuses_what_its_readers_have_no_common_error_for(
+    in_directory: int | None, in_front: int, new: bytes
+) -> None:
+    content = bytearray(ZEROS)
+    content[in_front : in_front + len(new)] = new
+    if in_directory is not None:
+        at = ZEROS.index(b"PK\1\2") + in_directory
+        content[at : at + len(new)] = new
+    with pytest.raises(BundleError, match=r"probe\.npz does not hold"):
+        Probe.from_bytes(bytes(content))
+
+
 def test_probe_refuses_no_bytes() -> None:
     with pytest.raises(BundleError, match=r"probe\.npz"):
         Probe.from_bytes(b"")
