@@ -233,6 +233,7 @@ def _judge(
             manifest.findings,
             manifest.operating_points,
             spec.gate,
+            labelled=images.labelled,
             groups=images.groups,
             map_correlation=answers.map_correlation[name],
         )

@@ -8,8 +8,8 @@ from types import ModuleType
 from typing import Literal
 
 from chexnet_deploy.bundle import Bundle, Trust, find_reference
-from chexnet_deploy.datasets.chestxray14 import ChestXray14, Split
-from chexnet_deploy.datasets.labelled import LabelledImages
+from chexnet_deploy.datasets.chestxray14 import Split
+from chexnet_deploy.datasets.data_set import open_data
 from chexnet_deploy.errors import OnPhase, SpecError, require
 from chexnet_deploy.evaluation.bench_report import BenchReport, write_predictions
 from chexnet_deploy.evaluation.engines import Effort, run_bench
@@ -49,7 +49,7 @@ def bench(
     """
     pages = _open_pages("bench_page") if with_html else None
     if image_list is not None and data_root is None:
-        raise SpecError("a list of images needs the data they are in. Give ChestX-ray14 by --data.")
+        raise SpecError("a list of images needs the data they are in. Give them by --data.")
     bundles = [Bundle.open(path, trust=trust) for path in engine_paths]
     reference = (
         find_reference(bundles[0], trust=trust) if reference_path is None else Bundle.open(reference_path, trust=trust)
@@ -57,9 +57,9 @@ def bench(
     specs = [read_spec(bundle.manifest.precision.value if spec is None else spec) for bundle in bundles]
     images, data, patients_note = None, "no labelled images", ""
     if data_root is not None:
-        radiographs, data = choose_images(ChestXray14.open(data_root), split, image_list)
-        patients_note = say_who_is_known(reference, radiographs, split)
-        images = LabelledImages.of(radiographs, reference.manifest.findings)
+        labelled, data = choose_images(open_data(data_root), split, image_list)
+        patients_note = say_who_is_known(reference, labelled, split)
+        images = labelled.for_findings(reference.manifest.findings)
     # The folder is made first and shown last: a place that can't be written costs no measurement, and a report is whole.
     with new_folder(out) as partial:
         run = run_bench(

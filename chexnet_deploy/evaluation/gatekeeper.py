@@ -90,6 +90,7 @@ class Gatekeeper:
             self._manifest.findings,
             self._manifest.operating_points,
             self._gate,
+            labelled=validation.labelled,
         )
         images = f"on {report.n_images} validation images"
         checks = [

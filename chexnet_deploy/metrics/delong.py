@@ -55,7 +55,7 @@ def estimate_area(scores: Scores, truth: NDArray[np.bool_], patients: Patients) 
     """
     columns, labels = _as_columns(scores[:, None]), _as_columns(truth[:, None])
     _check((columns,), labels, patients)
-    return _Split.of(labels[0], *_index(patients)).influence(columns[0]).estimate()
+    return _Split.of(labels[0], *_index(patients), np.ones_like(labels[0])).influence(columns[0]).estimate()
 
 
 def compare_areas(
@@ -75,7 +75,13 @@ def compare_areas(
     return compare_all(reference[:, None], candidate[:, None], truth[:, None], patients).findings[0]
 
 
-def compare_all(reference: Scores, candidate: Scores, truth: NDArray[np.bool_], patients: Patients) -> AreaComparison:
+def compare_all(
+    reference: Scores,
+    candidate: Scores,
+    truth: NDArray[np.bool_],
+    patients: Patients,
+    labelled: NDArray[np.bool_] | None = None,
+) -> AreaComparison:
     """Return the differences of areas of all findings, and of their mean.
 
     Args:
@@ -83,17 +89,19 @@ def compare_all(reference: Scores, candidate: Scores, truth: NDArray[np.bool_], 
         candidate: [N, C].
         truth: [N, C] True where the finding is present.
         patients: [N] whose image it is.
+        labelled: [N, C] True where that is known; None stands for everywhere.
 
     Raises:
         MetricError: as `estimate_area`.
     """
     columns = _as_columns(reference), _as_columns(candidate)
     labels = _as_columns(truth)
+    known = _as_columns(np.ones_like(truth) if labelled is None else labelled)
     _check(columns, labels, patients)
     index, n_patients = _index(patients)
     influences = []
-    for label, *scores in zip(labels, *columns, strict=True):
-        split = _Split.of(label, index, n_patients)
+    for label, is_known, *scores in zip(labels, known, *columns, strict=True):
+        split = _Split.of(label, index, n_patients, is_known)
         first, second = split.influence(scores[0]), split.influence(scores[1])
         influences.append((first, second, second.minus(first)))
     findings = tuple(_difference(*each) for each in influences)
@@ -174,7 +182,7 @@ class _Split:
 
     Attributes:
         positive: image numbers where the finding is present.
-        negative: the others.
+        negative: image numbers where it is absent.
         positive_patient: patient number of each of `positive`.
         negative_patient: of each of `negative`.
         m: [I] positive images of each patient.
@@ -189,8 +197,10 @@ class _Split:
     n: NDArray[np.intp]
 
     @classmethod
-    def of(cls, truth: NDArray[np.bool_], index: NDArray[np.intp], n_patients: int) -> "_Split":
-        positive, negative = np.flatnonzero(truth), np.flatnonzero(~truth)
+    def of(
+        cls, truth: NDArray[np.bool_], index: NDArray[np.intp], n_patients: int, known: NDArray[np.bool_]
+    ) -> "_Split":
+        positive, negative = np.flatnonzero(truth & known), np.flatnonzero(~truth & known)
         own, other = index[positive], index[negative]
         m, n = np.bincount(own, minlength=n_patients), np.bincount(other, minlength=n_patients)
         return cls(positive, negative, own, other, m, n)

@@ -142,6 +142,7 @@ def test_published_predictions_equal_scikit_learn(real_root: Path) -> None:
     from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score
 
     from chexnet_deploy.datasets.predictions import read_predictions
+    from chexnet_deploy.datasets.table import read_labels
 
     predictions = real_root / "predictions" / "reproduce_chexnet_test.csv"
     labels = real_root / "Data_Entry_2017_v2020.csv"
@@ -150,7 +151,7 @@ def test_published_predictions_equal_scikit_learn(real_root: Path) -> None:
     start_s = process_time()
     result = run(predictions=predictions, labels=labels).evaluation
     assert process_time() - start_s < 15  # 2.5 s on one quiet core
-    table = read_predictions(predictions, labels)
+    table = read_predictions(predictions, read_labels(labels))
     for c, row in enumerate(result.findings):
         truth, scores = table.truth[:, c], table.scores[:, c]
         assert row.auroc == pytest.approx(roc_auc_score(truth, scores), abs=1e-12)
@@ -241,6 +242,7 @@ def make_scores(names: list[str], scores: list[float]) -> LabelledScores:
         scores=np.array([[s, 0.5] for s in scores]),
         kind="probability",
         truth=np.zeros((n, 2), np.bool_),
+        is_labelled=np.ones((n, 2), np.bool_),
         patients=np.array([int(name[:8]) for name in names]),
         sex=("F",) * n,
         age_years=np.full(n, 50.0),
@@ -382,7 +384,7 @@ def test_boxes_of_another_size_are_refused(tmp_path: Path) -> None:
         ({"predictions": "p", "labels": "l", "threads": 1}, "predictions run nothing"),
         ({"predictions": "p", "labels": "l", "trust": "t"}, "--trust says which bundles may run"),
         ({"predictions": "p", "labels": "l", "provider": "cuda"}, "predictions run nothing"),
-        ({"predictions": "p", "labels": "l", "split": "test"}, "--split needs the official lists"),
+        ({"predictions": "p", "labels": "l", "split": "test"}, "--split needs a split"),
         ({"predictions": "p", "labels": "l", "readers": "r"}, "--thresholds FILE"),
         ({"bundle": "b", "data": "d", "readers": "r", "split": "val"}, "official test list alone"),
     ],
