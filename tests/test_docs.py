@@ -176,15 +176,14 @@ def write_hospital(folder: Path, phantom: ChestXray14) -> None:
     """The phantoms as the page's table, beside its TOML; some labels are missing, some uncertain."""
     (toml, *_) = re.findall(r"```toml\n(.*?)```", OWN_DATA, flags=re.DOTALL)
     (folder / "hospital.toml").write_text(toml)
-    assert phantom.radiographs[0].path is not None
-    (folder / "scans").symlink_to(phantom.radiographs[0].path.parent.parent)
+    (folder / "scans" / "images").mkdir(parents=True)
     rows = ["Folder;Image;Case;Gender;Age;Projection;Pleural effusion;Large heart;Note"]
     for i, r in enumerate(phantom.radiographs):
+        assert r.path is not None
+        shutil.copy(r.path, folder / "scans" / "images" / f"{i}.png")
         effusion = "-1,0" if i % 40 == 3 else f"{int('Effusion' in r.findings)},0"
         heart = "" if i % 7 == 5 else f"{int('Cardiomegaly' in r.findings)}"
-        rows.append(
-            f'images;{r.image[:-4]};case {r.patient};{r.sex};{r.age_years};{r.view};{effusion};{heart};"seen; twice"'
-        )
+        rows.append(f'images;{i};case {r.patient};{r.sex};{r.age_years};{r.view};{effusion};{heart};"seen; twice"')
     rows.append("images;nowhere;case 9999;F;50;PA;0;0;")
     rows.append("images;lateral;case 9999;F;50;LL;0;0;")
     (folder / "hospital.csv").write_text("\r\n".join(rows), encoding="utf-8-sig", newline="")

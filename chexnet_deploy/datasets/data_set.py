@@ -40,6 +40,11 @@ class DataSet:
     next_step: str
     boxes: Mapping[str, tuple[Box, ...]] = field(default_factory=dict)
 
+    @property
+    def is_chestxray14(self) -> bool:
+        """Whether it has that data set's own files, and so its official lists."""
+        return self.root.is_dir()
+
     def split(self, name: Split) -> LabelledImages:
         """Return the images of one split that are on disk, in the order of its list or table.
 

@@ -29,5 +29,7 @@ def _texts(column: pa.Array) -> list[str]:
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         return ["" if value is None else repr(value) for value in column.to_pylist()]
+    if pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        return [f"a {kind}"] * len(column)  # pictures, say: no column of a table of images
     texts: list[str] = pa.compute.fill_null(column.cast(kind).cast(pa.string()), "").to_pylist()
     return ["" if text == "nan" else text for text in texts] if pa.types.is_floating(kind) else texts

@@ -138,6 +138,8 @@ class _Table:
             view += map(view_memo.__getitem__, _views_of(columns.view, block))
             names += _names_of(columns, block)
         n = len(names)
+        if not n:
+            raise DatasetError(f"{path}: found columns and no row; needed at least one. Next: write the table again.")
         findings, matrix = labels.matrix()
         no_split = -1 if columns.split is not None else 0 if stated.split == "train" else 2
         table = cls(

@@ -182,7 +182,12 @@ def _find_image(header: Row, stated: str | None) -> tuple[tuple[int, ...], str |
     if not names or stated in header.fields:
         return (_named(header, stated),), None
     # By number: a column's name may hold a dot or a colon, which mean something to format.
-    return tuple(_named(header, name) for name in names), _FIELD.sub("{}", stated)
+    template = _FIELD.sub("{}", stated)
+    try:
+        template.format(*names)
+    except (ValueError, IndexError, KeyError) as err:
+        raise SpecError(f"path = {stated!r}: {err}. Write each column as {{name}}, and no other brace.") from err
+    return tuple(_named(header, name) for name in names), template
 
 
 def _named(header: Row, name: str) -> int:

@@ -195,7 +195,7 @@ def _whose(patients: NDArray[np.int64], dataset: DataSet | None) -> tuple[str, .
         sentences.append(
             f"Found {dataset.patients_unknown}: all images are taken as one patient's, so no figure has an interval."
         )
-    elif dataset is not None:
+    elif dataset is not None and dataset.is_chestxray14:
         coverage = cover_official(
             patients,
             train_val_patients=dataset.patients_of("train", "val"),

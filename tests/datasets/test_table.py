@@ -324,3 +324,21 @@ def test_a_big_table_is_quick(read: Open) -> None:
     rows = "".join(f"{i}.png,{i // 4},{i % 2},\n" for i in range(50_000))
     with pytest.raises(ChexnetError, match=r"row 2: found no file .*/0.png, and 49,999 more rows like it"):
         read("image,patient,Mass,Edema\n" + rows, images="a.png")
+
+
+def test_a_path_s_template_is_checked(read: Open) -> None:
+    with pytest.raises(SpecError, match="Write each column as"):
+        read(BARE, 'path = "{image}}"')
+
+
+def test_columns_of_pictures_are_passed_over_and_a_table_needs_a_row(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow", reason="NOT RUN on Parquet: pyarrow is not installed")
+    import pyarrow.parquet
+
+    (tmp_path / "a.png").touch()
+    columns = {"file": ["a.png"], "patient": ["1"], "Mass": [1], "image data": [{"bytes": b"\xff"}], "raw": [b"\xff"]}
+    pyarrow.parquet.write_table(pa.table(columns), tmp_path / "t.parquet")
+    assert labels_of(open_data(tmp_path / "t.parquet"), "Mass") == [[1]]
+    pyarrow.parquet.write_table(pa.table(columns).slice(0, 0), tmp_path / "t.parquet")
+    with pytest.raises(DatasetError, match="found columns and no row; needed at least one"):
+        open_data(tmp_path / "t.parquet")
