@@ -210,7 +210,7 @@ def test_the_commands_on_your_own_data_run(
                 [sys.executable, *words[1:]], env=environment, capture_output=True, text=True, timeout=300
             )
         else:
-            more = {"export": ["--calibration-images", "80"], "bench": ["--min-runs", "1", "--min-duration-s", "0"]}
+            more = {"export": ["--calibration-images", "64"], "bench": ["--min-runs", "1", "--min-duration-s", "0"]}
             done = chexnet(*words[1:], *more.get(words[1], []))
         # 3: a tenth of the phantom patients is too few to prove parity.
         assert done.returncode == (3 if words[1] == "bench" else 0), f"{line}\n{done.stderr}"

@@ -178,24 +178,24 @@ def read_material(request: EvaluationRequest) -> Material:
         data=f"{len(labelled.names):,} predicted images of {of}{narrowed}; labels of {labels.table.name}",
         patients_note=(
             "Predictions don't say whom their model was trained on: nothing shows that these patients are new to it.",
-            *_whose(labelled.patients, dataset),
+            *_whose(labelled.patients, dataset or labels),
         ),
         notes=_notes(everything, labels.images, labels.table),
         files=(request.predictions, labels.table),
     )
 
 
-def _whose(patients: NDArray[np.int64], dataset: DataSet | None) -> tuple[str, ...]:
+def _whose(patients: NDArray[np.int64], dataset: DataSet) -> tuple[str, ...]:
     """Return sentences on which lists these patients are in."""
     sentences = []
     known = recognise_split(patients.tolist())
     if known is not None:
         sentences.append(f"By the fingerprint of their even numbers these are the patients of {_the(known)}.")
-    if dataset is not None and dataset.patients_unknown:
+    if dataset.patients_unknown:
         sentences.append(
             f"Found {dataset.patients_unknown}: all images are taken as one patient's, so no figure has an interval."
         )
-    elif dataset is not None and dataset.is_chestxray14:
+    elif dataset.is_chestxray14:
         coverage = cover_official(
             patients,
             train_val_patients=dataset.patients_of("train", "val"),

@@ -140,22 +140,24 @@ class _Source:
 
 @dataclass(frozen=True, slots=True)
 class _Influence:
-    """An area, or a difference or mean of areas, and what each patient adds to it."""
+    """An area, or a difference or mean of areas, and what each patient adds to it; `n_patients` have a labelled image."""
 
     area: float
     positive: _Source
     negative: _Source
+    n_patients: int
 
     def minus(self, other: "_Influence") -> "_Influence":
         return _Influence(
             self.area - other.area,
             replace(self.positive, influence=self.positive.influence - other.positive.influence),
             replace(self.negative, influence=self.negative.influence - other.negative.influence),
+            self.n_patients,
         )
 
     @property
     def variance(self) -> float:
-        n = len(self.positive.influence)
+        n = self.n_patients
         # Of patients with both classes. It can cancel the rest to rounding, never more, as its factor is the smallest.
         shared = 2 * n / (n - 1) * float(self.positive.influence @ self.negative.influence) if n > 1 else 0.0
         apart = self.positive.variance + self.negative.variance
@@ -207,9 +209,10 @@ class _Split:
 
     def influence(self, scores: NDArray[Any]) -> _Influence:
         m_total, n_total = len(self.positive), len(self.negative)
+        n_patients = int(np.count_nonzero(self.m + self.n))
         if not m_total or not n_total:
             nothing = np.zeros(len(self.m))
-            return _Influence(math.nan, _source(nothing, self.m), _source(nothing, self.n))
+            return _Influence(math.nan, _source(nothing, self.m), _source(nothing, self.n), n_patients)
         positive, negative = scores[self.positive], scores[self.negative]
         # Twice the negatives each positive beats, a tie counting one; then twice the positives that beat each negative.
         wins = _twice_below(np.sort(negative), positive)
@@ -222,6 +225,7 @@ class _Split:
             twice_wins / (2 * m_total * n_total),
             _source(won / (2 * n_total * m_total**2), self.m),
             _source(lost / (2 * m_total * n_total**2), self.n),
+            n_patients,
         )
 
 
@@ -242,7 +246,8 @@ def _source(influence: NDArray[np.float64], images: NDArray[np.intp]) -> _Source
 
 def _mean(findings: Sequence[_Influence]) -> _Influence:
     area = math.fsum(finding.area for finding in findings) / len(findings)
-    return _Influence(area, _mean_source([f.positive for f in findings]), _mean_source([f.negative for f in findings]))
+    sources = _mean_source([f.positive for f in findings]), _mean_source([f.negative for f in findings])
+    return _Influence(area, *sources, max(f.n_patients for f in findings))
 
 
 def _mean_source(sources: Sequence[_Source]) -> _Source:

@@ -197,6 +197,28 @@ def test_training_patients_are_refused_and_train_is_said(phantom: ChestXray14, p
         run_bundle(bundle, EvaluationRequest(bundle=Path("x"), data=phantom_root, split="train"), quiet)
 
 
+def test_any_findings_are_measured_on_their_labels_and_without_patients_nothing_has_an_interval(tmp_path: Path) -> None:
+    predictions = write(
+        tmp_path / "p.csv",
+        "image,prob_Lung Lesion,prob_Mass,prob_Hernia\n" + "".join(f"{i},{(i + 1) / 10},0.5,0.5\n" for i in range(6)),
+    )
+    rows = zip(("1", "", "0", "1", "", "1"), (0, 1, 0, 1, 0, 1), strict=True)
+    table = "image;ward;lung_lesion;Mass;Fracture\n" + "".join(f"{i};W;{a};{b},0;1\n" for i, (a, b) in enumerate(rows))
+    found = run(predictions=predictions, labels=write(tmp_path / "l.csv", table)).evaluation
+    lesion, mass = sorted(found.findings, key=lambda row: row.finding)[::-1]
+    assert (lesion.finding, lesion.n_positive, mass.finding, mass.n_positive) == ("lung_lesion", 3, "Mass", 3)
+    # Of the four images labelled 1, 0, 1, 1 with rising scores, two of three pairs are won.
+    assert lesion.auroc == pytest.approx(2 / 3)
+    assert (lesion.auroc_interval, found.mean_auroc_interval) == (None, None)
+    assert "of unknown patients; labels of l.csv" in found.data
+    assert any("all images are taken as one patient's" in sentence for sentence in found.patients_note)
+    assert found.notes == (
+        "Not predicted: Fracture.",
+        "Predicted, but not labelled in l.csv: Hernia.",
+        "Measured on the images labelled for them, fewer than all 6: lung_lesion 4.",
+    )
+
+
 def test_the_training_split_is_said_to_be_known(bundles: dict[str, Bundle], phantom_root: Path) -> None:
     train = run(bundle=bundles["fp32"].path, data=phantom_root, split="train", provider="cpu").evaluation
     assert "the model was trained on such patients" in train.patients_note[0]

@@ -381,7 +381,9 @@ def test_a_finding_is_compared_on_the_images_labelled_for_it() -> None:
     patients, labelled = np.arange(60) // 2, np.ones((60, 2), np.bool_)
     labelled[20:, 1] = False
     found = compare_all(reference, candidate, truth, patients, labelled).findings
-    alone = [compare_areas(reference[:n, c], candidate[:n, c], truth[:n, c], patients[:n]) for c, n in ((0, 60), (1, 20))]
+    alone = [
+        compare_areas(reference[:n, c], candidate[:n, c], truth[:n, c], patients[:n]) for c, n in ((0, 60), (1, 20))
+    ]
     for got, wanted in zip(found, alone, strict=True):
         assert (got.reference.area, got.candidate.area) == (wanted.reference.area, wanted.candidate.area)
         assert got.variance == pytest.approx(wanted.variance, rel=1e-12)

@@ -67,7 +67,9 @@ def _draw_roc(run: BenchRun) -> Figure:
         else:
             axes.text(0.5, 0.5, "undefined", ha="center")
         axes.set(xlim=(0, 1), ylim=(0, 1), xticks=[0, 1], yticks=[0, 1], aspect="equal")
-    figure.axes[0].legend(fontsize=6, loc="lower right")
+    drawn = next((axes for axes in figure.axes if axes.get_legend_handles_labels()[0]), None)
+    if drawn is not None:  # the first finding's curve may be undefined, and every one's
+        drawn.legend(fontsize=6, loc="lower right")
     figure.supxlabel("1 - specificity", fontsize=9)
     figure.supylabel("sensitivity", fontsize=9)
     return figure
