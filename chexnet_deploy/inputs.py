@@ -1,9 +1,10 @@
 """Small text inputs (text, TOML), the base classes of checked records, and the wording of errors about them."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Final, TextIO
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -18,8 +19,9 @@ IMAGE_SUFFIXES: Final = (".png", ".jpg", ".jpeg", ".dcm")
 """What is taken out of a folder, in capitals too; a file that is named itself may be called anything."""
 
 
-def read_text(path: Path) -> str:
-    """Return a file's text; a byte order mark is left out.
+@contextmanager
+def open_text(path: Path) -> Iterator[TextIO]:
+    """Open a file's text, with its line ends as they are; a byte order mark is left out.
 
     Raises:
         DatasetError: there is no such regular file (a pipe would be waited for), or it is not readable UTF-8.
@@ -28,9 +30,18 @@ def read_text(path: Path) -> str:
         if not path.is_file():
             found = "a folder" if path.is_dir() else "no such file"
             raise DatasetError(f"{path}: found {found}; needed a text file. Next: check the path.")
-        return path.read_text(encoding="utf-8-sig")
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            yield file
     except (OSError, UnicodeDecodeError) as err:
-        raise DatasetError(f"{path}: found {err}; needed readable UTF-8 text. Next: copy the file again.") from err
+        raise DatasetError(
+            f"{path}: found {err}; needed readable UTF-8 text. Next: copy the file again, or save it as UTF-8."
+        ) from err
+
+
+def read_text(path: Path) -> str:
+    """Return a file's text; errors as open_text."""
+    with open_text(path) as file:
+        return file.read()
 
 
 def quote_some(names: Sequence[str]) -> str:

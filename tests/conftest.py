@@ -15,6 +15,7 @@ from hypothesis import settings
 
 from chexnet_deploy.bundle.bundle import Bundle
 from chexnet_deploy.datasets.chestxray14 import ChestXray14
+from chexnet_deploy.datasets.data_set import DataSet, open_data
 from chexnet_deploy.datasets.findings import FINDINGS
 from chexnet_deploy.datasets.radiologist_labels import MAJORITY_READERS
 from chexnet_deploy.images.preprocessing import Preprocessing
@@ -106,6 +107,12 @@ def phantom_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def phantom(phantom_root: Path) -> ChestXray14:
     return ChestXray14.open(phantom_root)
+
+
+@pytest.fixture(scope="session")
+def phantom_data(phantom_root: Path) -> DataSet:
+    """The phantoms as every command takes them."""
+    return open_data(phantom_root)
 
 
 @pytest.fixture(scope="session")

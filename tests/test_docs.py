@@ -12,6 +12,11 @@ from pathlib import Path
 import pytest
 
 from chexnet_deploy.bundle.bundle import Bundle
+from chexnet_deploy.datasets.chestxray14 import ChestXray14
+from chexnet_deploy.datasets.data_set import open_data
+from chexnet_deploy.datasets.table_columns import Description
+from chexnet_deploy.inputs import tomllib
+from tests.command_line import chexnet
 from tests.export.from_onnx.test_bundle import resnet
 from tests.foreign import write_onnx
 from tests.serving.running import Running
@@ -221,6 +226,71 @@ def test_the_embedding_guides_program_runs(bundles: dict[str, Bundle], phantom_r
         )
         assert (done.returncode, done.stderr) == (0, "")
         assert said in done.stdout
+
+
+OWN_DATA = (CHECKOUT / "docs" / "own-data.md").read_text()
+
+
+def test_the_tables_described_are_described_right() -> None:
+    for block in re.findall(r"```toml\n(.*?)```", OWN_DATA, flags=re.DOTALL):
+        Description.model_validate(tomllib.loads(block))
+
+
+def write_hospital(folder: Path, phantom: ChestXray14) -> None:
+    """The phantoms as the page's table, beside its TOML; some labels are missing, some uncertain."""
+    (toml, *_) = re.findall(r"```toml\n(.*?)```", OWN_DATA, flags=re.DOTALL)
+    (folder / "hospital.toml").write_text(toml)
+    (folder / "scans" / "images").mkdir(parents=True)
+    rows = ["Folder;Image;Case;Gender;Age;Projection;Pleural effusion;Large heart;Note"]
+    for i, r in enumerate(phantom.radiographs):
+        assert r.path is not None
+        shutil.copy(r.path, folder / "scans" / "images" / f"{i}.png")
+        effusion = "-1,0" if i % 40 == 3 else f"{int('Effusion' in r.findings)},0"
+        heart = "" if i % 7 == 5 else f"{int('Cardiomegaly' in r.findings)}"
+        rows.append(f'images;{i};case {r.patient};{r.sex};{r.age_years};{r.view};{effusion};{heart};"seen; twice"')
+    rows.append("images;nowhere;case 9999;F;50;PA;0;0;")
+    rows.append("images;lateral;case 9999;F;50;LL;0;0;")
+    (folder / "hospital.csv").write_text("\r\n".join(rows), encoding="utf-8-sig", newline="")
+
+
+@pytest.mark.slow
+def test_the_commands_on_your_own_data_run(
+    phantom: ChestXray14, checkpoint_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_hospital(tmp_path, phantom)
+    shutil.copy(checkpoint_path, tmp_path / "best.safetensors")
+    (tmp_path / "recipe.toml").write_text(f'findings = ["Effusion", "Cardiomegaly"]\n{RECIPE}')
+    test = open_data(tmp_path / "hospital.toml").split("test")
+    scores = [f"{name},{0.1 + 0.001 * i}" for i, name in enumerate(test.names)]
+    (tmp_path / "predictions.csv").write_text("\n".join(["image,prob_Effusion", *scores]))
+    monkeypatch.chdir(tmp_path)
+    printed = {}
+    (commands,) = re.findall(r"```sh\n(.*?)```", OWN_DATA, flags=re.DOTALL)
+    for line in commands.strip().split("\n"):
+        words = shlex.split(line)
+        if words[0] == "python":
+            environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
+            done = subprocess.run(
+                [sys.executable, *words[1:]], env=environment, capture_output=True, text=True, timeout=300
+            )
+        else:
+            more = {"export": ["--calibration-images", "64"], "bench": ["--min-runs", "1", "--min-duration-s", "0"]}
+            done = chexnet(*words[1:], *more.get(words[1], []))
+        # 3: a tenth of the phantom patients is too few to prove parity.
+        assert done.returncode == (3 if words[1] == "bench" else 0), f"{line}\n{done.stderr}"
+        printed[words[1], words[2]] = done.stdout + done.stderr
+    assert "note: 1 rows of hospital.csv are of other views" in printed["export", "best.safetensors"]
+    assert "Not predicted: Cardiomegaly." in printed["evaluate", "--predictions"]
+    report = json.loads((tmp_path / "evaluation" / "report.json").read_text())
+    assert [row["finding"] for row in report["findings"]] == ["Cardiomegaly", "Effusion"]
+    assert report["n_images"] == len(test.names)
+    assert any(
+        note.startswith("Predicted, but not labelled in hospital.csv: Atelectasis, ") for note in report["notes"]
+    )
+    parity = json.loads((tmp_path / "bench" / "report.json").read_text())["engines"][0]["parity"]
+    hernia = next(row for row in parity["findings"] if row["finding"] == "Hernia")
+    assert hernia["why_not_assessable"] == "no image is labelled for it"
+    assert (tmp_path / "run" / "best.safetensors").is_file()
 
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in (CHECKOUT / "docs").glob("*.md"))])

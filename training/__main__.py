@@ -1,4 +1,4 @@
-"""`python -m training ROOT --out FOLDER --recipe NAME`: train CheXNet on ChestX-ray14.
+"""`python -m training ROOT --out FOLDER --recipe NAME`: train CheXNet on labelled images.
 
 On several GPUs: `torchrun --nproc_per_node=8 -m training ROOT --out FOLDER`.
 """
@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from chexnet_deploy.datasets.chestxray14 import ChestXray14
+from chexnet_deploy.datasets.data_set import open_data
 from chexnet_deploy.errors import SpecError
 from chexnet_deploy.export.from_torch.import_legacy import IMAGENET_FILE
 from chexnet_deploy.terminal import progress, run_program
@@ -27,7 +27,7 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def main(
-    root: Annotated[Path, typer.Argument(help="ChestX-ray14: tables, split lists and images.")],
+    root: Annotated[Path, typer.Argument(help="Labelled images: ChestX-ray14's folder, a table, or its TOML.")],
     out: Annotated[Path, typer.Option(help="Folder of this run; an unfinished run in it goes on.")],
     recipe: Annotated[str, typer.Option(help="A recipe's name, or a path to a .toml.")] = "chexnet14",
     cache: Annotated[
@@ -77,8 +77,8 @@ def main(
     )
     # Progress bars are for terminals; a log under nohup or a scheduler gets lines.
     on_epoch = None if sys.stdout.isatty() else typer.echo
-    for left_out in ChestXray14.open(root).left_out() if processes.is_first else ():
-        typer.echo(f"left out: {left_out}", err=True)
+    for note in open_data(root).notes if processes.is_first else ():
+        typer.echo(f"note: {note}", err=True)
     runs = {out: chosen}
     if seeds > 1:
         options = replace(options, cache=cache or out / CACHE)

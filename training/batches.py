@@ -29,12 +29,17 @@ class TrainingImages:
     Attributes:
         pixels: uint8 [M, 1, S, S], as the cache has them; may be memory-mapped.
         rows: [N] of those, the ones to train on.
-        truth: float32 [N, C], 1 where the finding is present.
+        truth: float32 [N, C], 1 where the finding is present, 0 where it is absent, NaN where nobody says.
     """
 
     pixels: Pixels
     rows: NDArray[np.intp]
     truth: NDArray[np.float32]
+
+    @property
+    def labelled(self) -> NDArray[np.bool_]:
+        """[N, C] True where the label is known."""
+        return ~np.isnan(self.truth)
 
 
 @dataclass(frozen=True, slots=True)

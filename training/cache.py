@@ -1,4 +1,4 @@
-"""The prepared cache: every train_val image resized once, mapped from disk, so that training never reads a PNG.
+"""The prepared cache: every train and val image resized once, mapped from disk, so that training never reads a PNG.
 
 Opens, checks and looks up; never reads an image (prepare.py does, and makes the cache). No image of the test list is
 ever in one. In the cache's folder:
@@ -13,7 +13,7 @@ Rows are in the table's order. What is listed but has no row is named in its chu
 (can't be read, with the reason). The Head holds the key, and a cache with another key is refused:
 
     preprocessing  its hash, and S
-    images         the names of the whole train_val list, on disk or not, in the table's order
+    images         the names of the whole train and val splits, on disk or not, in the table's order
     resizing       what the Pillow at hand makes of one fixed picture. Versions are written down but not compared: a new
                    one rarely changes a pixel, and an old number proves nothing. PNG is lossless, so only resizing can
                    differ; `python -m training.prepare --verify` also reads some images again and compares every bit
@@ -29,14 +29,13 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
-from chexnet_deploy.datasets.chestxray14 import TRAIN_VAL_LIST, ChestXray14
-from chexnet_deploy.datasets.nih_tables import Radiograph
+from chexnet_deploy.datasets.data_set import DataSet
 from chexnet_deploy.errors import DatasetError, OnPhase
 from chexnet_deploy.files import Sha256, sha256_hex
 from chexnet_deploy.images.preprocessing import Pixels, Preprocessing
@@ -59,6 +58,13 @@ class Quarantined:
     reason: str
 
 
+class Listed(NamedTuple):
+    """An image of train or val; its path is None where it is not on disk."""
+
+    name: str
+    path: Path | None
+
+
 class Key(Record):
     """What a cache's pixels depend on; see the module's first lines."""
 
@@ -69,9 +75,9 @@ class Key(Record):
     resizing_sha256: Sha256
 
     @classmethod
-    def of(cls, radiographs: Iterable[Radiograph], preprocessing: Preprocessing) -> "Key":
+    def of(cls, listed: Iterable[Listed], preprocessing: Preprocessing) -> "Key":
         """Return the key that a cache of these images must have here and now."""
-        names = [radiograph.image for radiograph in radiographs]
+        names = [image.name for image in listed]
         # Noise with a fixed recipe (Knuth's multiplicative hash): any change of weights or rounding shows in it.
         noise = np.arange(_PROBE_SIDE_PX**2, dtype=np.uint32) * np.uint32(2654435761) >> np.uint32(24)
         probe = preprocessing(noise.astype(np.uint8).reshape(_PROBE_SIDE_PX, _PROBE_SIDE_PX))
@@ -79,7 +85,7 @@ class Key(Record):
             resize_px=preprocessing.resize_px,
             preprocessing_sha256=preprocessing.sha256,
             n_images=len(names),
-            images_sha256=sha256_hex("".join(f"{name}\n" for name in names).encode("ascii")),
+            images_sha256=sha256_hex("".join(f"{name}\n" for name in names).encode()),
             resizing_sha256=sha256_hex(probe.tobytes()),
         )
 
@@ -144,17 +150,17 @@ class Cache:
     _row_of: Mapping[str, int] = field(repr=False)
 
     @classmethod
-    def open(cls, folder: Path, preprocessing: Preprocessing, dataset: ChestXray14) -> "Cache":
+    def open(cls, folder: Path, preprocessing: Preprocessing, dataset: DataSet) -> "Cache":
         """Open a finished cache after the cheap checks: the index's hash, the key and the size of the pixels.
 
         Raises:
             DatasetError: there is none, it is unfinished or damaged, or it is of something else.
         """
         head, chunks = _read_index(folder)
-        radiographs = listed_radiographs(dataset)
-        refuse_another_key(folder, head, Key.of(radiographs, preprocessing))
+        listed = list_images(dataset)
+        refuse_another_key(folder, head, Key.of(listed, preprocessing))
         absent = {name for chunk in chunks for name in chunk.absent}
-        appeared = [r.image for r in radiographs if r.path is not None and r.image in absent]
+        appeared = [image.name for image in listed if image.path is not None and image.name in absent]
         if appeared:
             raise DatasetError(
                 f"{folder}: found {len(appeared):,} images on disk that were not there when this cache was made "
@@ -230,21 +236,24 @@ class Cache:
             )
 
 
-def listed_radiographs(dataset: ChestXray14) -> tuple[Radiograph, ...]:
-    """Return every image of the train_val list, on disk or not, in the table's order.
+def list_images(dataset: DataSet) -> tuple[Listed, ...]:
+    """Return every image of train and val, on disk or not, in the table's order.
 
     Raises:
         DatasetError: a test image or another image of a test patient is among them.
     """
-    listed, test_patients = {*dataset.listed["train"], *dataset.listed["val"]}, dataset.listed_patients("test")
-    chosen = tuple(radiograph for radiograph in dataset.radiographs if radiograph.image in listed)
-    leaked = [radiograph.image for radiograph in chosen if radiograph.patient in test_patients]
-    if leaked:  # ChestXray14.open refuses such lists too; this is the last check before training
+    rows = np.sort(np.concatenate([dataset.rows["train"], dataset.rows["val"]]))
+    chosen = dataset.images.take(rows)
+    leaked = np.isin(chosen.patients, list(dataset.patients_of("test")))
+    if leaked.any():  # open_data refuses such splits too; this is the last check before training
+        names = [name for name, is_leaked in zip(chosen.names, leaked, strict=True) if is_leaked]
         raise DatasetError(
-            f"{dataset.root / TRAIN_VAL_LIST}: found images of test patients ({quote_some(leaked)}); needed none. "
-            f"Next: restore the official lists."
+            f"{dataset.root}: found images of test patients among train and val ({quote_some(names)}); needed none. "
+            f"Next: correct the split."
         )
-    return chosen
+    return tuple(
+        Listed(name, Path(file) if file else None) for name, file in zip(chosen.names, chosen.files, strict=True)
+    )
 
 
 def refuse_another_key(folder: Path, head: Head, needed: Key) -> None:
@@ -260,7 +269,7 @@ def refuse_another_key(folder: Path, head: Head, needed: Key) -> None:
         )
     elif found.images_sha256 != needed.images_sha256:
         differs = (
-            f"another table or {TRAIN_VAL_LIST}, of {found.n_images:,} images; needed these {needed.n_images:,}, in the "
+            f"another table or split, of {found.n_images:,} images; needed these {needed.n_images:,}, in the "
             f"table's order"
         )
     else:

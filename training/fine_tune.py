@@ -14,7 +14,7 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from chexnet_deploy.datasets.chestxray14 import ChestXray14
+from chexnet_deploy.datasets.data_set import open_data
 from chexnet_deploy.datasets.patients import PatientSet
 from chexnet_deploy.errors import OnPhase
 from chexnet_deploy.files import sha256_hex
@@ -108,7 +108,7 @@ def main(
 ) -> None:
     """Fine-tune ImageNet networks and write them as one teacher."""
     chosen = read_recipe(recipe)
-    dataset = ChestXray14.open(root)
+    dataset = open_data(root)
     preprocessing = Preprocessing(resize_px=chosen.resize_px)
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = cache or out.parent / CACHE
@@ -131,7 +131,7 @@ def main(
     manifest = TeacherManifest(
         findings=chosen.findings,
         resize_px=chosen.resize_px,
-        trained_on=PatientSet.of({radiograph.patient for radiograph in dataset.require("train")}),
+        trained_on=PatientSet.of(set(dataset.require("train").patients.tolist())),
         weights_sha256=tuple(hashes),
         val_mean_auroc=area,
     )

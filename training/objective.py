@@ -14,7 +14,8 @@ Schedule = OneCycleLR | LambdaLR | ReduceLROnPlateau
 class Loss(nn.Module):
     """Binary cross-entropy of logits, in the form a recipe names.
 
-    The weighted form is the paper's (section 2.1): absent images of a finding weigh as much as present ones in sum.
+    A label that is NaN, not known, costs nothing. The weighted form is the paper's (section 2.1): absent images of a finding weigh
+    as much as present ones in sum.
 
     Args:
         kind: Recipe.loss.
@@ -27,17 +28,31 @@ class Loss(nn.Module):
     def __init__(self, kind: str, truth: Tensor) -> None:
         super().__init__()
         self.kind = kind
-        share = truth.mean(dim=0)
+        self.is_partial = bool(truth.isnan().any().item())  # asked once: asking at each step would make a GPU wait
+        share = prevalence(truth)
         self.register_buffer("weight_present", 1.0 - share)
         self.register_buffer("weight_absent", share)
 
     def forward(self, logits: Tensor, truth: Tensor) -> Tensor:
-        """Return the mean over images of one number an image."""
+        """Return the mean over images of one number an image; of "bce_mean" over the labels known."""
+        known = None
+        if self.is_partial:
+            known = ~truth.isnan()
+            truth = truth.nan_to_num(0.0)
         weight = None
         if self.kind == "weighted_bce":
             weight = truth * self.weight_present + (1.0 - truth) * self.weight_absent
         each = nn.functional.binary_cross_entropy_with_logits(logits.float(), truth, weight, reduction="none")
+        if known is not None:
+            each = each * known
+            if self.kind == "bce_mean":
+                return each.sum() / known.sum().clamp(min=1)
         return each.mean() if self.kind == "bce_mean" else each.sum(dim=1).mean()
+
+
+def prevalence(truth: Tensor) -> Tensor:
+    """Return the share [C] of present findings among the labels [N, C] that are known."""
+    return truth.nanmean(dim=0) if truth.isnan().any() else truth.mean(dim=0)
 
 
 def build_optimiser(model: nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
@@ -71,6 +86,6 @@ def build_schedule(optimiser: torch.optim.Optimizer, recipe: Recipe, total_steps
 
 def start_from_prevalence(head: nn.Linear, truth: Tensor) -> None:
     """Set the head's bias so that the first answers are the prevalences, which the first epoch then needn't learn."""
-    share = truth.mean(dim=0).clamp(1e-3, 1.0 - 1e-3)
+    share = prevalence(truth).clamp(1e-3, 1.0 - 1e-3)
     with torch.no_grad():
         head.bias.copy_(torch.logit(share))

@@ -1,4 +1,4 @@
-"""`python -m training.prepare ROOT --cache DIR`: read and resize every train_val image once; cache.py has the format.
+"""`python -m training.prepare ROOT --cache DIR`: read and resize every train and val image once; cache.py has the format.
 
 Never reads a test image. reading.py's processes read and this one writes: rows are appended in order, so an image that
 can't be read leaves no hole, and a full disk is an error and not a signal, as it would be under a memory map. A chunk
@@ -20,8 +20,7 @@ import numpy as np
 import typer
 from pydantic import ValidationError
 
-from chexnet_deploy.datasets.chestxray14 import ChestXray14
-from chexnet_deploy.datasets.nih_tables import Radiograph
+from chexnet_deploy.datasets.data_set import DataSet, open_data
 from chexnet_deploy.errors import DatasetError, OnPhase, SpecError
 from chexnet_deploy.files import write_file
 from chexnet_deploy.images.preprocessing import Preprocessing
@@ -36,8 +35,9 @@ from training.cache import (
     Chunk,
     Head,
     Key,
+    Listed,
     Quarantined,
-    listed_radiographs,
+    list_images,
     read_head,
     refuse_another_key,
     seal,
@@ -51,7 +51,7 @@ _N_COMPARED: Final = 32  # images that --verify reads again
 
 
 def prepare(
-    dataset: ChestXray14,
+    dataset: DataSet,
     preprocessing: Preprocessing,
     folder: Path,
     *,
@@ -63,7 +63,7 @@ def prepare(
     """Open the cache in a folder; make it first, or finish it, where need be.
 
     Args:
-        dataset: the whole of it; only its train_val list is read.
+        dataset: the whole of it; only its train and val images are read.
         preprocessing: how.
         folder: of this one cache, made if need be.
         workers: processes, None for one a core; with more than one, a script that calls this needs the usual
@@ -77,15 +77,15 @@ def prepare(
             images can't be read. Finished chunks are kept, and the next call goes on after them.
     """
     if not (folder / INDEX).exists():
-        radiographs = listed_radiographs(dataset)
-        if all(radiograph.path is None for radiograph in radiographs):
+        images = list_images(dataset)
+        if all(image.path is None for image in images) or dataset.patients_unknown:
             dataset.require("train")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _refuse_strangers(folder)
             with _locked(folder):
                 if not (folder / INDEX).exists():  # who held the lock before may have finished it
-                    _make(radiographs, preprocessing, folder, workers, max_bad, chunk_images, on_phase)
+                    _make(images, preprocessing, folder, workers, max_bad, chunk_images, on_phase)
         except BrokenProcessPool as err:
             raise DatasetError(
                 f"{folder}: a worker process died, perhaps for want of memory; finished chunks are kept. "
@@ -101,14 +101,14 @@ def prepare(
     return cache
 
 
-def compare_with_images(cache: Cache, dataset: ChestXray14, preprocessing: Preprocessing) -> int:
+def compare_with_images(cache: Cache, dataset: DataSet, preprocessing: Preprocessing) -> int:
     """Read some images again, spread over the cache, compare every pixel, and return how many were still on disk.
 
     Raises:
         DatasetError: one is not what it was, or is read otherwise than it was.
     """
     spread = np.unique(np.linspace(0, len(cache.names) - 1, _N_COMPARED).astype(np.intp)).tolist()
-    paths = {radiograph.image: radiograph.path for radiograph in listed_radiographs(dataset)}
+    paths = dict(list_images(dataset))
     n_compared = 0
     for row in spread:
         path = paths[cache.names[row]]
@@ -133,7 +133,7 @@ def _refuse_strangers(folder: Path) -> None:
 
 
 def _make(
-    radiographs: Sequence[Radiograph],
+    images: Sequence[Listed],
     preprocessing: Preprocessing,
     folder: Path,
     workers: int | None,
@@ -142,10 +142,10 @@ def _make(
     on_phase: OnPhase,
 ) -> None:
     """Append chunk after chunk behind those that are finished, and seal the journal."""
-    chunks = _resume(folder, radiographs, preprocessing, on_phase)
+    chunks = _resume(folder, images, preprocessing, on_phase)
     n_listed = sum(chunk.n_listed for chunk in chunks)
     row_bytes = preprocessing.resize_px**2
-    plan = [radiographs[i : i + chunk_images] for i in range(n_listed, len(radiographs), chunk_images)]
+    plan = [images[i : i + chunk_images] for i in range(n_listed, len(images), chunk_images)]
     n_left = sum(len(_present(listed)) for listed in plan)
     _refuse_little_space(folder, n_left * row_bytes)
     batches = [[r.path for r in batch if r.path] for listed in plan for batch in _batches(listed)]
@@ -170,35 +170,33 @@ def _make(
 
 
 def _write_chunk(
-    listed: Sequence[Radiograph], answers: Iterator[Answer], pixels: BinaryIO, on_images: Callable[[int], None]
+    listed: Sequence[Listed], answers: Iterator[Answer], pixels: BinaryIO, on_images: Callable[[int], None]
 ) -> Chunk:
     """Append the rows of some neighbours, and return what to write into the journal."""
     digest = hashlib.sha256()
     names: list[str] = []
     bad: list[Quarantined] = []
     for batch in _batches(listed):
-        images, reasons = next(answers)
-        for image in images:
-            pixels.write(image.data)
-            digest.update(image.data)
-        for radiograph, reason in zip(batch, reasons, strict=True):
+        arrays, reasons = next(answers)
+        for array in arrays:
+            pixels.write(array.data)
+            digest.update(array.data)
+        for image, reason in zip(batch, reasons, strict=True):
             if reason is None:
-                names.append(radiograph.image)
+                names.append(image.name)
             else:
-                bad.append(Quarantined(radiograph.image, reason))
+                bad.append(Quarantined(image.name, reason))
         on_images(len(names) + len(bad))
-    absent = tuple(radiograph.image for radiograph in listed if radiograph.path is None)
+    absent = tuple(image.name for image in listed if image.path is None)
     return Chunk(names=tuple(names), absent=absent, quarantined=tuple(bad), sha256=digest.hexdigest())
 
 
-def _resume(
-    folder: Path, radiographs: Sequence[Radiograph], preprocessing: Preprocessing, on_phase: OnPhase
-) -> list[Chunk]:
+def _resume(folder: Path, images: Sequence[Listed], preprocessing: Preprocessing, on_phase: OnPhase) -> list[Chunk]:
     """Return the finished chunks that still hold, and cut the journal back to them; begin one where there is none."""
     for name in (JOURNAL, INDEX):  # what a kill inside write_file leaves
         for left in folder.glob(f".{name}.partial-*"):
             left.unlink()
-    path, key = folder / JOURNAL, Key.of(radiographs, preprocessing)
+    path, key = folder / JOURNAL, Key.of(images, preprocessing)
     chunks: list[Chunk] = []
     if not path.exists():
         if (folder / PIXELS).exists():
@@ -217,7 +215,7 @@ def _resume(
                 chunk = Chunk.model_validate_json(line)
             except ValidationError:
                 break
-            if not _still_holds(chunk, radiographs[start : start + chunk.n_listed], pixels, preprocessing):
+            if not _still_holds(chunk, images[start : start + chunk.n_listed], pixels, preprocessing):
                 break
             start += chunk.n_listed
             chunks.append(chunk)
@@ -226,12 +224,12 @@ def _resume(
     return chunks
 
 
-def _still_holds(chunk: Chunk, listed: Sequence[Radiograph], pixels: BinaryIO, preprocessing: Preprocessing) -> bool:
+def _still_holds(chunk: Chunk, listed: Sequence[Listed], pixels: BinaryIO, preprocessing: Preprocessing) -> bool:
     """Say whether a chunk's bytes are as written and nothing that it left out could be read now."""
     rows = pixels.read(len(chunk.names) * preprocessing.resize_px**2)
     if hashlib.sha256(rows).hexdigest() != chunk.sha256:
         return False
-    paths = {radiograph.image: radiograph.path for radiograph in listed}
+    paths = dict(listed)
     bad = [image.name for image in chunk.quarantined]
     if {*chunk.names, *chunk.absent, *bad} != paths.keys() or any(paths[name] is not None for name in chunk.absent):
         return False
@@ -239,15 +237,15 @@ def _still_holds(chunk: Chunk, listed: Sequence[Radiograph], pixels: BinaryIO, p
     return None not in reasons
 
 
-def _present(listed: Sequence[Radiograph]) -> list[Radiograph]:
-    return [radiograph for radiograph in listed if radiograph.path is not None]
+def _present(listed: Sequence[Listed]) -> list[Listed]:
+    return [image for image in listed if image.path is not None]
 
 
 def _count(on_phase: OnPhase, before: int, total: int, n_images: int) -> None:
     on_phase("preparing", before + n_images, total)
 
 
-def _batches(listed: Sequence[Radiograph]) -> Iterable[Sequence[Radiograph]]:
+def _batches(listed: Sequence[Listed]) -> Iterable[Sequence[Listed]]:
     present = _present(listed)
     return (present[i : i + _BATCH_IMAGES] for i in range(0, len(present), _BATCH_IMAGES))
 
@@ -293,7 +291,7 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def main(
-    root: Annotated[Path, typer.Argument(help="ChestX-ray14: tables, split lists and images.")],
+    root: Annotated[Path, typer.Argument(help="Labelled images: ChestX-ray14's folder, a table, or its TOML.")],
     cache: Annotated[Path, typer.Option(help="Folder of the cache; an unfinished one in it goes on.")],
     resize_px: Annotated[int, typer.Option(help="S: 224 for the paper's recipes.")] = 224,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one a core.")] = None,
@@ -302,12 +300,12 @@ def main(
     ] = False,
     max_bad: Annotated[int, typer.Option(min=0, help="How many images may be left out as unreadable.")] = MAX_BAD,
 ) -> None:
-    """Read and resize every train_val image once, so that training reads no PNG."""
+    """Read and resize every train and val image once, so that training reads no PNG."""
     try:
         preprocessing = Preprocessing(resize_px=resize_px)
     except ValidationError as err:
         raise SpecError(f"--resize-px: {describe(err)}.") from err
-    dataset = ChestXray14.open(root)
+    dataset = open_data(root)
     with progress() as on_phase:
         made = prepare(dataset, preprocessing, cache, workers=workers, max_bad=max_bad, on_phase=on_phase)
         if verify:

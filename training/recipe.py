@@ -37,7 +37,7 @@ class Recipe(BaseModel):
     """One training run.
 
     Attributes:
-        findings: the head's outputs, in order.
+        findings: the head's outputs, in order; names that the labels have.
         batch_size: images a step, over all processes.
         initial_weights: "imagenet" needs a file of torchvision's; without it training starts from scratch, and says so.
             "checkpoint" needs one of this project's, of any resolution and findings.
@@ -77,9 +77,8 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _is_consistent(self) -> "Recipe":
-        unknown = sorted(set(self.findings) - set(FINDINGS))
-        if unknown or len(set(self.findings)) < len(self.findings):
-            raise ValueError(f"findings must be known and named once; unknown: {unknown}")
+        if len(set(self.findings)) < len(self.findings):
+            raise ValueError("each finding must be named once")
         if self.optimiser == "adam" and self.weight_decay:
             raise ValueError("adam takes no weight_decay here; use adamw, which keeps it out of the gradient")
         return self

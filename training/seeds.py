@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from chexnet_deploy.datasets.chestxray14 import ChestXray14
+from chexnet_deploy.datasets.data_set import open_data
 from chexnet_deploy.export.from_torch.checkpoint import Checkpoint, read_checkpoint
 from chexnet_deploy.export.from_torch.model import Normalise
 from chexnet_deploy.files import write_file
@@ -72,11 +72,12 @@ def measure_seed_noise(root: Path, recipe: Recipe, out: Path, seeds: Sequence[in
     Raises:
         DatasetError, CheckpointError: the data or a run can't be read.
     """
-    val = read_images(ChestXray14.open(root), recipe, options.cache or out / CACHE)["val"]
+    val = read_images(open_data(root), recipe, options.cache or out / CACHE)["val"]
     checkpoints = [read_checkpoint(out / f"seed-{seed}" / BEST) for seed in seeds]
     probabilities = np.stack([_probabilities(checkpoint, val) for checkpoint in checkpoints])
     areas = {
-        name: [auroc(run[:, c], val.truth[:, c] > 0) for run in probabilities] for c, name in enumerate(recipe.findings)
+        name: [auroc(run[val.labelled[:, c], c], val.truth[val.labelled[:, c], c] > 0) for run in probabilities]
+        for c, name in enumerate(recipe.findings)
     }
     defined = {name: values for name, values in areas.items() if not np.isnan(values).any()}
     gaps = np.concatenate([np.abs(a - b).ravel() for a, b in combinations(probabilities, 2)])

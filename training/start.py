@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from chexnet_deploy.datasets.chestxray14 import ChestXray14
-from chexnet_deploy.datasets.patients import PatientSet, refuse_training_patients
+from chexnet_deploy.datasets.data_set import DataSet
+from chexnet_deploy.datasets.patients import MAX_PATIENT, PatientSet, refuse_training_patients
 from chexnet_deploy.errors import SpecError
 from chexnet_deploy.export.from_torch.checkpoint import Checkpoint, read_checkpoint
 from chexnet_deploy.export.from_torch.model import CheXNet
@@ -15,9 +15,7 @@ from training.recipe import Recipe
 from training.teacher import Teacher
 
 
-def read_start(
-    recipe: Recipe, path: Path | None, preprocessing: Preprocessing, dataset: ChestXray14
-) -> Checkpoint | None:
+def read_start(recipe: Recipe, path: Path | None, preprocessing: Preprocessing, dataset: DataSet) -> Checkpoint | None:
     """Return the checkpoint that a run starts from; None where its recipe says another start.
 
     Raises:
@@ -38,18 +36,24 @@ def read_start(
         raise SpecError(
             f"{path} takes images of another mean and deviation than training here. Start from another one."
         )
-    val_patients = {radiograph.patient for radiograph in dataset.split("val")}
-    refuse_training_patients(val_patients, start.manifest.trained_on, purpose="choosing the epoch")
+    refuse_training_patients(
+        dataset.require("val").patients.tolist(), start.manifest.trained_on, purpose="choosing the epoch"
+    )
     return start
 
 
-def trained_on(dataset: ChestXray14, start: Checkpoint | None, teacher: Teacher | None) -> PatientSet | None:
-    """Return the train patients, and those the weights or the teacher have seen before; None where nobody knows these."""
-    patients = {radiograph.patient for radiograph in dataset.require("train")}  # a quarantined image's may have others
+def trained_on(dataset: DataSet, start: Checkpoint | None, teacher: Teacher | None) -> PatientSet | None:
+    """Return the train patients, and those the weights or the teacher have seen before; None where these can't be known or told.
+
+    A table's own patients can't: a checkpoint travels, and what identifies them must not travel in it.
+    """
+    patients = set(dataset.require("train").patients.tolist())  # a quarantined image's may have others
     before = [] if start is None else [start.manifest.trained_on]
     before += [] if teacher is None else [teacher.trained_on]
     known = [each.patients() for each in before if each is not None]
-    return PatientSet.of(patients.union(*known)) if len(known) == len(before) else None
+    if max(patients) > MAX_PATIENT or len(known) < len(before):
+        return None
+    return PatientSet.of(patients.union(*known))
 
 
 def copy_outputs(model: CheXNet, findings: Sequence[str], start: Checkpoint) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
 
-from chexnet_deploy.datasets.chestxray14 import ChestXray14
+from chexnet_deploy.datasets.data_set import DataSet
 from chexnet_deploy.datasets.patients import PatientSet, refuse_training_patients
 from chexnet_deploy.errors import CheckpointError, SpecError
 from chexnet_deploy.files import Sha256, sha256_hex
@@ -68,7 +68,7 @@ def write_teacher(path: Path, network: nn.Module, manifest: TeacherManifest) -> 
     torch.export.save(program, path, extra_files={_MANIFEST: manifest.model_dump_json()})
 
 
-def read_teacher(recipe: Recipe, path: Path | None, dataset: ChestXray14) -> Teacher | None:
+def read_teacher(recipe: Recipe, path: Path | None, dataset: DataSet) -> Teacher | None:
     """Return the teacher that a recipe learns from; None where it learns labels alone.
 
     Raises:
@@ -99,8 +99,7 @@ def read_teacher(recipe: Recipe, path: Path | None, dataset: ChestXray14) -> Tea
             f"{path} answers for {_named(manifest.findings)} at {manifest.resize_px} px; the recipe has "
             f"{_named(recipe.findings)} at {recipe.resize_px} px. Give a teacher of the same."
         )
-    val_patients = {radiograph.patient for radiograph in dataset.split("val")}
-    refuse_training_patients(val_patients, manifest.trained_on, purpose="choosing the epoch")
+    refuse_training_patients(dataset.patients_of("val"), manifest.trained_on, purpose="choosing the epoch")
     return Teacher(program, manifest.trained_on, sha256_hex(content))
 
 

@@ -1,4 +1,4 @@
-"""Train CheXNet on ChestX-ray14: one loop, on the CPU, on a GPU, or on as many as torchrun starts.
+"""Train CheXNet on labelled images: one loop, on the CPU, on a GPU, or on as many as torchrun starts.
 
 Writes into the run's folder: best.safetensors (the best epoch on validation patients), resume.pt (everything needed to go on
 exactly, written again at each epoch's end and every so many steps) and what logbook.py writes. Reads images from the cache
@@ -23,16 +23,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from chexnet_deploy.datasets.chestxray14 import ChestXray14, Split, truth
-from chexnet_deploy.datasets.findings import FINDINGS
+from chexnet_deploy.datasets.chestxray14 import Split
+from chexnet_deploy.datasets.data_set import DataSet, open_data
 from chexnet_deploy.datasets.patients import PatientSet
-from chexnet_deploy.errors import CheckpointError, OnPhase, SpecError
+from chexnet_deploy.errors import CheckpointError, DatasetError, OnPhase, SpecError
 from chexnet_deploy.evaluation.machine import describe_machine
 from chexnet_deploy.export.from_torch.checkpoint import Checkpoint, CheckpointManifest, write_checkpoint
 from chexnet_deploy.export.from_torch.import_legacy import load_imagenet_backbone
 from chexnet_deploy.export.from_torch.model import CheXNet, Normalise
 from chexnet_deploy.files import sha256_hex, write_file
 from chexnet_deploy.images.preprocessing import Preprocessing
+from chexnet_deploy.inputs import quote_some
 from chexnet_deploy.metrics.roc import auroc, mean_auroc, youden_threshold
 from chexnet_deploy.runtime.sessions.base import sigmoid
 from training.augment import augment
@@ -87,12 +88,12 @@ def train(
     processes: Processes = Processes(),  # noqa: B008 - frozen
     on_epoch: Callable[[str], None] | None = None,
 ) -> Path:
-    """Train on the official train patients, choose the epoch on the validation patients, return the best checkpoint.
+    """Train on the train patients, choose the epoch on the validation patients, return the best checkpoint.
 
     A run whose folder holds resume.pt of the same recipe and split goes on exactly where that was written.
 
     Args:
-        root: ChestX-ray14 on disk.
+        root: labelled images, as open_data takes them.
         recipe: what.
         run: the run's folder, made if need be.
         on_phase: called with the phase's name, what is done and of how much.
@@ -105,7 +106,7 @@ def train(
         SpecError: the recipe doesn't fit the data, the processes or the files given; or the folder holds something else.
         CheckpointError: resume.pt belongs to another recipe or split, or the loss is no longer finite.
     """
-    dataset = ChestXray14.open(root)
+    dataset = open_data(root)
     preprocessing = Preprocessing(resize_px=recipe.resize_px)
     start = read_start(recipe, options.start_from, preprocessing, dataset)
     teacher = read_teacher(recipe, options.teacher, dataset)
@@ -138,21 +139,28 @@ def _make_folder(run: Path) -> None:
         raise SpecError(f"{run} holds something that is not a run's. Give a new folder by --out.")
 
 
-def read_images(dataset: ChestXray14, recipe: Recipe, cache_folder: Path) -> dict[str, TrainingImages]:
+def read_images(dataset: DataSet, recipe: Recipe, cache_folder: Path) -> dict[str, TrainingImages]:
     """Return the images of the splits "train" and "val" out of a finished cache, without those it has quarantined.
 
     Raises:
-        DatasetError: there is no such cache, or it is of other images.
+        DatasetError: there is no such cache, it is of other images, or a finding has no label.
     """
     cache = Cache.open(cache_folder, Preprocessing(resize_px=recipe.resize_px), dataset)
     unusable = {quarantined.name for quarantined in cache.quarantined}
-    columns = [FINDINGS.index(finding) for finding in recipe.findings]
     images: dict[str, TrainingImages] = {}
     splits: tuple[Split, ...] = ("train", "val")
     for split in splits:
-        radiographs = [r for r in dataset.split(split) if r.image not in unusable]
-        labels = truth(radiographs)[:, columns].astype(np.float32)
-        images[split] = TrainingImages(cache.pixels, cache.rows([r.image for r in radiographs]), labels)
+        chosen = dataset.require(split).for_findings(recipe.findings)
+        rows = [row for row, name in enumerate(chosen.names) if name not in unusable]
+        chosen = chosen.take(np.array(rows, np.intp))
+        unknown = [recipe.findings[column] for column in np.flatnonzero(~chosen.labelled.any(axis=0)).tolist()]
+        if unknown:
+            raise DatasetError(
+                f"{dataset.root}: found no {split} image labelled for {quote_some(unknown)}; needed one at least. "
+                f"Next: name the findings that it labels in the recipe, or their columns in a TOML."
+            )
+        truth = np.where(chosen.labelled, chosen.truth, np.float32(np.nan)).astype(np.float32)
+        images[split] = TrainingImages(cache.pixels, cache.rows(chosen.names), truth)
     return images
 
 
@@ -253,6 +261,7 @@ class Trainer:
         each = steps_per_epoch(len(train.rows), self.recipe.batch_size)
         total = each * self.recipe.epochs
         self.get_ready(train)
+        self.loss.is_partial |= not val.labelled.all()
         epoch, step, losses = self._resume()
         began_s, n_done = perf_counter(), epoch * each + step
         while epoch < self.recipe.epochs:
@@ -416,8 +425,7 @@ class Trainer:
         val_loss = float(self.loss(*(torch.from_numpy(each).to(self.device) for each in (logits, val.truth))))
         if isinstance(self.schedule, ReduceLROnPlateau):
             self.schedule.step(val_loss)
-        present = val.truth > 0
-        areas = {name: auroc(logits[:, c], present[:, c]) for c, name in enumerate(self.recipe.findings)}
+        areas = {name: auroc(*_known(logits, val, c)) for c, name in enumerate(self.recipe.findings)}
         mean = mean_auroc(areas)
         line = {
             "epoch": epoch + 1,
@@ -432,7 +440,7 @@ class Trainer:
         if not self.processes.is_first:
             return
         if is_best:
-            self._write_best(model, logits, present, areas, val_loss)
+            self._write_best(model, logits, val, areas, val_loss)
         write_metrics(self.run, self.history)
         write_scalars(self.run, line)
         draw_curve(self.run, self.history)
@@ -441,12 +449,12 @@ class Trainer:
         self,
         model: CheXNet,
         logits: NDArray[np.float32],
-        present: NDArray[np.bool_],
+        val: TrainingImages,
         areas: dict[str, float],
         val_loss: float,
     ) -> None:
         findings = self.recipe.findings
-        points = {name: youden_threshold(sigmoid(logits[:, c]), present[:, c]) for c, name in enumerate(findings)}
+        points = {name: youden_threshold(*_known(sigmoid(logits), val, c)) for c, name in enumerate(findings)}
         manifest = CheckpointManifest(
             findings=findings,
             preprocessing=self.preprocessing,
@@ -552,6 +560,14 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         self.history, self.n_steps, self._spent_s = state["history"], state["n_steps"], state["spent_s"]
         return state["epoch"], state["step"], state["losses"]
+
+
+def _known(
+    scores: NDArray[np.float32], val: TrainingImages, column: int
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Return one finding's scores, and whether it is present, of the images that are labelled for it."""
+    rows = val.labelled[:, column]
+    return scores[rows, column], val.truth[rows, column] > 0
 
 
 def _goodness(line: dict[str, Any], recipe: Recipe) -> float:

@@ -22,7 +22,8 @@ import typer
 from numpy.typing import NDArray
 
 from benchmarks.common import RESULTS, write_results
-from chexnet_deploy.datasets.chestxray14 import ChestXray14
+from chexnet_deploy.datasets import DataSet, open_data
+from chexnet_deploy.datasets.chestxray14 import SPLITS
 from chexnet_deploy.errors import DatasetError
 from chexnet_deploy.images import Preprocessing, read_image
 from chexnet_deploy.terminal import progress, run_program
@@ -45,7 +46,7 @@ def main(
     batch_size: Annotated[int, typer.Option(min=1, help="Rows copied at a time.")] = 16,
 ) -> None:
     """Measure both sides and write the JSON; exits 1 below the bar."""
-    dataset, preprocessing = ChestXray14.open(data), Preprocessing()
+    dataset, preprocessing = open_data(data), Preprocessing()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder, progress() as on_phase:
         prepare(dataset, preprocessing, Path(folder) / "cache", on_phase=on_phase)
@@ -91,9 +92,11 @@ def main(
     raise typer.Exit(0 if min(faster.values()) >= BAR else 1)
 
 
-def _originals(dataset: ChestXray14) -> tuple[list[str], list[Path]]:
+def _originals(dataset: DataSet) -> tuple[list[str], list[Path]]:
     """Return names and files of the train and val images that have NIH's own size; smaller copies read faster."""
-    on_disk = [(r.image, r.path) for split in ("train", "val") for r in dataset.split(split) if r.path]
+    on_disk = [
+        pair for images in map(dataset.split, SPLITS[:2]) for pair in zip(images.names, images.paths, strict=True)
+    ]
     chosen = [(name, path) for name, path in on_disk if read_image(path).shape == ORIGINAL_SHAPE]
     if not chosen:
         raise DatasetError(f"{dataset.root}: found no training image of 1024 x 1024 px. Next: give the original PNGs.")

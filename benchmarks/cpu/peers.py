@@ -23,7 +23,7 @@ import typer
 from benchmarks.common import RESULTS
 from benchmarks.cpu.peers_page import Results, Row, draw, markdown_table
 from benchmarks.int8.accuracy import cores, packages
-from chexnet_deploy.datasets.chestxray14 import ChestXray14
+from chexnet_deploy.datasets import open_data
 from chexnet_deploy.evaluation.machine import describe_machine
 from chexnet_deploy.terminal import run_program
 
@@ -66,7 +66,7 @@ def main(
             from benchmarks.cpu.peers_models import prepare_models
 
             models = prepare_models(
-                checkpoint, ChestXray14.open(data), images, calibration_images, work or Path(temporary), isa
+                checkpoint, open_data(data), images, calibration_images, work or Path(temporary), isa
             )
             if prepare:
                 return

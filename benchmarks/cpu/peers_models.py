@@ -13,8 +13,8 @@ import torch
 from benchmarks.int8.accuracy import Accuracy, Judge, cores
 from benchmarks.int8.recipes import Answer, StaticOpenvino, nncf_int8, ort_default
 from chexnet_deploy.bundle import Bundle, Precision
-from chexnet_deploy.datasets import ChestXray14, LabelledImages
-from chexnet_deploy.datasets.nih_tables import read_image_list
+from chexnet_deploy.datasets import DataSet
+from chexnet_deploy.datasets.csv_rows import read_names
 from chexnet_deploy.export.chain import export_bundles
 from chexnet_deploy.export.from_torch.checkpoint import Checkpoint, read_checkpoint
 from chexnet_deploy.export.from_torch.model import CheXNet, DeployGraph
@@ -88,7 +88,7 @@ def published_order(model: CheXNet) -> CheXNet:
 
 
 def prepare_models(
-    checkpoint_path: Path, dataset: ChestXray14, images: Path | None, n_calibration: int, folder: Path, isa: str
+    checkpoint_path: Path, dataset: DataSet, images: Path | None, n_calibration: int, folder: Path, isa: str
 ) -> Models:
     """Make what the folder lacks, and return all.
 
@@ -103,8 +103,8 @@ def prepare_models(
     checkpoint = read_checkpoint(checkpoint_path)
     manifest = checkpoint.manifest
     published = DeployGraph(published_order(checkpoint.model), manifest.preprocessing).eval()
-    radiographs = dataset.split("test") if images is None else dataset.select(read_image_list(images))
-    test = LabelledImages.of(radiographs, manifest.findings)
+    chosen = dataset.require("test") if images is None else dataset.select(read_names(images))
+    test = chosen.for_findings(manifest.findings)
     pixels = np.concatenate(list(iter_pixels(test.paths, manifest.preprocessing)))
     _make_missing(checkpoint_path, checkpoint, dataset, n_calibration, folder)
     kept = folder / f"prepared-{isa}.json"
@@ -122,7 +122,7 @@ def torch_logits(graph: DeployGraph, pixels: Pixels) -> Logits:
 
 
 def _make_missing(
-    checkpoint_path: Path, checkpoint: Checkpoint, dataset: ChestXray14, n_calibration: int, folder: Path
+    checkpoint_path: Path, checkpoint: Checkpoint, dataset: DataSet, n_calibration: int, folder: Path
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "bundles").exists():

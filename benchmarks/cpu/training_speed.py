@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.common import RESULTS, write_results
+from chexnet_deploy.datasets import DataSet, open_data
 from chexnet_deploy.datasets.chestxray14 import ChestXray14, truth
 from chexnet_deploy.datasets.findings import FINDINGS
 from chexnet_deploy.datasets.nih_tables import Radiograph
@@ -52,7 +53,7 @@ def main(
     radiographs = dataset.split("train")
     with tempfile.TemporaryDirectory() as folder:
         plain = _plain_steps(radiographs, chosen, device)
-        ours = _our_steps(dataset, radiographs, chosen, device, Path(folder))
+        ours = _our_steps(open_data(data), radiographs, chosen, device, Path(folder))
         for _ in range(WARMUP_STEPS):
             next(plain)
             next(ours)
@@ -128,7 +129,7 @@ def _plain_steps(radiographs: tuple[Radiograph, ...], recipe: Recipe, device: to
 
 
 def _our_steps(
-    dataset: ChestXray14, radiographs: tuple[Radiograph, ...], recipe: Recipe, device: torch.device, folder: Path
+    dataset: DataSet, radiographs: tuple[Radiograph, ...], recipe: Recipe, device: torch.device, folder: Path
 ) -> Iterator[None]:
     preprocessing = Preprocessing(resize_px=recipe.resize_px)
     with progress() as on_phase:

@@ -115,7 +115,16 @@ class Judge:
     def compare(self, reference: Logits, candidate: Logits) -> ParityReport:
         """Judge any two by int8's gate."""
         images, gate = self.images, read_spec("int8").gate
-        return compare(reference, candidate, images.truth, images.patients, self.findings, self.operating_points, gate)
+        return compare(
+            reference,
+            candidate,
+            images.truth,
+            images.patients,
+            self.findings,
+            self.operating_points,
+            gate,
+            labelled=images.labelled,
+        )
 
 
 def signal_db(reference: Logits, candidate: Logits) -> float | None:

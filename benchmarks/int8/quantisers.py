@@ -32,7 +32,7 @@ from benchmarks.int8.recipes import (
     without_equalising,
     without_gptq,
 )
-from chexnet_deploy.datasets import ChestXray14, LabelledImages
+from chexnet_deploy.datasets import DataSet, open_data
 from chexnet_deploy.evaluation.machine import Machine, describe_machine
 from chexnet_deploy.export.from_torch.checkpoint import read_checkpoint
 from chexnet_deploy.export.from_torch.to_onnx import trace
@@ -108,19 +108,19 @@ def main(
     if not table:
         if checkpoint is None or data is None:
             raise typer.BadParameter("give a checkpoint, and ChestX-ray14 by --data or CHEXNET_CHESTXRAY14")
-        results = measure(checkpoint, ChestXray14.open(data), calibration_images, _modelopt_of(interpreter), typer.echo)
+        results = measure(checkpoint, open_data(data), calibration_images, _modelopt_of(interpreter), typer.echo)
         path.write_text(results.model_dump_json(indent=1) + "\n")
     typer.echo(markdown_table(Results.model_validate_json(path.read_text())))
 
 
 def measure(
-    checkpoint: Path, dataset: ChestXray14, n_images: int, modelopt: Path | None, say: Callable[[str], None]
+    checkpoint: Path, dataset: DataSet, n_images: int, modelopt: Path | None, say: Callable[[str], None]
 ) -> Results:
     """Make every recipe's model and judge it on the test images."""
     read = read_checkpoint(checkpoint)
     manifest, model = read.manifest, trace(read)
     side = manifest.preprocessing.resize_px
-    test = LabelledImages.of(dataset.split("test"), manifest.findings)
+    test = dataset.require("test").for_findings(manifest.findings)
     pixels = np.concatenate(list(iter_pixels(test.paths, manifest.preprocessing)))
     chosen, *draws = (
         CalibrationSet.read(dataset, names, manifest.preprocessing).pixels
@@ -307,8 +307,8 @@ def _ort_answer(model: bytes, side: int) -> Answer:
     return lambda pixels: run_in_batches(session, pixels)[0]
 
 
-def _draws(dataset: ChestXray14) -> Iterator[tuple[str, ...]]:
-    names: NDArray[np.str_] = np.array([radiograph.image for radiograph in dataset.split("train")])
+def _draws(dataset: DataSet) -> Iterator[tuple[str, ...]]:
+    names: NDArray[np.str_] = np.array(dataset.split("train").names)
     for seed in range(N_DRAWS):
         picked = np.random.default_rng(seed).choice(len(names), MIN_IMAGES, replace=False)
         yield tuple(str(name) for name in names[np.sort(picked)])

@@ -15,12 +15,13 @@ from typing import Annotated, get_args
 import numpy as np
 import onnx
 import typer
+from PIL import Image
 
 from benchmarks.common import RESULTS
-from benchmarks.cpu.real import full_size_test_images
 from benchmarks.int8.accuracy import Accuracy, Judge, packages
 from chexnet_deploy.bundle.manifest import Dialect
-from chexnet_deploy.datasets import ChestXray14, LabelledImages
+from chexnet_deploy.datasets.data_set import DataSet, open_data
+from chexnet_deploy.datasets.labelled import LabelledImages
 from chexnet_deploy.evaluation.machine import Machine, describe_machine
 from chexnet_deploy.export.from_torch.checkpoint import CheckpointManifest, read_checkpoint
 from chexnet_deploy.export.from_torch.to_onnx import trace
@@ -36,6 +37,7 @@ from chexnet_deploy.runtime.sessions.ort import OrtSession
 from chexnet_deploy.terminal import run_program
 
 N_CALIBRATION_IMAGES = 256
+FULL_SIDE_PX = 1024
 
 app = typer.Typer(add_completion=False)
 
@@ -78,12 +80,12 @@ def main(
     if not table:
         if checkpoint is None or data is None or originals is None:
             raise typer.BadParameter("give a checkpoint, --data and --originals")
-        results = measure(checkpoint, ChestXray14.open(data), originals)
+        results = measure(checkpoint, open_data(data), originals)
         path.write_text(results.model_dump_json(indent=1) + "\n")
     typer.echo(markdown_table(Results.model_validate_json(path.read_text())))
 
 
-def measure(checkpoint: Path, dataset: ChestXray14, originals: Path) -> Results:
+def measure(checkpoint: Path, dataset: DataSet, originals: Path) -> Results:
     """Make every form and judge it on every set."""
     read = read_checkpoint(checkpoint)
     model = trace(read)
@@ -104,21 +106,32 @@ def measure(checkpoint: Path, dataset: ChestXray14, originals: Path) -> Results:
 
 
 def read_sets(
-    manifest: CheckpointManifest, model: bytes, dataset: ChestXray14, originals: Path
+    manifest: CheckpointManifest, model: bytes, dataset: DataSet, originals: Path
 ) -> Mapping[str, tuple[Pixels, Judge]]:
     """Return each set's pixels and what judges answers for them."""
-    full = ChestXray14.open(originals)
+    full = open_data(originals)
     chosen = {
         "validation": dataset.split("val"),
         "test": dataset.split("test"),
-        "test, 1024 px originals": full.select(full_size_test_images(originals)),
+        "test, 1024 px originals": _of_full_size(full.split("test")),
     }
     sets = {}
-    for name, radiographs in chosen.items():
-        images = LabelledImages.of(radiographs, manifest.findings)
+    for name, labelled in chosen.items():
+        images = labelled.for_findings(manifest.findings)
         pixels = np.concatenate(list(iter_pixels(images.paths, manifest.preprocessing)))
         sets[name] = pixels, Judge(_answer(model, pixels), images, manifest.findings, manifest.operating_points)
     return sets
+
+
+def _of_full_size(images: LabelledImages) -> LabelledImages:
+    """Return the images as NIH published them; smaller copies would mix two resolutions in one measurement."""
+    return images.take(np.flatnonzero([_side_px(path) == FULL_SIDE_PX for path in images.paths]))
+
+
+def _side_px(path: Path) -> int:
+    with Image.open(path) as image:
+        side: int = max(image.size)
+    return side
 
 
 def judge(form: str, content: bytes, sets: Mapping[str, tuple[Pixels, Judge]]) -> Iterator[Row]:

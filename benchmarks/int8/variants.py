@@ -21,7 +21,7 @@ import typer
 from benchmarks.common import RESULTS
 from benchmarks.int8.accuracy import Accuracy, Judge, packages
 from chexnet_deploy.bundle.manifest import FLOAT16_DIALECTS, Dialect
-from chexnet_deploy.datasets import ChestXray14, LabelledImages
+from chexnet_deploy.datasets import DataSet, open_data
 from chexnet_deploy.evaluation.machine import Machine, describe_machine
 from chexnet_deploy.evaluation.spec import read_spec
 from chexnet_deploy.export.from_torch.checkpoint import read_checkpoint
@@ -95,15 +95,15 @@ def main(
     if not table:
         if checkpoint is None or data is None:
             raise typer.BadParameter("give a checkpoint, and ChestX-ray14 by --data or CHEXNET_CHESTXRAY14")
-        path.write_text(measure(checkpoint, ChestXray14.open(data)).model_dump_json(indent=1) + "\n")
+        path.write_text(measure(checkpoint, open_data(data)).model_dump_json(indent=1) + "\n")
     typer.echo(markdown_table(Results.model_validate_json(path.read_text())))
 
 
-def measure(checkpoint: Path, dataset: ChestXray14, *, n_calibration_images: int = 256) -> Results:
+def measure(checkpoint: Path, dataset: DataSet, *, n_calibration_images: int = 256) -> Results:
     """Make every form and judge it on the validation patients."""
     read = read_checkpoint(checkpoint)
     manifest, model = read.manifest, trace(read)
-    images = LabelledImages.of(dataset.split("val"), manifest.findings)
+    images = dataset.require("val").for_findings(manifest.findings)
     pixels = np.concatenate(list(iter_pixels(images.paths, manifest.preprocessing)))
     names = choose_calibration(dataset, n_calibration_images)
     calibration = CalibrationSet.read(dataset, names, manifest.preprocessing).pixels

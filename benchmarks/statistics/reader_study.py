@@ -26,6 +26,7 @@ from chexnet_deploy.datasets.chestxray14 import ChestXray14, truth
 from chexnet_deploy.datasets.findings import FINDINGS
 from chexnet_deploy.datasets.predictions import LabelledScores, read_predictions
 from chexnet_deploy.datasets.radiologist_labels import MAJORITY_READERS, ExpertLabels
+from chexnet_deploy.datasets.table import read_labels
 from chexnet_deploy.errors import DatasetError
 from chexnet_deploy.evaluation.machine import Machine, describe_machine
 from chexnet_deploy.evaluation.radiologists import (
@@ -138,7 +139,7 @@ def read_probabilities(path: Path, labels: Path) -> LabelledScores:
     Raises:
         DatasetError: as read_predictions; or they are not probabilities of all 14 findings.
     """
-    predicted = read_predictions(path, labels)
+    predicted = read_predictions(path, read_labels(labels))
     if predicted.findings != FINDINGS or predicted.kind != "probability":
         raise DatasetError(
             f"{path}: found a {predicted.kind} of {', '.join(predicted.findings)}; needed a probability of each of the "

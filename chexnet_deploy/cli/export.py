@@ -74,7 +74,7 @@ def export(
     """
     from chexnet_deploy.bundle.bundle import Bundle
     from chexnet_deploy.cli.options import parse_dialects, parse_precisions
-    from chexnet_deploy.datasets.chestxray14 import ChestXray14
+    from chexnet_deploy.datasets.data_set import open_data
     from chexnet_deploy.export.chain import build_plan, export_bundles, require_tensorrt
     from chexnet_deploy.images.scope import read_scope
 
@@ -101,8 +101,8 @@ def export(
                 on_phase=on_phase,
                 scope=policy,
             )
-            for line_left_out in () if data is None else ChestXray14.open(data).left_out():
-                typer.echo(f"left out: {line_left_out}", err=True)
+            for note in () if data is None else open_data(data).notes:
+                typer.echo(f"note: {note}", err=True)
             if plan:
                 with cancellation() as cancelled:
                     bundles += [

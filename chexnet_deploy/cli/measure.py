@@ -101,7 +101,7 @@ def evaluate(
         Path | None, typer.Option(help="Anyone's CSV: Image Index and a column a finding, or image, finding, score.")
     ] = None,
     labels: Annotated[
-        Path | None, typer.Option(help="Of the predictions: NIH's table, or a CSV of 0 and 1; default: that in --data.")
+        Path | None, typer.Option(help="Of the predictions: any table that --data takes; default: that in --data.")
     ] = None,
     data: DataOption = None,
     split: Annotated[

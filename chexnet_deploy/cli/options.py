@@ -83,5 +83,10 @@ def parse_dialects(text: str) -> tuple["Dialect", ...]:
     return tuple(name for name in known if name in wanted)
 
 
-DataOption = Annotated[Path | None, typer.Option("--data", help="ChestX-ray14: tables, split lists and images.")]
+DataOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--data", help="Labelled images: ChestX-ray14's folder, a CSV or Parquet table, or a TOML that describes one."
+    ),
+]
 ImagesOption = Annotated[Path | None, typer.Option("--images", help="Only the images this list names, one a line.")]

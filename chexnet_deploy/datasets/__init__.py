@@ -6,6 +6,7 @@ from chexnet_deploy import lazy_names
 
 if TYPE_CHECKING:
     from chexnet_deploy.datasets.chestxray14 import ChestXray14
+    from chexnet_deploy.datasets.data_set import DataSet, open_data
     from chexnet_deploy.datasets.findings import FINDINGS
     from chexnet_deploy.datasets.labelled import LabelledImages
     from chexnet_deploy.datasets.predictions import read_predictions
@@ -13,7 +14,9 @@ if TYPE_CHECKING:
 __all__ = [
     "FINDINGS",
     "ChestXray14",
+    "DataSet",
     "LabelledImages",
+    "open_data",
     "read_predictions",
 ]
 
@@ -22,7 +25,9 @@ __getattr__ = lazy_names(
     {
         "FINDINGS": "findings",
         "ChestXray14": "chestxray14",
+        "DataSet": "data_set",
         "LabelledImages": "labelled",
+        "open_data": "data_set",
         "read_predictions": "predictions",
     },
 )

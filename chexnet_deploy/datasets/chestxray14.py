@@ -24,14 +24,16 @@ from typing import Final, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from chexnet_deploy.datasets.csv_rows import read_names
 from chexnet_deploy.datasets.findings import FINDINGS
-from chexnet_deploy.datasets.nih_tables import Radiograph, patient_of, read_boxes, read_image_list, read_table
+from chexnet_deploy.datasets.nih_tables import Radiograph, patient_of, read_boxes, read_table
 from chexnet_deploy.errors import DatasetError
 from chexnet_deploy.inputs import IMAGE_SUFFIXES, name_some
 from chexnet_deploy.metrics.localization import Box
 
 Split: TypeAlias = Literal["train", "val", "test"]
 
+SPLITS: Final[tuple[Split, ...]] = ("train", "val", "test")
 TABLES: Final = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")
 """In the order of preference: NIH corrected labels, ages and sexes in 2020."""
 TRAIN_VAL_LIST: Final = "train_val_list.txt"
@@ -101,21 +103,6 @@ class ChestXray14:
         radiographs = (self._by_image[image] for image in self.listed[name])
         return tuple(radiograph for radiograph in radiographs if radiograph.path is not None)
 
-    def require(self, name: Split) -> tuple[Radiograph, ...]:
-        """Return as `split`, at least one image.
-
-        Raises:
-            DatasetError: there is none on disk.
-        """
-        radiographs = self.split(name)
-        if not radiographs:
-            strays = f", and {self.strays_in_words()}" if self.strays else ""
-            raise DatasetError(
-                f"{self.root}: found none of the {len(self.listed[name]):,} {name} images on disk{strays}; needed at least one. "
-                f"Next: put the images into {self.root}/images, called as in {self.table.name}, with any image suffix."
-            )
-        return radiographs
-
     def strays_in_words(self) -> str:
         """Return how many image files have no row, and some of their names."""
         return f"{len(self.strays):,} image files without a row in {self.table.name}: {name_some([p.name for p in self.strays])}"
@@ -124,43 +111,6 @@ class ChestXray14:
         """Return in words what is left out of the data set as it lies on disk."""
         absent = f"{self.n_absent:,} of {len(self.radiographs):,} rows of {self.table.name} have no image on disk"
         return (*([absent] if self.n_absent else []), *([self.strays_in_words()] if self.strays else []))
-
-    def listed_patients(self, *names: Split) -> frozenset[int]:
-        """Return the patients of splits, whether their images are on disk or not."""
-        return frozenset(self._by_image[image].patient for name in names for image in self.listed[name])
-
-    def select(self, images: Sequence[str]) -> tuple[Radiograph, ...]:
-        """Return the named images in the order given.
-
-        Raises:
-            DatasetError: a name has no row, or its image is not on disk.
-        """
-        unknown = [image for image in images if image not in self._by_image]
-        if unknown:
-            raise DatasetError(
-                f"{self.table}: found no row for {name_some(unknown)}; needed a row for each of the {len(images)} names. "
-                f"Next: check that the list belongs to this data set."
-            )
-        chosen = tuple(self._by_image[image] for image in images)
-        absent = [radiograph.image for radiograph in chosen if radiograph.path is None]
-        if absent:
-            raise DatasetError(
-                f"{self.root}: found no file for {name_some(absent)}; needed all {len(images)} images. "
-                f"Next: unpack them into images/ or shorten the list."
-            )
-        return chosen
-
-    def split_sha256(self) -> str:
-        r"""Return the SHA-256 of the split as it stands on disk.
-
-        Hashed is one line "train 00000002_000.png\n" for each image of `split("train")`, then "val", then "test", in
-        their order, so a reordered list, another validation rule and an image more or less all change it.
-        """
-        digest = hashlib.sha256()
-        for name in ("train", "val", "test"):
-            for radiograph in self.split(name):
-                digest.update(f"{name} {radiograph.image}\n".encode("ascii"))
-        return digest.hexdigest()
 
 
 def truth(radiographs: Sequence[Radiograph]) -> NDArray[np.bool_]:
@@ -175,7 +125,12 @@ def is_validation_patient(patient: int) -> bool:
     The rule never changes: the SHA-256 of the number in decimal ASCII digits, its first 8 bytes as a big-endian
     integer, divisible by 10. It needs no seed and no list, and adding patients moves none.
     """
-    return int.from_bytes(hashlib.sha256(str(patient).encode("ascii")).digest()[:8], "big") % 10 == 0
+    return tenth_of(patient) == 0
+
+
+def tenth_of(patient: int) -> int:
+    """Return which tenth of all patients one is of, 0 to 9; see is_validation_patient."""
+    return int.from_bytes(hashlib.sha256(str(patient).encode("ascii")).digest()[:8], "big") % 10
 
 
 def _find_table(root: Path) -> Path:
@@ -238,7 +193,7 @@ def _walk(folder: Path, seen: set[Path]) -> Iterator[Path]:
 
 def _read_split(root: Path, by_image: Mapping[str, Radiograph]) -> Mapping[str, tuple[str, ...]]:
     """Return train, val and test names; the patients of any two are disjoint."""
-    lists = {name: read_image_list(root / name) for name in (TRAIN_VAL_LIST, TEST_LIST)}
+    lists = {name: read_names(root / name) for name in (TRAIN_VAL_LIST, TEST_LIST)}
     for name, images in lists.items():
         unknown = [image for image in images if image not in by_image]
         if unknown:

@@ -1,22 +1,22 @@
 """The one way a text file with a header becomes rows: every table, list and CSV of others is read here.
 
-Checks the form alone (UTF-8, commas, as many fields as the header has); what a value must be its reader says, with
-`Row.error`. Columns are found by their exact names (`read_columns`) or, in the files of strangers, by names of which
-capitals, blanks and underscores don't matter (`find_column`, `find_findings`). Repairs nothing.
+Checks the form alone (UTF-8; commas, semicolons or tabs, whichever part the header most; as many fields as the header has);
+what a value must be its reader says, with `Row.error`. Columns are found by their exact names (`read_columns`) or, in the
+files of strangers, by names of which capitals, blanks and underscores don't matter (`find_column`, `find_findings`).
 """
 
 import csv
-import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
 from chexnet_deploy.datasets.findings import FINDINGS
 from chexnet_deploy.errors import DatasetError
-from chexnet_deploy.inputs import quote_some, read_text
+from chexnet_deploy.inputs import open_text, quote_some, read_text
 
 MAX_QUOTED_CHARACTERS: Final = 200  # of what was found, in a message
 
@@ -39,36 +39,45 @@ class Row:
 
     def column_error(self, needed: str) -> DatasetError:
         """Return the refusal of this row as a header that lacks a column."""
-        return self.error(f"the columns {quote_some(self.fields)}", f"{needed}, separated by commas")
+        return self.error(f"the columns {quote_some(self.fields)}", needed)
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """Yield the header, then every row that is not blank, at least one.
+    """Yield the header, then every row that is not blank, at least one; holds one row at a time.
 
     Raises:
-        DatasetError: as read_text; there is no header or no row, or a row has another number of fields.
+        DatasetError: as open_text; there is no header or no row, or a row has another number of fields.
     """
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
-    try:
-        header = next(reader, [])
-        # NIH's first release ends its header, its rows or both with a comma; such empty fields mean nothing.
-        while header and not header[-1].strip():
-            header.pop()
-        if not header:
-            raise Row(path, 1, header).error("no column names", "a header and at least one row")
-        yield Row(path, 1, header)
-        width, row = len(header), None
-        for fields in filter(None, reader):
-            row = Row(path, reader.line_num, fields)
-            if len(fields) < width or any(fields[width:]):
-                raise row.error(f"{len(fields)} fields", f"{width}, as the header has")
-            yield row
-    except csv.Error as err:
-        raise Row(path, reader.line_num, ()).error(f"a broken row ({err})", "comma-separated values") from err
-    if row is None:
-        raise DatasetError(
-            f"{path}: found a header and no row; needed at least one. Next: copy or write the file again."
-        )
+    with open_text(path) as file:
+        first = file.readline()
+        reader = csv.reader(chain([first] if first else [], file), delimiter=_delimiter_of(first), strict=True)
+        try:
+            header = next(reader, [])
+            # NIH's first release ends its header, its rows or both with a comma; such empty fields mean nothing.
+            while header and not header[-1].strip():
+                header.pop()
+            if not header:
+                raise Row(path, 1, header).error("no column names", "a header and at least one row")
+            yield Row(path, 1, header)
+            width, row = len(header), None
+            for fields in filter(None, reader):
+                row = Row(path, reader.line_num, fields)
+                if len(fields) < width or any(fields[width:]):
+                    raise row.error(f"{len(fields)} fields", f"{width}, as the header has")
+                yield row
+        except csv.Error as err:
+            raise Row(path, reader.line_num, ()).error(
+                f"a broken row ({err})", "values separated by commas, semicolons or tabs, quoted where they hold one"
+            ) from err
+        if row is None:
+            raise DatasetError(
+                f"{path}: found a header and no row; needed at least one. Next: copy or write the file again."
+            )
+
+
+def _delimiter_of(header: str) -> str:
+    """Return the separator that parts a header into the most fields: Excel writes semicolons where commas are decimal."""
+    return max(",;\t", key=lambda delimiter: len(next(csv.reader([header], delimiter=delimiter), ())))
 
 
 def read_columns(path: Path, columns: Sequence[Sequence[str]]) -> Iterator[Row]:
@@ -93,9 +102,29 @@ def read_columns(path: Path, columns: Sequence[Sequence[str]]) -> Iterator[Row]:
         yield Row(path, row.number, [row.fields[place] for place in places])
 
 
+def read_names(path: Path) -> tuple[str, ...]:
+    """Return the image names in a list, in its order; whether a data set has them is not known here.
+
+    One name a line; blank lines, blanks around a name, a byte order mark and CRLF are allowed.
+
+    Raises:
+        DatasetError: the file can't be read, names no image, or names one twice.
+    """
+    rows: dict[str, int] = {}
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        name = line.strip()
+        if name in rows:
+            raise Row(path, number, (name,)).error(f"{name} again (first in row {rows[name]})", "each name once")
+        if name:
+            rows[name] = number
+    if not rows:
+        raise DatasetError(f"{path}: found no image name; needed at least one. Next: copy the list again.")
+    return tuple(rows)
+
+
 def letters_of(name: str) -> str:
-    """Return the letters of a name, in small: what is compared where spelling is free."""
-    return re.sub(r"[^a-z]", "", name.lower())
+    """Return the letters and digits of a name, in small: what is compared where spelling is free."""
+    return re.sub(r"[\W_]", "", name.casefold())
 
 
 FINDING_BY_LETTERS: Final = MappingProxyType({letters_of(finding): finding for finding in FINDINGS})
@@ -119,8 +148,15 @@ def require_column(header: Row, names: Sequence[str], needed: str) -> int:
     return place
 
 
-def find_findings(header: Row, words: Sequence[str]) -> dict[str, int]:
-    """Return finding -> its column, in canonical order; a word before or after the finding's name is allowed.
+def find_findings(
+    header: Row, words: Sequence[str], by_letters: Mapping[str, str] = FINDING_BY_LETTERS
+) -> dict[str, int]:
+    """Return finding -> its column, in the order of `by_letters`; a word before or after the finding's name is allowed.
+
+    Args:
+        header: of the file.
+        words: such as prob.
+        by_letters: the letters of each finding -> its name.
 
     Raises:
         DatasetError: a finding has two columns.
@@ -129,10 +165,10 @@ def find_findings(header: Row, words: Sequence[str]) -> dict[str, int]:
     for place, name in enumerate(header.fields):
         letters = letters_of(name)
         forms = {letters, *map(letters.removeprefix, words), *map(letters.removesuffix, words)}
-        for form in forms & FINDING_BY_LETTERS.keys():
-            finding = FINDING_BY_LETTERS[form]
+        for form in forms & by_letters.keys():
+            finding = by_letters[form]
             if finding in places:
                 two = quote_some([header.fields[places[finding]], name])
                 raise header.error(f"the columns {two}", f"one column of {finding}")
             places[finding] = place
-    return {finding: places[finding] for finding in FINDINGS if finding in places}
+    return {finding: places[finding] for finding in by_letters.values() if finding in places}

@@ -1,21 +1,28 @@
-"""Which images are of which group of patients: sex, age band and view, as ChestX-ray14's table tells them.
+"""Images with what their labels say: one column an attribute, one row an image, whatever layout they were read from.
 
-A model may keep its accuracy on the whole and lose it on a few; bench and evaluate report each group beside the whole.
+A finding is measured on the images that are labelled for it. A model may keep its accuracy on the whole and lose it on a
+few; bench and evaluate report groups of sex, age band and view beside the whole.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Final, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from chexnet_deploy.datasets.chestxray14 import truth
+from chexnet_deploy.datasets.csv_rows import letters_of
 from chexnet_deploy.datasets.findings import FINDINGS
 from chexnet_deploy.datasets.nih_tables import Radiograph
 from chexnet_deploy.errors import DatasetError
 from chexnet_deploy.inputs import name_some
 
+Sex: TypeAlias = Literal["F", "M", "unknown"]
+View: TypeAlias = Literal["AP", "PA", "unknown"]
+
+NOT_LABELLED: Final = -1
+"""In `LabelledImages.labels`: nobody says whether the finding is there."""
 AGE_BANDS = (("under 40", 0.0, 40.0), ("40 to 59", 40.0, 60.0), ("60 and over", 60.0, 120.0))
 """Name, from and below, in years. An age above 119 is a mistake in the table and falls into none."""
 
@@ -35,64 +42,109 @@ def subgroups(sex: Sequence[str], age_years: Sequence[float], view: Sequence[str
     return {name: chosen for name, chosen in groups.items() if chosen.any()}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class LabelledImages:
-    """Image files with what the tables say of them.
+    """Image files with what their table says of them.
 
     Attributes:
-        names: [N] image names.
-        paths: [N] files.
+        names: [N] as the table writes them.
+        files: [N] paths as text; empty where an image is not on disk.
         findings: [C] names.
-        truth: [N, C] True where the finding is present.
-        patients: [N] patient numbers.
-        groups: [N] True for the images of each group of patients, by its name.
+        labels: int8 [N, C], 1 present, 0 absent, NOT_LABELLED.
+        patients: int64 [N] patient numbers.
+        sex: [N].
+        age_years: float64 [N]; NaN where unknown.
+        view: [N].
+        refused: finding -> why its column can't be read; an error only for who asks for that finding.
     """
 
     names: tuple[str, ...]
-    paths: tuple[Path, ...]
+    files: tuple[str, ...]
     findings: tuple[str, ...]
-    truth: NDArray[np.bool_]
+    labels: NDArray[np.int8]
     patients: NDArray[np.int64]
-    groups: Mapping[str, NDArray[np.bool_]]
+    sex: tuple[Sex, ...]
+    age_years: NDArray[np.float64]
+    view: tuple[View, ...]
+    refused: Mapping[str, DatasetError] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, radiographs: Sequence[Radiograph], findings: Sequence[str]) -> "LabelledImages":
-        """Take radiographs that are on disk, with those findings of a model that the tables label, in the model's order.
+    def of(cls, radiographs: Sequence[Radiograph], findings: Sequence[str] = FINDINGS) -> "LabelledImages":
+        """Take rows of ChestX-ray14's table, with the labels' columns in a manifest's order; errors as for_findings."""
+        images = cls(
+            names=tuple(radiograph.image for radiograph in radiographs),
+            files=tuple("" if radiograph.path is None else str(radiograph.path) for radiograph in radiographs),
+            findings=FINDINGS,
+            labels=np.array([[f in r.findings for f in FINDINGS] for r in radiographs], np.int8).reshape(-1, 14),
+            patients=np.array([radiograph.patient for radiograph in radiographs], np.int64),
+            sex=tuple(radiograph.sex for radiograph in radiographs),
+            age_years=np.array([radiograph.age_years for radiograph in radiographs], np.float64),
+            view=tuple(radiograph.view for radiograph in radiographs),
+        )
+        return images if tuple(findings) == FINDINGS else images.for_findings(findings)
 
-        Raises:
-            DatasetError: there are none, one is not on disk, or the tables label no finding of the model.
-        """
-        labelled = tuple(finding for finding in findings if finding in FINDINGS)
-        if not labelled:
-            raise DatasetError(
-                f"found a model of {name_some(findings)}, none of which ChestX-ray14 labels; needed one of its findings: "
-                f"{', '.join(FINDINGS)}. Next: give labels of the model's findings, or name them as the labels do."
-            )
-        paths = [radiograph.path for radiograph in radiographs if radiograph.path is not None]
-        if not paths or len(paths) < len(radiographs):
-            raise DatasetError(
-                f"{len(paths)} of {len(radiographs)} labelled images are on disk; needed all, and at least one."
-            )
-        columns = [FINDINGS.index(finding) for finding in labelled]
-        return cls(
-            tuple(radiograph.image for radiograph in radiographs),
-            tuple(paths),
-            labelled,
-            truth(radiographs)[:, columns],
-            np.array([radiograph.patient for radiograph in radiographs], np.int64),
-            subgroups([r.sex for r in radiographs], [r.age_years for r in radiographs], [r.view for r in radiographs]),
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """[N] files; of images on disk alone."""
+        assert all(self.files)
+        return tuple(map(Path, self.files))
+
+    @property
+    def truth(self) -> NDArray[np.bool_]:
+        """[N, C] True where the finding is present."""
+        present: NDArray[np.bool_] = self.labels == 1
+        return present
+
+    @property
+    def labelled(self) -> NDArray[np.bool_]:
+        """[N, C] True where the table says whether it is."""
+        labelled: NDArray[np.bool_] = self.labels != NOT_LABELLED
+        return labelled
+
+    @property
+    def groups(self) -> Mapping[str, NDArray[np.bool_]]:
+        """[N] True for the images of each group of patients, by its name."""
+        return subgroups(self.sex, self.age_years.tolist(), self.view)
+
+    def take(self, rows: NDArray[np.intp]) -> "LabelledImages":
+        """Return the images of some rows, in the order given."""
+        places = rows.tolist()
+        return replace(
+            self,
+            names=tuple(self.names[i] for i in places),
+            files=tuple(self.files[i] for i in places),
+            labels=self.labels[rows],
+            patients=self.patients[rows],
+            sex=tuple(self.sex[i] for i in places),
+            age_years=self.age_years[rows],
+            view=tuple(self.view[i] for i in places),
         )
 
-    def narrowed(self, findings: Sequence[str]) -> "LabelledImages":
-        """Return the same images with those of the findings alone that are labelled, in the order given.
+    def for_findings(self, findings: Sequence[str]) -> "LabelledImages":
+        """Return the same images with the columns of a model's findings; one that the table lacks is labelled nowhere.
+
+        Capitals, blanks and underscores don't matter.
 
         Raises:
-            DatasetError: none is.
+            DatasetError: the table has none of them, or a column of theirs holds what can't be right.
         """
-        kept = tuple(finding for finding in findings if finding in self.findings)
-        if not kept:
+        for finding, error in self.refused.items():
+            if letters_of(finding) in map(letters_of, findings):
+                raise error
+        column_of = {letters_of(finding): column for column, finding in enumerate(self.findings)}
+        columns = [column_of.get(letters_of(finding)) for finding in findings]
+        labels = np.full((len(self.names), len(columns)), NOT_LABELLED, np.int8)
+        for place, column in enumerate(columns):
+            if column is not None:
+                labels[:, place] = self.labels[:, column]
+        if not (labels != NOT_LABELLED).any():
             raise DatasetError(
-                f"found labels of {name_some(self.findings)} and models of {name_some(findings) or 'nothing'} in common; needed "
-                f"a finding that all know. Next: name them alike."
+                f"found labels of {name_some(self.findings) or 'no finding'}; needed at least one image labelled for a finding "
+                f'out of {", ".join(findings)}. Next: name their columns in a TOML, [findings] {findings[0]} = "...".'
             )
-        return replace(self, findings=kept, truth=self.truth[:, [self.findings.index(finding) for finding in kept]])
+        return replace(self, findings=tuple(findings), labels=labels, refused={})
+
+    def shared_with(self, findings: Sequence[str]) -> tuple[str, ...]:
+        """Return those of a model's findings that some image is labelled for, in the model's words and order."""
+        known = np.flatnonzero(self.for_findings(findings).labelled.any(axis=0))
+        return tuple(findings[column] for column in known.tolist())

@@ -14,8 +14,6 @@ from typing import Final, Literal, cast
 
 from chexnet_deploy.datasets.csv_rows import Row, read_columns
 from chexnet_deploy.datasets.findings import FINDINGS, NO_FINDING
-from chexnet_deploy.errors import DatasetError
-from chexnet_deploy.inputs import read_text
 from chexnet_deploy.metrics.localization import Box
 
 _IMAGE_NAME: Final = re.compile(r"(\d{8})_\d{3}\.png", re.ASCII)
@@ -119,29 +117,6 @@ def read_boxes(path: Path, by_image: Mapping[str, Radiograph]) -> Mapping[str, t
             raise row.error(f"the same box of {image} a second time", "each box once")
         boxes[image] = (*boxes.get(image, ()), box)
     return MappingProxyType(boxes)
-
-
-def read_image_list(path: Path) -> tuple[str, ...]:
-    """Return the names in a list, in its order.
-
-    One name a line; blank lines, blanks around a name, a byte order mark and CRLF are allowed.
-
-    Raises:
-        DatasetError: the file can't be read, names no image, names one twice, or a line is not an image name.
-    """
-    rows: dict[str, int] = {}
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
-        name = line.strip()
-        if not name:
-            continue
-        row = Row(path, number, (name,))
-        check_image(row, name)
-        if name in rows:
-            raise row.error(f"{name} again (first in row {rows[name]})", "each name once")
-        rows[name] = number
-    if not rows:
-        raise DatasetError(f"{path}: found no image name; needed at least one. Next: copy the list again.")
-    return tuple(rows)
 
 
 def patient_of(image: str) -> int | None:

@@ -196,6 +196,12 @@ def refuse_training_patients(evaluated: Iterable[int], trained_on: PatientSet | 
             f"needed none for {purpose}. Next: take patients of another split. Patients are known "
             f"by number alone: of another data set than the model's, they only share numbers; number them otherwise."
         )
+    n_strangers = sum(number > MAX_PATIENT for number in numbers)
+    if n_strangers:
+        return (
+            f"{n_strangers:,} of the {len(numbers):,} patients are a table's own, and the model was trained on another data set's: "
+            f"nothing shows that they are other people."
+        )
     return f"None of the {len(numbers):,} patients is among the {trained_on.n_patients:,} the model was trained on."
 
 

@@ -1,8 +1,7 @@
-"""Read anyone's labels and predictions: CSV files in, scores and truth in one order out.
+"""Read anyone's predictions beside labels: a CSV file in, scores and truth in one order out.
 
-Computes no statistics and repairs nothing: a score that is no number, a hole, an image without a label or a patient is refused.
-Columns are found by name; capitals, blanks and underscores don't matter. Labels are NIH's Data_Entry_2017*.csv, or wide: an
-image column, one column of 0 and 1 for each finding, and patients. Predictions have one of two shapes:
+Computes no statistics and repairs nothing: a score that is no number, a hole or an image without a label is refused.
+Columns are found by name; capitals, blanks and underscores don't matter. Predictions have one of two shapes:
 
     wide    Image Index, prob_Atelectasis, prob_Cardiomegaly, ...     a prefix or suffix out of SCORE_WORDS, or none
     long    image, finding, score                                     every image with every finding, once
@@ -10,9 +9,7 @@ image column, one column of 0 and 1 for each finding, and patients. Predictions 
 Rows that `predict --out` quarantined (a column status says so) have no score: they are left out and counted.
 """
 
-import hashlib
 import math
-import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,95 +27,12 @@ from chexnet_deploy.datasets.csv_rows import (
     read_rows,
     require_column,
 )
+from chexnet_deploy.datasets.data_set import DataSet
 from chexnet_deploy.datasets.findings import FINDINGS
-from chexnet_deploy.datasets.nih_tables import patient_of, read_table
+from chexnet_deploy.datasets.labelled import Sex, View
+from chexnet_deploy.datasets.table_columns import IMAGE_COLUMN_NEEDED, IMAGE_COLUMNS
 from chexnet_deploy.errors import DatasetError
 from chexnet_deploy.inputs import quote_some
-
-Sex: TypeAlias = Literal["F", "M", "unknown"]
-View: TypeAlias = Literal["AP", "PA", "unknown"]
-
-IMAGE_COLUMNS: Final = ("imageindex", "image", "imageid", "imagename", "filename", "file")
-IMAGE_COLUMN_NEEDED: Final = "an image column such as Image Index or image"
-_LABEL_WORDS: Final = ("label", "true", "truth", "target", "gt")
-_PATIENT_COLUMNS: Final = ("patientid", "patient", "subjectid", "subject")
-_SEX_COLUMNS: Final = ("patientsex", "patientgender", "sex", "gender")
-_AGE_COLUMNS: Final = ("patientage", "age", "ageyears")
-_VIEW_COLUMNS: Final = ("viewposition", "view")
-_TRUTH: Final = dict.fromkeys(("0", "0.0", "no", "false"), False) | dict.fromkeys(("1", "1.0", "yes", "true"), True)
-_NUMBER: Final = re.compile(r"(\d{1,18})(\.0)?", re.ASCII)  # pandas writes whole numbers as 12.0 beside a gap
-
-
-@dataclass(frozen=True, slots=True)
-class ImageLabel:
-    """What the labels say of one image; the findings present, and the rest as in predictions.LabelledScores."""
-
-    present: Collection[str]
-    patient: int
-    sex: Sex
-    age_years: float
-    view: View
-
-
-def read_labels(path: Path) -> tuple[Mapping[str, ImageLabel], tuple[str, ...]]:
-    """Return image -> label, and the findings that are labelled, in canonical order.
-
-    Args:
-        path: NIH's table, or a wide CSV. Without a patient column the patient is the number in an NIH image name.
-
-    Raises:
-        DatasetError: the file can't be read, lacks a column or holds what can't be right.
-    """
-    rows = read_rows(path)
-    header = next(rows)
-    if "Finding Labels" in header.fields:
-        table = read_table(path, {})
-        official = {
-            name: ImageLabel(row.findings, row.patient, row.sex, float(row.age_years), row.view)
-            for name, row in table.items()
-        }
-        return official, FINDINGS
-    image = require_column(header, IMAGE_COLUMNS, IMAGE_COLUMN_NEEDED)
-    columns = find_findings(header, _LABEL_WORDS)
-    if not columns:
-        raise header.column_error("NIH's column Finding Labels, or columns of 0 and 1 named by finding")
-    patient = find_column(header, _PATIENT_COLUMNS)
-    others = [find_column(header, names) for names in (_SEX_COLUMNS, _AGE_COLUMNS, _VIEW_COLUMNS)]
-    labelled: dict[str, ImageLabel] = {}
-    for row in rows:
-        fields = row.fields
-        name = fields[image].strip()
-        if name in labelled:
-            raise row.error(f"{name} a second time", "one row an image")
-        truth = {finding: _TRUTH.get(fields[place].strip().lower()) for finding, place in columns.items()}
-        for finding, present in truth.items():
-            if present is None:
-                raise row.error(f"{finding} {fields[columns[finding]]!r} for {name}", "0 or 1")
-        sex, age, view = ("" if place is None else fields[place].strip().upper() for place in others)
-        labelled[name] = ImageLabel(
-            present=frozenset(finding for finding, present in truth.items() if present),
-            patient=_to_patient(row, name, None if patient is None else fields[patient].strip()),
-            sex="F" if sex in ("F", "FEMALE") else "M" if sex in ("M", "MALE") else "unknown",
-            age_years=float(age) if _NUMBER.fullmatch(age) else float("nan"),
-            view="AP" if view == "AP" else "PA" if view == "PA" else "unknown",
-        )
-    return labelled, tuple(columns)
-
-
-def _to_patient(row: Row, image: str, stated: str | None) -> int:
-    named = patient_of(image)
-    if stated is None and named is not None:
-        return named
-    if not stated:
-        # Images of one patient are alike; without patients every interval would be too narrow.
-        raise row.error(f"no patient for {image}", "a column Patient ID, or image names like 00000002_000.png")
-    number = _NUMBER.fullmatch(stated)
-    if named is not None and (number is None or int(number[1]) != named):
-        raise row.error(f"patient {stated!r} for {image}", f"the patient in the name, {named}")
-    if number:
-        return int(number[1])
-    return int.from_bytes(hashlib.sha256(stated.encode()).digest()[:8], "big") >> 1
-
 
 ScoreKind: TypeAlias = Literal["probability", "logit", "score"]
 
@@ -134,17 +48,15 @@ class LabelledScores:
 
     Attributes:
         names: [N] image names.
-        findings: [C] those that both files have, in canonical order.
+        findings: [C] those that both files have.
         scores: float64 [N, C], finite.
         kind: "logit" where the columns say so; "probability" where every score is in 0..1; else "score". Brier score
             and calibration error have a meaning for probabilities only.
         truth: bool [N, C].
-        patients: int64 [N]; an id that is no number becomes the first 63 bits of its SHA-256.
-        sex: [N] "F", "M" or "unknown".
-        age_years: [N] as the labels say; NaN where they don't.
-        view: [N] "AP", "PA" or "unknown".
+        is_labelled: bool [N, C]; a finding is measured on the images that are labelled for it.
+        patients, sex, age_years, view: [N] as in LabelledImages.
         unlabelled_findings: predicted, but the labels have no such column; not in `findings`.
-        ignored: columns, or findings of the long form, that name none of the 14.
+        ignored: columns, or findings of the long form, that name no finding.
         n_not_predicted: labelled images that the predictions leave out.
         n_quarantined: images that the predictions name, but couldn't read.
     """
@@ -154,6 +66,7 @@ class LabelledScores:
     scores: NDArray[np.float64]
     kind: ScoreKind
     truth: NDArray[np.bool_]
+    is_labelled: NDArray[np.bool_]
     patients: NDArray[np.int64]
     sex: tuple[Sex, ...]
     age_years: NDArray[np.float64]
@@ -164,47 +77,50 @@ class LabelledScores:
     n_quarantined: int = 0
 
 
-def read_predictions(predictions: Path, labels: Path) -> LabelledScores:
+def read_predictions(predictions: Path, labels: DataSet) -> LabelledScores:
     """Return the predictions with their labels.
 
     A finding with one class only is not refused here: what is undefined on it is for the statistics to say.
 
     Args:
         predictions: wide or long CSV.
-        labels: NIH's table, or a wide CSV. Without a patient column the patient is the number in an NIH image name.
+        labels: of these images; a finding has the name that it has there.
 
     Raises:
         DatasetError: a file can't be read, lacks a column or holds what can't be right, or the two don't fit.
     """
-    scored = _read_scores(predictions)
-    labelled, label_findings = read_labels(labels)
-    unknown = [name for name in scored.names if name not in labelled]
+    table, images = labels.table, labels.images
+    known = {letters_of(finding): finding for finding in (*images.findings, *images.refused)}
+    scored = _read_scores(predictions, {**FINDING_BY_LETTERS, **known})
+    row_of = {name: row for row, name in enumerate(images.names)}
+    unknown = [name for name in scored.names if name not in row_of]
     if unknown:
         raise DatasetError(
-            f"{predictions}: found {len(unknown):,} images without a row in {labels}, e.g. {quote_some(unknown)}; "
+            f"{predictions}: found {len(unknown):,} images without a row in {table}, e.g. {quote_some(unknown)}; "
             f"needed a label for each of the {len(scored.names):,}. Next: give the labels of these images, named alike."
         )
-    columns = [c for c, finding in enumerate(scored.findings) if finding in label_findings]
+    columns = [c for c, finding in enumerate(scored.findings) if finding in known.values()]
     findings = tuple(scored.findings[c] for c in columns)
     if not findings:
         raise DatasetError(
-            f"{predictions} scores {', '.join(scored.findings)}; {labels} labels {', '.join(label_findings)}; needed "
+            f"{predictions} scores {', '.join(scored.findings)}; {table} labels {', '.join(images.findings)}; needed "
             f"one in common. Next: give labels of the findings that were predicted."
         )
-    rows = [labelled[name] for name in scored.names]
+    images = images.take(np.array([row_of[name] for name in scored.names], np.intp)).for_findings(findings)
     return LabelledScores(
         names=scored.names,
         findings=findings,
         scores=np.ascontiguousarray(scored.scores[:, columns]),
         kind=scored.kind,
-        truth=np.array([[finding in row.present for finding in findings] for row in rows], np.bool_),
-        patients=np.array([row.patient for row in rows], np.int64),
-        sex=tuple(row.sex for row in rows),
-        age_years=np.array([row.age_years for row in rows], np.float64),
-        view=tuple(row.view for row in rows),
-        unlabelled_findings=tuple(finding for finding in scored.findings if finding not in label_findings),
+        truth=images.truth,
+        is_labelled=images.labelled,
+        patients=images.patients,
+        sex=images.sex,
+        age_years=images.age_years,
+        view=images.view,
+        unlabelled_findings=tuple(finding for finding in scored.findings if finding not in findings),
         ignored=scored.ignored,
-        n_not_predicted=len(labelled) - len(scored.names),
+        n_not_predicted=len(row_of) - len(scored.names),
         n_quarantined=scored.n_quarantined,
     )
 
@@ -219,16 +135,16 @@ class _Scored:
     n_quarantined: int
 
 
-def _read_scores(path: Path) -> _Scored:
+def _read_scores(path: Path, by_letters: Mapping[str, str]) -> _Scored:
     read = read_rows(path)
     header = next(read)
     status = find_column(header, ("status",))
     quarantined = set[str]()
     rows = read if status is None else _without_quarantined(read, header, status, quarantined)
     image = require_column(header, IMAGE_COLUMNS, IMAGE_COLUMN_NEEDED)
-    wide = find_findings(header, SCORE_WORDS)
+    wide = find_findings(header, SCORE_WORDS, by_letters)
     if wide:
-        kinds = {_kind_of(header.fields[place]) for place in wide.values()}
+        kinds = {_kind_of(header.fields[place], by_letters) for place in wide.values()}
         if len(kinds) > 1:
             columns = [header.fields[place] for place in wide.values()]
             raise header.error(f"the columns {quote_some(columns)}", "scores of one kind, probabilities or logits")
@@ -241,10 +157,10 @@ def _read_scores(path: Path) -> _Scored:
         needed = f"columns named by finding (prob_{FINDINGS[0]}, ...), or two columns finding and score"
         finding_place = require_column(header, _FINDING_COLUMNS, needed)
         score_place = require_column(header, SCORE_WORDS, needed)
-        stated = _kind_of(header.fields[score_place])
+        stated = _kind_of(header.fields[score_place], by_letters)
         used = {image, finding_place, score_place}
         cells = ((row, row.fields[image], row.fields[finding_place], row.fields[score_place]) for row in rows)
-    names, findings, scores, unknown = _collect(path, cells, quarantined)
+    names, findings, scores, unknown = _collect(path, cells, quarantined, by_letters)
     outside = (scores < 0.0) | (scores > 1.0)
     if stated == "probability" and outside.any():
         n, c = (int(index[0]) for index in np.nonzero(outside))
@@ -268,7 +184,7 @@ def _without_quarantined(rows: Iterable[Row], header: Row, status: int, quaranti
 
 
 def _collect(
-    path: Path, cells: Iterable[tuple[Row, str, str, str]], quarantined: Collection[str]
+    path: Path, cells: Iterable[tuple[Row, str, str, str]], quarantined: Collection[str], by_letters: Mapping[str, str]
 ) -> tuple[tuple[str, ...], tuple[str, ...], NDArray[np.float64], tuple[str, ...]]:
     """Return images, findings, scores [N, C] and the names that are no finding, out of (row, image, finding, score).
 
@@ -281,14 +197,14 @@ def _collect(
         image = raw_image.strip()
         scores = by_image.setdefault(image, {})
         if written not in seen:
-            seen[written] = FINDING_BY_LETTERS.get(letters_of(written))
+            seen[written] = by_letters.get(letters_of(written))
         finding = seen[written]
         if finding is None:
             continue
         if finding in scores:
             raise row.error(f"{finding} of {image} a second time", "each image once, with each finding once")
         scores[finding] = _to_score(row, image, finding, text)
-    findings = tuple(finding for finding in FINDINGS if finding in seen.values())
+    findings = tuple(finding for finding in by_letters.values() if finding in seen.values())
     unknown = tuple(written for written, finding in seen.items() if finding is None)
     if not by_image and quarantined:
         raise DatasetError(
@@ -297,7 +213,7 @@ def _collect(
         )
     if not findings:
         raise DatasetError(
-            f"{path}: found the findings {quote_some(unknown)}; needed names out of {', '.join(FINDINGS)}. "
+            f"{path}: found the findings {quote_some(unknown)}; needed names out of {', '.join(by_letters.values())}. "
             f"Next: use these names."
         )
     for image, scores in by_image.items():
@@ -322,10 +238,10 @@ def _to_score(row: Row, image: str, finding: str, text: str) -> float:
     return score
 
 
-def _kind_of(column: str) -> ScoreKind:
+def _kind_of(column: str, by_letters: Mapping[str, str]) -> ScoreKind:
     """Say what a column's name says of its scores; "score" where it says nothing."""
     letters = letters_of(column)
-    bare = next((letters.replace(finding, "", 1) for finding in FINDING_BY_LETTERS if finding in letters), letters)
+    bare = next((letters.replace(finding, "", 1) for finding in by_letters if finding in letters), letters)
     if bare in ("prob", "proba", "probability"):
         return "probability"
     return "logit" if bare == "logit" else "score"

@@ -1,5 +1,6 @@
 """Results of bench: the schema of report.json, rows for the screen, and the CSV of logits."""
 
+import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,7 +155,8 @@ def summary_rows(report: BenchReport) -> list[dict[str, str]]:
 
 def write_predictions(path: Path, images: LabelledImages, findings: Sequence[str], logits: Logits) -> None:
     """Write one row an image: its name and the logits, so that every statistic can be computed again."""
-    rows = [",".join(("Image Index", *(f"logit_{finding}" for finding in findings)))]
-    for name, row in zip(images.names, np.asarray(logits, np.float32), strict=True):
-        rows.append(",".join((name, *(repr(float(value)) for value in row))))
-    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")  # quotes a name that holds a comma
+        writer.writerow(("Image Index", *(f"logit_{finding}" for finding in findings)))
+        for name, row in zip(images.names, np.asarray(logits, np.float32), strict=True):
+            writer.writerow((name, *(repr(float(value)) for value in row)))

@@ -85,7 +85,7 @@ def run_bench(
         _refuse_mismatch(engine, spec, reference, provider)
     findings = tuple(f for f in reference.findings if all(f in engine.findings for engine, _ in engines))
     if images is not None:
-        images = images.narrowed(findings)
+        images = images.for_findings(images.shared_with(findings))
         findings = images.findings
     names = _distinct_names([engine for engine, _ in engines])
     everyone = {REFERENCE: reference, **dict(zip(names, (engine for engine, _ in engines), strict=True))}
@@ -275,6 +275,7 @@ def _judge(
             images.findings,
             reference.operating_points,
             spec.gate,
+            labelled=images.labelled,
             groups=images.groups,
             map_correlation=answers.map_correlation[name],
         )

@@ -8,8 +8,8 @@ from types import ModuleType
 from typing import Literal
 
 from chexnet_deploy.bundle import Bundle, Trust, find_reference
-from chexnet_deploy.datasets.chestxray14 import ChestXray14, Split
-from chexnet_deploy.datasets.labelled import LabelledImages
+from chexnet_deploy.datasets.chestxray14 import Split
+from chexnet_deploy.datasets.data_set import open_data
 from chexnet_deploy.errors import OnPhase, SpecError, require
 from chexnet_deploy.evaluation.bench_report import BenchReport, write_predictions
 from chexnet_deploy.evaluation.engines import Effort, run_bench
@@ -54,7 +54,7 @@ def bench(
     """
     pages = _open_pages("bench_page") if with_html else None
     if image_list is not None and data_root is None:
-        raise SpecError("a list of images needs the data they are in. Give ChestX-ray14 by --data.")
+        raise SpecError("a list of images needs the data they are in. Give them by --data.")
     contracts = [None if path is None else read_contract(path) for path in (contract, reference_contract)]
     engines = [find_engine(place, contracts[0], trust=trust) for place in engine_places]
     if reference_place is None:
@@ -66,9 +66,9 @@ def bench(
     specs = [_read_spec(spec, engine) for engine in engines]
     images, data, patients_note = None, "no labelled images", ""
     if data_root is not None:
-        radiographs, data = choose_images(ChestXray14.open(data_root), split, image_list)
-        patients_note = say_who_is_known(reference, radiographs, split)
-        images = LabelledImages.of(radiographs, reference.findings)
+        labelled, data = choose_images(open_data(data_root), split, image_list)
+        patients_note = say_who_is_known(reference, labelled, split)
+        images = labelled.for_findings(reference.findings)
     # The folder is made first and shown last: a place that can't be written costs no measurement, and a report is whole.
     with new_folder(out) as partial:
         run = run_bench(

@@ -91,6 +91,7 @@ class Gatekeeper:
             validation.findings,
             self._manifest.operating_points,
             self._gate,
+            labelled=validation.labelled,
         )
         images = f"on {report.n_images} validation images"
         checks = [

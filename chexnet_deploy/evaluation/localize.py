@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from chexnet_deploy.datasets.nih_tables import Radiograph
+from chexnet_deploy.datasets.labelled import LabelledImages
 from chexnet_deploy.errors import DatasetError
 from chexnet_deploy.evaluation.records import Localization, LocalizedImage
 from chexnet_deploy.images.reader import read_image
@@ -31,7 +31,7 @@ class BoxedMap:
 
 def localize(
     predictor: Predictor,
-    radiographs: Sequence[Radiograph],
+    images: LabelledImages,
     boxes: Mapping[str, tuple[Box, ...]],
     findings: Sequence[str],
     *,
@@ -41,7 +41,7 @@ def localize(
 
     Args:
         predictor: open.
-        radiographs: of them, those with a box of one of `findings` are run.
+        images: of them, those with a box of one of `findings` are run.
         boxes: image -> its boxes, in pixels of the images as they were drawn on: the largest on disk. Images of another
             size are left out and counted, since nothing says how they were shrunk.
         findings: that the model names.
@@ -51,10 +51,14 @@ def localize(
         DatasetError: no image has a box, or a box reaches out of its image.
         ImageError, SessionError: an image or the session can't be used.
     """
-    boxed = [r for r in radiographs if any(box.finding in findings for box in boxes.get(r.image, ()))]
+    boxed = [
+        (name, path)
+        for name, path in zip(images.names, images.paths, strict=True)
+        if any(box.finding in findings for box in boxes.get(name, ()))
+    ]
     if not boxed:
         raise DatasetError(
-            f"none of the {len(radiographs):,} images has a box; needed at least one. Next: put BBox_List_2017.csv "
+            f"none of the {len(images.names):,} images has a box; needed at least one. Next: put BBox_List_2017.csv "
             f"beside the table, or evaluate images that it names."
         )
     seen = _predict(predictor, boxed, on_images)
@@ -62,10 +66,10 @@ def localize(
     tolerance_px = TOLERANCE_PX * max(frame) / NIH_SIDE_PX
     maps: list[BoxedMap] = []
     scores: dict[str, list[MapScore]] = {}
-    for shape, radiograph, prediction in seen:
-        groups = group_by_finding([box for box in boxes[radiograph.image] if box.finding in findings])
+    for shape, (name, path), prediction in seen:
+        groups = group_by_finding([box for box in boxes[name] if box.finding in findings])
         for finding, group in groups.items() if shape == frame else ():
-            each, score = _score(radiograph, finding, group, prediction, frame, tolerance_px)
+            each, score = _score(name, path, finding, group, prediction, frame, tolerance_px)
             scores.setdefault(finding, []).append(score)
             maps.append(each)
     n_images = sum(shape == frame for shape, _, _ in seen)
@@ -81,20 +85,20 @@ def localize(
 
 
 def _predict(
-    predictor: Predictor, radiographs: Sequence[Radiograph], on_images: Callable[[int, int], None]
-) -> list[tuple[tuple[int, int], Radiograph, Prediction]]:
-    """Return each radiograph's height and width, itself, and what the model says of it."""
+    predictor: Predictor, images: Sequence[tuple[str, Path]], on_images: Callable[[int, int], None]
+) -> list[tuple[tuple[int, int], tuple[str, Path], Prediction]]:
+    """Return each image's height and width, its name and file, and what the model says of it."""
     seen = []
-    for done, radiograph in enumerate(radiographs, start=1):
-        assert radiograph.path is not None  # a split's images are on disk
-        gray = read_image(radiograph.path)
-        seen.append(((gray.shape[0], gray.shape[1]), radiograph, predictor.predict(gray)))
-        on_images(done, len(radiographs))
+    for done, (name, path) in enumerate(images, start=1):
+        gray = read_image(path)
+        seen.append(((gray.shape[0], gray.shape[1]), (name, path), predictor.predict(gray)))
+        on_images(done, len(images))
     return seen
 
 
 def _score(
-    radiograph: Radiograph,
+    image: str,
+    path: Path,
     finding: str,
     boxes: tuple[Box, ...],
     prediction: Prediction,
@@ -102,19 +106,18 @@ def _score(
     tolerance_px: float,
 ) -> tuple[BoxedMap, MapScore]:
     height_px, width_px = frame
-    _check_inside(radiograph.image, boxes, height_px, width_px)
+    _check_inside(image, boxes, height_px, width_px)
     cam = prediction.maps[finding]
     score = score_map(cam, boxes, height_px=height_px, width_px=width_px, tolerance_px=tolerance_px)
     scored = LocalizedImage(
-        image=radiograph.image,
+        image=image,
         finding=finding,
         probability=prediction.probabilities[finding],
         pointing=score.pointing,
         iou=score.iou,
         iobb=score.iobb,
     )
-    assert radiograph.path is not None  # it was read
-    return BoxedMap(radiograph.path, cam, boxes, scored), score
+    return BoxedMap(path, cam, boxes, scored), score
 
 
 def choose_pictures(maps: Sequence[BoxedMap]) -> dict[str, list[BoxedMap]]:

@@ -65,7 +65,7 @@ class FindingParity(_Measured):
     n_gained: int | None
     n_lost: int | None
     mcnemar_p: float | None
-    ece_reference: float
+    ece_reference: float | None
     ece_candidate: float | None
     rank_churn: float | None
     noise_share: float | None
@@ -164,6 +164,7 @@ def compare(
     operating_points: Mapping[str, float],
     gate: Gate,
     *,
+    labelled: NDArray[np.bool_] | None = None,
     groups: Mapping[str, NDArray[np.bool_]] | None = None,
     map_correlation: NDArray[np.float32] | None = None,
 ) -> ParityReport:
@@ -177,6 +178,7 @@ def compare(
         findings: [C] names.
         operating_points: probability thresholds by finding.
         gate: margins and limits.
+        labelled: [N, C] True where that is known; None stands for everywhere. What needs no label is of all images.
         groups: by name, [N] True for the images of a subgroup.
         map_correlation: [N, C] of both models' activation maps, see metrics.agreement; None where not measured.
 
@@ -188,13 +190,16 @@ def compare(
             f"got reference {reference.shape}, candidate {candidate.shape}, truth {truth.shape} and {len(patients)} "
             f"patients, needed [N, {len(findings)}] of the same N > 0 images."
         )
+    known = np.ones_like(truth) if labelled is None else labelled
     if not np.isfinite(reference).all():
         raise MetricError("the reference answered with NaN or infinity, so nothing can be compared with it.")
     # A candidate that crashed or overflowed fails everywhere: NaN would slip through every `>`.
     is_finite = bool(np.isfinite(candidate).all())
     # Not probabilities: float32 sigmoids make ties that the logits don't have. A finding whose answers aren't finite has no
     # area, and must not cost the others theirs.
-    areas = compare_all(reference, np.where(np.isfinite(candidate).all(axis=0), candidate, reference), truth, patients)
+    areas = compare_all(
+        reference, np.where(np.isfinite(candidate).all(axis=0), candidate, reference), truth, patients, known
+    )
     p_reference = sigmoid(reference)
     # The sigmoid of infinity is an ordinary 1; keep it from looking like an answer.
     p_candidate = np.where(np.isfinite(candidate), sigmoid(candidate), np.float32(np.nan))
@@ -204,6 +209,7 @@ def compare(
             (reference[:, c], candidate[:, c]),
             (p_reference[:, c], p_candidate[:, c]),
             truth[:, c],
+            known[:, c],
             areas.findings[c],
             operating_points.get(name),
             gate,
@@ -239,7 +245,9 @@ def compare(
         n_flips=sum(row.n_flips or 0 for row in rows),
         n_decisions=len(patients) * sum(row.n_flips is not None for row in rows),
         subgroups=tuple(
-            _compare_group(name, chosen, (reference, candidate), truth, patients, findings, operating_points, gate)
+            _compare_group(
+                name, chosen, (reference, candidate), truth, known, patients, findings, operating_points, gate
+            )
             for name, chosen in (groups or {}).items()
             if is_finite and chosen.any()
         ),
@@ -254,6 +262,7 @@ def _compare_finding(
     logits: tuple[NDArray[np.float32], NDArray[np.float32]],
     probabilities: tuple[NDArray[np.float32], NDArray[np.float32]],
     truth: NDArray[np.bool_],
+    known: NDArray[np.bool_],
     areas: PairedDifference,
     operating_point: float | None,
     gate: Gate,
@@ -265,7 +274,7 @@ def _compare_finding(
     # Without a finite candidate `areas` hold the reference twice: they say nothing of it.
     area_candidate = areas.candidate.area if is_finite else math.nan
     low, high = areas.interval() if is_finite else (math.nan, math.nan)
-    why_not = _why_not_assessable(areas, gate)
+    why_not = _why_not_assessable(areas, gate) if known.any() else "no image is labelled for it"
     verdict: Literal["pass", "fail", "inconclusive", "not assessable"]
     if why_not is not None:
         verdict = "not assessable"
@@ -277,7 +286,7 @@ def _compare_finding(
     maps = None if map_correlation is None or np.isnan(map_correlation).all() else map_correlation
     return FindingParity(
         finding=name,
-        n_positive=int(truth.sum()),
+        n_positive=int(truth[known].sum()),
         n_positive_patients=areas.reference.n_positive_patients,
         auroc_reference=_none(areas.reference.area),
         auroc_candidate=_none(area_candidate),
@@ -292,8 +301,8 @@ def _compare_finding(
         n_gained=None if changed is None else changed.gained,
         n_lost=None if changed is None else changed.lost,
         mcnemar_p=None if changed is None else mcnemar_exact_p(changed.gained, changed.lost),
-        ece_reference=expected_calibration_error(probabilities[0], truth),
-        ece_candidate=expected_calibration_error(probabilities[1], truth) if is_finite else None,
+        ece_reference=_none(expected_calibration_error(probabilities[0][known], truth[known])),
+        ece_candidate=_none(expected_calibration_error(probabilities[1][known], truth[known])) if is_finite else None,
         rank_churn=rank_churn(reference, candidate) if is_finite else None,
         noise_share=_none(noise_share(reference, candidate)) if is_finite else None,
         map_correlation_median=None if maps is None else float(np.nanmedian(maps)),
@@ -317,18 +326,23 @@ def _compare_group(
     chosen: NDArray[np.bool_],
     logits: tuple[Logits, Logits],
     truth: NDArray[np.bool_],
+    known: NDArray[np.bool_],
     patients: NDArray[np.int64],
     findings: tuple[str, ...],
     operating_points: Mapping[str, float],
     gate: Gate,
 ) -> SubgroupParity:
     reference, candidate = (values[chosen] for values in logits)
-    areas = compare_all(reference, candidate, truth[chosen], patients[chosen])
+    areas = compare_all(reference, candidate, truth[chosen], patients[chosen], known[chosen])
     assessable = [c for c, each in enumerate(areas.findings) if _why_not_assessable(each, gate) is None]
     mean = None
     if assessable:
         mean = compare_all(
-            reference[:, assessable], candidate[:, assessable], truth[chosen][:, assessable], patients[chosen]
+            reference[:, assessable],
+            candidate[:, assessable],
+            truth[chosen][:, assessable],
+            patients[chosen],
+            known[chosen][:, assessable],
         ).mean
     worst = min(assessable, key=lambda c: areas.findings[c].difference, default=None)
     p_reference, p_candidate = sigmoid(reference), sigmoid(candidate)

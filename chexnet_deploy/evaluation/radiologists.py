@@ -35,16 +35,21 @@ NO_POSITIVE = "no positive image to choose its threshold on"
 NO_THRESHOLD = "no threshold is known"
 
 
-def choose_thresholds(values: Scores, truth: NDArray[np.bool_], findings: Sequence[str]) -> tuple[Threshold, ...]:
+def choose_thresholds(
+    values: Scores, truth: NDArray[np.bool_], findings: Sequence[str], labelled: NDArray[np.bool_] | None = None
+) -> tuple[Threshold, ...]:
     """Return each finding's threshold of the largest F1; a finding without a positive image has none.
 
     Args:
         values: [N, C] probabilities, or other scores.
         truth: [N, C] NIH labels.
         findings: [C] names.
+        labelled: [N, C] True where the label is known; None stands for everywhere.
     """
     thresholds = []
-    for finding, scores, present in zip(findings, values.T, truth.T, strict=True):
+    is_known = np.ones_like(truth) if labelled is None else labelled
+    for finding, column, label, known in zip(findings, values.T, truth.T, is_known.T, strict=True):
+        scores, present = column[known], label[known]
         at = f1_threshold(scores, present)
         if math.isnan(at):
             continue

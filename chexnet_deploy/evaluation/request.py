@@ -17,8 +17,8 @@ class EvaluationRequest:
         engine: to run, a bundle, an ONNX file or an endpoint; or None, and `predictions` is given.
         contract: of an engine that is no bundle.
         predictions: CSV as predictions.read_predictions takes it.
-        labels: CSV for the predictions; None takes the table of `data`.
-        data: ChestX-ray14; with predictions its lists and its table alone are used.
+        labels: table for the predictions; None takes that of `data`.
+        data: as open_data takes it; with predictions its split and its table alone are used.
         split: whose images; None is test for an engine, and every predicted image for predictions.
         images: list that narrows the images further.
         readers: folder of expert labels.
@@ -66,7 +66,7 @@ class EvaluationRequest:
             ),
             (
                 runs and self.data is None,
-                "an engine is evaluated on labelled images. Give ChestX-ray14 by --data ROOT.",
+                "an engine is evaluated on labelled images. Give them by --data.",
             ),
             (
                 not runs and self.labels is None and self.data is None,
@@ -94,7 +94,7 @@ class EvaluationRequest:
             ),
             (
                 not runs and self.split is not None and self.data is None,
-                "--split needs the official lists. Give ChestX-ray14 by --data ROOT, or omit it.",
+                "--split needs a split. Give labelled images by --data, or omit it.",
             ),
             (
                 not runs and self.readers is not None and self.thresholds is None and self.data is None,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from chexnet_deploy.datasets.chestxray14 import ChestXray14
+from chexnet_deploy.datasets.data_set import open_data
 from chexnet_deploy.datasets.radiologist_labels import MAJORITY_FILE, READERS_FILE, ExpertLabels
 from chexnet_deploy.errors import OnPhase, SpecError
 from chexnet_deploy.evaluation.localize import BoxedMap
@@ -131,10 +131,12 @@ def _compare(
     if words is not None:
         return compare_with_readers(material.labelled, experts, given, thresholds_from=words)
     assert request.data is not None  # EvaluationRequest checks it
-    dataset = ChestXray14.open(request.data)
+    dataset = open_data(request.data)
     everything = material.everything
-    rows = tuning_rows(everything.patients, experts, dataset.listed_patients("test"))
-    thresholds = choose_thresholds(decision_values(everything)[rows], everything.truth[rows], everything.findings)
+    rows = tuning_rows(everything.patients, experts, dataset.patients_of("test"))
+    thresholds = choose_thresholds(
+        decision_values(everything)[rows], everything.truth[rows], everything.findings, everything.is_labelled[rows]
+    )
     n_images, n_patients = int(rows.sum()), np.unique(everything.patients[rows]).size
     return compare_with_readers(
         material.labelled,

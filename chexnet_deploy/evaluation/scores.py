@@ -59,8 +59,8 @@ def evaluate_scores(labelled: LabelledScores, operating_points: Mapping[str, flo
     Raises:
         MetricError: there are no images or a score is not finite.
     """
-    comparison = compare_all(labelled.scores, labelled.scores, labelled.truth, labelled.patients)
-    bands = roc_bands(labelled.scores, labelled.truth, labelled.patients)
+    comparison = compare_all(labelled.scores, labelled.scores, labelled.truth, labelled.patients, labelled.is_labelled)
+    bands = roc_bands(labelled.scores, labelled.truth, labelled.patients, labelled.is_labelled)
     values = decision_values(labelled)
     findings = tuple(
         _score_finding(
@@ -101,7 +101,8 @@ def _score_finding(
     band: RocBand | None,
     threshold: float | None,
 ) -> FindingScore:
-    truth = labelled.truth[:, column]
+    rows = labelled.is_labelled[:, column]
+    truth, values, patients = labelled.truth[rows, column], values[rows], labelled.patients[rows]
     undefined = _undefined_of(estimate)
     brier = ece = None
     reliability: tuple[ReliabilityPoint, ...] = ()
@@ -110,7 +111,7 @@ def _score_finding(
     else:
         brier, ece = brier_score(values, truth), expected_calibration_error(values, truth)
         reliability = tuple(ReliabilityPoint(**asdict(b)) for b in reliability_curve(values, truth))
-    point = None if threshold is None else _decide(values >= threshold, truth, labelled.patients, threshold)
+    point = None if threshold is None else _decide(values >= threshold, truth, patients, threshold)
     if point is not None and point.sensitivity.value is None:
         undefined["sensitivity"] = undefined["auroc"]
     if point is not None and point.specificity.value is None:
@@ -122,7 +123,7 @@ def _score_finding(
         n_negative_patients=estimate.n_negative_patients,
         auroc=_none(estimate.area),
         auroc_interval=interval_of(estimate),
-        auprc=_none(average_precision(labelled.scores[:, column], truth)),
+        auprc=_none(average_precision(labelled.scores[rows, column], truth)),
         brier=brier,
         ece=ece,
         operating_point=point,
@@ -190,14 +191,14 @@ def _subgroups(labelled: LabelledScores) -> tuple[Subgroup, ...]:
 
 
 def _subgroup(labelled: LabelledScores, name: str, rows: NDArray[np.bool_]) -> Subgroup:
-    patients = labelled.patients[rows]
     return Subgroup(
         name=name,
         n_images=int(rows.sum()),
-        n_patients=np.unique(patients).size,
+        n_patients=np.unique(labelled.patients[rows]).size,
         findings=tuple(
-            _subgroup_finding(finding, labelled.scores[rows, c], labelled.truth[rows, c], patients)
+            _subgroup_finding(finding, labelled.scores[known, c], labelled.truth[known, c], labelled.patients[known])
             for c, finding in enumerate(labelled.findings)
+            for known in (rows & labelled.is_labelled[:, c],)
         ),
     )
 

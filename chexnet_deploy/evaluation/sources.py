@@ -8,15 +8,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chexnet_deploy.bundle.bundle import Bundle
-from chexnet_deploy.datasets import FINDINGS, LabelledImages
-from chexnet_deploy.datasets.chestxray14 import ChestXray14, Split
-from chexnet_deploy.datasets.nih_tables import Radiograph, read_image_list
+from chexnet_deploy.datasets.chestxray14 import Split
+from chexnet_deploy.datasets.csv_rows import letters_of, read_names
+from chexnet_deploy.datasets.data_set import DataSet, open_data
+from chexnet_deploy.datasets.labelled import LabelledImages
 from chexnet_deploy.datasets.patients import cover_official, recognise_split, refuse_training_patients
 from chexnet_deploy.datasets.predictions import LabelledScores, read_predictions
+from chexnet_deploy.datasets.table import read_labels
 from chexnet_deploy.errors import DatasetError, OnPhase, SpecError
 from chexnet_deploy.evaluation.localize import BoxedMap, localize
 from chexnet_deploy.evaluation.records import Localization
 from chexnet_deploy.evaluation.request import EvaluationRequest
+from chexnet_deploy.inputs import name_some
 from chexnet_deploy.runtime import Predictor
 from chexnet_deploy.runtime.engine import Engine, open_engine, resizing_of
 from chexnet_deploy.runtime.score import score_files
@@ -46,28 +49,29 @@ class Material:
     maps: tuple[BoxedMap, ...] = ()
 
 
-def choose_images(dataset: ChestXray14, split: Split, image_list: Path | None) -> tuple[tuple[Radiograph, ...], str]:
+def choose_images(dataset: DataSet, split: Split, image_list: Path | None) -> tuple[LabelledImages, str]:
     """Return a split's images on disk, narrowed to a list if one is given, and what they are in words.
 
     Raises:
         DatasetError: there is none, or the list names an image of another split.
     """
-    radiographs, source = dataset.require(split), dataset.root.resolve().name
-    n_absent = len(dataset.listed[split]) - len(radiographs)
+    images, source = dataset.require(split), dataset.root.resolve().name
+    n_absent = len(dataset.rows[split]) - len(images.names)
     if image_list is not None:
-        names = read_image_list(image_list)
+        names = read_names(image_list)
         _refuse_strangers(
             image_list,
             names,
-            dataset.listed[split],
+            [dataset.images.names[row] for row in dataset.rows[split].tolist()],
             f"that are not {split} images",
             "Measure on the patients of one split only.",
         )
-        radiographs, n_absent, source = dataset.select(names), 0, f"{source}, those of {image_list.name}"
-    n_patients = len({radiograph.patient for radiograph in radiographs})
-    words = f"{len(radiographs):,} {split} images of {n_patients:,} patients from {source}"
+        images, n_absent, source = dataset.select(names), 0, f"{source}, those of {image_list.name}"
+    of = "unknown patients" if dataset.patients_unknown else f"{len(set(images.patients.tolist())):,} patients"
+    words = f"{len(images.names):,} {split} images of {of} from {source}"
     words += f"; {n_absent:,} listed images are not on disk" if n_absent else ""
-    return radiographs, words + (f"; {dataset.strays_in_words()}" if dataset.strays else "")
+    # How many rows of all splits have no image says nothing of these.
+    return images, "; ".join([words, *(note for note in dataset.notes if not note.endswith("no image on disk"))])
 
 
 def run_engine(engine: Engine, request: EvaluationRequest, on_phase: OnPhase) -> Material:
@@ -77,14 +81,11 @@ def run_engine(engine: Engine, request: EvaluationRequest, on_phase: OnPhase) ->
         ChexnetError: the engine, the data or an image can't be used, or a patient was trained on.
     """
     assert request.data is not None  # EvaluationRequest checks it
-    dataset = ChestXray14.open(request.data)
+    dataset = open_data(request.data)
     split: Split = request.split or "test"
-    radiographs, words = choose_images(dataset, split, request.images)
-    patients_note = (
-        say_who_is_known(engine, radiographs, split),
-        *_whose(np.array([r.patient for r in radiographs]), dataset),
-    )
-    images = LabelledImages.of(radiographs, engine.findings)
+    images, words = choose_images(dataset, split, request.images)
+    patients_note = (say_who_is_known(engine, images, split), *_whose(images.patients, dataset))
+    findings = images.shared_with(engine.findings)
     session = open_engine(engine, threads=request.threads, provider=request.provider)
     localization: Localization | None = None
     maps: tuple[BoxedMap, ...] = ()
@@ -94,7 +95,7 @@ def run_engine(engine: Engine, request: EvaluationRequest, on_phase: OnPhase) ->
                 raise SpecError(f"found --localization and {engine.place}, which has no activation maps. Omit it.")
             localization, maps = localize(
                 Predictor(session, engine.manifest, checks=False),
-                radiographs,
+                images,
                 dataset.boxes,
                 engine.findings,
                 on_images=lambda done, total: on_phase("localise", done, total),
@@ -107,8 +108,8 @@ def run_engine(engine: Engine, request: EvaluationRequest, on_phase: OnPhase) ->
         )["model"]
     finally:
         session.close()
-    labelled = _label(radiographs, images, engine.findings, logits.astype(np.float64))
-    unlabelled = labelled.unlabelled_findings
+    columns = [engine.findings.index(finding) for finding in findings]
+    labelled = _label(images.for_findings(findings), logits[:, columns].astype(np.float64), engine.findings)
     return Material(
         labelled=labelled,
         everything=labelled,
@@ -117,9 +118,7 @@ def run_engine(engine: Engine, request: EvaluationRequest, on_phase: OnPhase) ->
         operating_points=dict(engine.operating_points),
         data=words,
         patients_note=patients_note,
-        notes=(f"Not measured, as {dataset.table.name} does not label them: {', '.join(unlabelled)}.",)
-        if unlabelled
-        else (),
+        notes=_notes(labelled, images, dataset.table),
         files=(dataset.table, *_files_of(engine, request)),
         localization=localization,
         maps=maps,
@@ -139,13 +138,13 @@ def _files_of(engine: Engine, request: EvaluationRequest) -> tuple[Path, ...]:
     return tuple(file for file in files if file is not None)
 
 
-def say_who_is_known(engine: Engine, radiographs: Sequence[Radiograph], split: Split) -> str:
+def say_who_is_known(engine: Engine, images: LabelledImages, split: Split) -> str:
     """Return a sentence on whether the model has seen these patients.
 
     Raises:
         DatasetError: it has, and the split is not the training split.
     """
-    patients = {radiograph.patient for radiograph in radiographs}
+    patients = set(images.patients.tolist())
     if split == "train":
         return (
             f"These {len(patients):,} patients are of the training split: the model was trained on such patients, and "
@@ -167,16 +166,16 @@ def read_material(request: EvaluationRequest) -> Material:
         DatasetError: a file can't be read, the two don't fit, or nothing is left.
     """
     assert request.predictions is not None  # EvaluationRequest checks it
-    dataset = None if request.data is None else ChestXray14.open(request.data)
-    labels = request.labels if dataset is None or request.labels is not None else dataset.table
+    dataset = None if request.data is None else open_data(request.data)
+    labels = dataset if request.labels is None else read_labels(request.labels)
     assert labels is not None
     everything = read_predictions(request.predictions, labels)
     labelled, narrowed = everything, ""
     if request.split is not None and dataset is not None:
-        labelled = _select(labelled, set(dataset.listed[request.split]))
+        labelled = _select(labelled, {dataset.images.names[row] for row in dataset.rows[request.split].tolist()})
         narrowed = f", {request.split} images alone"
     if request.images is not None:
-        names = read_image_list(request.images)
+        names = read_names(request.images)
         which = f"without a prediction{narrowed and f' of a {request.split} image'}"
         _refuse_strangers(request.images, names, labelled.names, which, "Shorten the list, or predict them too.")
         labelled = _select(labelled, set(names))
@@ -186,34 +185,38 @@ def read_material(request: EvaluationRequest) -> Material:
             f"{request.predictions} has no {request.split} image of {request.data}; needed at least one. "
             f"Next: choose another --split, or omit it."
         )
-    n_patients = np.unique(labelled.patients).size
+    of = "unknown patients" if labels.patients_unknown else f"{np.unique(labelled.patients).size:,} patients"
     return Material(
         labelled=labelled,
         everything=everything,
         source=f"predictions {request.predictions.name}",
         bundle_id=None,
         operating_points={},
-        data=f"{len(labelled.names):,} predicted images of {n_patients:,} patients{narrowed}; labels of {labels.name}",
+        data=f"{len(labelled.names):,} predicted images of {of}{narrowed}; labels of {labels.table.name}",
         patients_note=(
             "Predictions don't say whom their model was trained on: nothing shows that these patients are new to it.",
-            *_whose(labelled.patients, dataset),
+            *_whose(labelled.patients, dataset or labels),
         ),
-        notes=_notes(everything, labels),
-        files=(request.predictions, labels),
+        notes=_notes(everything, labels.images, labels.table),
+        files=(request.predictions, labels.table),
     )
 
 
-def _whose(patients: NDArray[np.int64], dataset: ChestXray14 | None) -> tuple[str, ...]:
+def _whose(patients: NDArray[np.int64], dataset: DataSet) -> tuple[str, ...]:
     """Return sentences on which lists these patients are in."""
     sentences = []
     known = recognise_split(patients.tolist())
     if known is not None:
         sentences.append(f"By the fingerprint of their even numbers these are the patients of {_the(known)}.")
-    if dataset is not None:
+    if dataset.patients_unknown:
+        sentences.append(
+            f"Found {dataset.patients_unknown}: all images are taken as one patient's, so no figure has an interval."
+        )
+    elif dataset.is_chestxray14:
         coverage = cover_official(
             patients,
-            train_val_patients=dataset.listed_patients("train", "val"),
-            test_patients=dataset.listed_patients("test"),
+            train_val_patients=dataset.patients_of("train", "val"),
+            test_patients=dataset.patients_of("test"),
         )
         sentences.append(coverage.in_words())
     return tuple(sentences)
@@ -223,15 +226,21 @@ def _the(split: str) -> str:
     return f"the {split}" if split.startswith("official") else split
 
 
-def _notes(labelled: LabelledScores, labels: Path) -> tuple[str, ...]:
-    notes = []
-    absent = [finding for finding in FINDINGS if finding not in (*labelled.findings, *labelled.unlabelled_findings)]
-    if absent:
-        notes.append(f"Not predicted: {', '.join(absent)}.")
+def _notes(labelled: LabelledScores, images: LabelledImages, table: Path) -> tuple[str, ...]:
+    notes: list[str] = []
+    known = set(map(letters_of, (*labelled.findings, *labelled.unlabelled_findings)))
+    if absent := [finding for finding in images.findings if letters_of(finding) not in known]:
+        notes.append(f"Not predicted: {name_some(absent)}.")
     if labelled.unlabelled_findings:
-        notes.append(f"Predicted, but not labelled in {labels.name}: {', '.join(labelled.unlabelled_findings)}.")
+        notes.append(f"Predicted, but not labelled in {table.name}: {', '.join(labelled.unlabelled_findings)}.")
+    if not labelled.is_labelled.all():
+        counts = zip(labelled.findings, labelled.is_labelled.sum(axis=0).tolist(), strict=True)
+        fewer = [f"{name} {n:,}" for name, n in counts if n < len(labelled.names)]
+        notes.append(
+            f"Measured on the images labelled for them, fewer than all {len(labelled.names):,}: {', '.join(fewer)}."
+        )
     if labelled.ignored:
-        notes.append(f"Not read, as they name none of the 14 findings: {', '.join(labelled.ignored)}.")
+        notes.append(f"Not read, as they name no finding of {table.name}: {', '.join(labelled.ignored)}.")
     if labelled.n_quarantined:
         notes.append(
             f"{labelled.n_quarantined:,} images are left out: predict could not read them, and quarantined them."
@@ -254,6 +263,7 @@ def _select(labelled: LabelledScores, names: set[str]) -> LabelledScores:
         names=tuple(labelled.names[row] for row in rows),
         scores=labelled.scores[rows],
         truth=labelled.truth[rows],
+        is_labelled=labelled.is_labelled[rows],
         patients=labelled.patients[rows],
         sex=tuple(labelled.sex[row] for row in rows),
         age_years=labelled.age_years[rows],
@@ -261,20 +271,19 @@ def _select(labelled: LabelledScores, names: set[str]) -> LabelledScores:
     )
 
 
-def _label(
-    radiographs: Sequence[Radiograph], images: LabelledImages, findings: tuple[str, ...], logits: NDArray[np.float64]
-) -> LabelledScores:
+def _label(images: LabelledImages, logits: NDArray[np.float64], predicted: Sequence[str]) -> LabelledScores:
     return LabelledScores(
         names=images.names,
         findings=images.findings,
-        scores=logits[:, [findings.index(finding) for finding in images.findings]],
+        scores=logits,
         kind="logit",
         truth=images.truth,
+        is_labelled=images.labelled,
         patients=images.patients,
-        sex=tuple(radiograph.sex for radiograph in radiographs),
-        age_years=np.array([radiograph.age_years for radiograph in radiographs], np.float64),
-        view=tuple(radiograph.view for radiograph in radiographs),
-        unlabelled_findings=tuple(finding for finding in findings if finding not in images.findings),
+        sex=images.sex,
+        age_years=images.age_years,
+        view=images.view,
+        unlabelled_findings=tuple(finding for finding in predicted if finding not in images.findings),
         ignored=(),
         n_not_predicted=0,
     )

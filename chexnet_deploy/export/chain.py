@@ -9,11 +9,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from chexnet_deploy.bundle import Bundle, Trust
 from chexnet_deploy.bundle.manifest import Dialect, Precision
 from chexnet_deploy.bundle.signing.releases import Release
-from chexnet_deploy.datasets import ChestXray14, LabelledImages
-from chexnet_deploy.datasets.nih_tables import read_image_list
+from chexnet_deploy.datasets.csv_rows import read_names
+from chexnet_deploy.datasets.data_set import DataSet, open_data
 from chexnet_deploy.errors import BundleError, CalibrationError, OnPhase, require
 from chexnet_deploy.evaluation.spec import read_spec
 from chexnet_deploy.files import write_file
@@ -92,7 +94,7 @@ def export_bundles(
     """
     import_to_onnx()
     if Precision.INT8 in precisions and data_root is None:
-        raise CalibrationError("int8 needs calibration images. Give ChestX-ray14 by --data.")
+        raise CalibrationError("int8 needs calibration images. Give labelled images by --data.")
     if Precision.INT8 not in precisions and calibration_list is not None:
         raise CalibrationError(
             "a calibration list is for int8 alone. Add it by --precision int8, or leave the list away."
@@ -104,7 +106,7 @@ def export_bundles(
     if taken:
         raise BundleError(f"{taken[0]} is there already. Choose another --out, or delete it first.")
     # The data are checked before any work is done: a wrong list should not cost minutes.
-    dataset = None if data_root is None else ChestXray14.open(data_root)
+    dataset = None if data_root is None else open_data(data_root)
     names: tuple[str, ...] | None = None
     if dataset is not None and Precision.INT8 in precisions:
         names = _calibration_names(dataset, calibration_list, n_calibration_images)
@@ -121,7 +123,8 @@ def export_bundles(
 
     validation = None
     if dataset is not None:
-        validation = LabelledImages.of(dataset.require("val")[:MAX_GATE_IMAGES], fp32.manifest.findings)
+        val = dataset.require("val")
+        validation = val.take(np.arange(min(len(val.names), MAX_GATE_IMAGES))).for_findings(fp32.manifest.findings)
     if Precision.FP16 in precisions:
         on_phase("quantise fp16", 0, 1)
         bundles.append(to_fp16(fp32, out / Precision.FP16.value, read_spec("fp16").gate, validation))
@@ -201,12 +204,12 @@ def build_plan(
     )
 
 
-def _calibration_names(dataset: ChestXray14, given: Path | None, n_images: int) -> tuple[str, ...]:
+def _calibration_names(dataset: DataSet, given: Path | None, n_images: int) -> tuple[str, ...]:
     """Return the names to calibrate on, checked against the data set; their pixels are checked when they are read."""
     from chexnet_deploy.export.quantize.calibration import check_names, choose_calibration
 
     if given is None:
         return choose_calibration(dataset, n_images)
-    names = read_image_list(given)
+    names = read_names(given)
     check_names(dataset, names)
     return names

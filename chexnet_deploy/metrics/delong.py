@@ -55,7 +55,7 @@ def estimate_area(scores: Scores, truth: NDArray[np.bool_], patients: Patients) 
     """
     columns, labels = _as_columns(scores[:, None]), _as_columns(truth[:, None])
     _check((columns,), labels, patients)
-    return _Split.of(labels[0], *_index(patients)).influence(columns[0]).estimate()
+    return _Split.of(labels[0], *_index(patients), np.ones_like(labels[0])).influence(columns[0]).estimate()
 
 
 def compare_areas(
@@ -75,7 +75,13 @@ def compare_areas(
     return compare_all(reference[:, None], candidate[:, None], truth[:, None], patients).findings[0]
 
 
-def compare_all(reference: Scores, candidate: Scores, truth: NDArray[np.bool_], patients: Patients) -> AreaComparison:
+def compare_all(
+    reference: Scores,
+    candidate: Scores,
+    truth: NDArray[np.bool_],
+    patients: Patients,
+    labelled: NDArray[np.bool_] | None = None,
+) -> AreaComparison:
     """Return the differences of areas of all findings, and of their mean.
 
     Args:
@@ -83,17 +89,19 @@ def compare_all(reference: Scores, candidate: Scores, truth: NDArray[np.bool_], 
         candidate: [N, C].
         truth: [N, C] True where the finding is present.
         patients: [N] whose image it is.
+        labelled: [N, C] True where that is known; None stands for everywhere.
 
     Raises:
         MetricError: as `estimate_area`.
     """
     columns = _as_columns(reference), _as_columns(candidate)
     labels = _as_columns(truth)
+    known = _as_columns(np.ones_like(truth) if labelled is None else labelled)
     _check(columns, labels, patients)
     index, n_patients = _index(patients)
     influences = []
-    for label, *scores in zip(labels, *columns, strict=True):
-        split = _Split.of(label, index, n_patients)
+    for label, is_known, *scores in zip(labels, known, *columns, strict=True):
+        split = _Split.of(label, index, n_patients, is_known)
         first, second = split.influence(scores[0]), split.influence(scores[1])
         influences.append((first, second, second.minus(first)))
     findings = tuple(_difference(*each) for each in influences)
@@ -132,22 +140,24 @@ class _Source:
 
 @dataclass(frozen=True, slots=True)
 class _Influence:
-    """An area, or a difference or mean of areas, and what each patient adds to it."""
+    """An area, or a difference or mean of areas, and what each patient adds to it; `n_patients` have a labelled image."""
 
     area: float
     positive: _Source
     negative: _Source
+    n_patients: int
 
     def minus(self, other: "_Influence") -> "_Influence":
         return _Influence(
             self.area - other.area,
             replace(self.positive, influence=self.positive.influence - other.positive.influence),
             replace(self.negative, influence=self.negative.influence - other.negative.influence),
+            self.n_patients,
         )
 
     @property
     def variance(self) -> float:
-        n = len(self.positive.influence)
+        n = self.n_patients
         # Of patients with both classes. It can cancel the rest to rounding, never more, as its factor is the smallest.
         shared = 2 * n / (n - 1) * float(self.positive.influence @ self.negative.influence) if n > 1 else 0.0
         apart = self.positive.variance + self.negative.variance
@@ -174,7 +184,7 @@ class _Split:
 
     Attributes:
         positive: image numbers where the finding is present.
-        negative: the others.
+        negative: image numbers where it is absent.
         positive_patient: patient number of each of `positive`.
         negative_patient: of each of `negative`.
         m: [I] positive images of each patient.
@@ -189,17 +199,20 @@ class _Split:
     n: NDArray[np.intp]
 
     @classmethod
-    def of(cls, truth: NDArray[np.bool_], index: NDArray[np.intp], n_patients: int) -> "_Split":
-        positive, negative = np.flatnonzero(truth), np.flatnonzero(~truth)
+    def of(
+        cls, truth: NDArray[np.bool_], index: NDArray[np.intp], n_patients: int, known: NDArray[np.bool_]
+    ) -> "_Split":
+        positive, negative = np.flatnonzero(truth & known), np.flatnonzero(~truth & known)
         own, other = index[positive], index[negative]
         m, n = np.bincount(own, minlength=n_patients), np.bincount(other, minlength=n_patients)
         return cls(positive, negative, own, other, m, n)
 
     def influence(self, scores: NDArray[Any]) -> _Influence:
         m_total, n_total = len(self.positive), len(self.negative)
+        n_patients = int(np.count_nonzero(self.m + self.n))
         if not m_total or not n_total:
             nothing = np.zeros(len(self.m))
-            return _Influence(math.nan, _source(nothing, self.m), _source(nothing, self.n))
+            return _Influence(math.nan, _source(nothing, self.m), _source(nothing, self.n), n_patients)
         positive, negative = scores[self.positive], scores[self.negative]
         # Twice the negatives each positive beats, a tie counting one; then twice the positives that beat each negative.
         wins = _twice_below(np.sort(negative), positive)
@@ -212,6 +225,7 @@ class _Split:
             twice_wins / (2 * m_total * n_total),
             _source(won / (2 * n_total * m_total**2), self.m),
             _source(lost / (2 * m_total * n_total**2), self.n),
+            n_patients,
         )
 
 
@@ -232,7 +246,8 @@ def _source(influence: NDArray[np.float64], images: NDArray[np.intp]) -> _Source
 
 def _mean(findings: Sequence[_Influence]) -> _Influence:
     area = math.fsum(finding.area for finding in findings) / len(findings)
-    return _Influence(area, _mean_source([f.positive for f in findings]), _mean_source([f.negative for f in findings]))
+    sources = _mean_source([f.positive for f in findings]), _mean_source([f.negative for f in findings])
+    return _Influence(area, *sources, max(f.n_patients for f in findings))
 
 
 def _mean_source(sources: Sequence[_Source]) -> _Source:

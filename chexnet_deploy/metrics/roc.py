@@ -105,6 +105,7 @@ def roc_bands(
     scores: Scores,
     truth: NDArray[np.bool_],
     patients: NDArray[np.int64],
+    labelled: NDArray[np.bool_] | None = None,
     *,
     n_resamples: int = N_RESAMPLES,
     seed: int = SEED,
@@ -115,6 +116,7 @@ def roc_bands(
         scores: [N, C] any monotone score.
         truth: [N, C] True where the finding is present.
         patients: [N]; a patient drawn twice counts twice, with all images.
+        labelled: [N, C] True where it is known whether the finding is present; None stands for everywhere.
         n_resamples: how many.
         seed: of the generator.
     """
@@ -123,9 +125,12 @@ def roc_bands(
     times = np.empty((n_resamples, names.size), np.int32)
     for row in times:
         row[:] = np.bincount(generator.integers(0, names.size, names.size), minlength=names.size)
+    is_known = np.ones_like(truth) if labelled is None else labelled
     return tuple(
-        _band(column, present, index, times) if present.any() and not present.all() else None
-        for column, present in zip(np.ascontiguousarray(scores.T), truth.T, strict=True)
+        _band(column[known], present[known], index[known], times)
+        if present[known].any() and not present[known].all()
+        else None
+        for column, present, known in zip(np.ascontiguousarray(scores.T), truth.T, is_known.T, strict=True)
     )
 
 

@@ -143,6 +143,7 @@ def test_published_predictions_equal_scikit_learn(real_root: Path) -> None:
     from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score
 
     from chexnet_deploy.datasets.predictions import read_predictions
+    from chexnet_deploy.datasets.table import read_labels
 
     predictions = real_root / "predictions" / "reproduce_chexnet_test.csv"
     labels = real_root / "Data_Entry_2017_v2020.csv"
@@ -151,7 +152,7 @@ def test_published_predictions_equal_scikit_learn(real_root: Path) -> None:
     start_s = process_time()
     result = run(predictions=predictions, labels=labels).evaluation
     assert process_time() - start_s < 15  # 2.5 s on one quiet core
-    table = read_predictions(predictions, labels)
+    table = read_predictions(predictions, read_labels(labels))
     for c, row in enumerate(result.findings):
         truth, scores = table.truth[:, c], table.scores[:, c]
         assert row.auroc == pytest.approx(roc_auc_score(truth, scores), abs=1e-12)
@@ -196,6 +197,28 @@ def test_training_patients_are_refused_and_train_is_said(phantom: ChestXray14, p
         run_engine(bundle, EvaluationRequest(engine=Path("x"), data=phantom_root), quiet)
     with pytest.raises(Stop):
         run_engine(bundle, EvaluationRequest(engine=Path("x"), data=phantom_root, split="train"), quiet)
+
+
+def test_any_findings_are_measured_on_their_labels_and_without_patients_nothing_has_an_interval(tmp_path: Path) -> None:
+    predictions = write(
+        tmp_path / "p.csv",
+        "image,prob_Lung Lesion,prob_Mass,prob_Hernia\n" + "".join(f"{i},{(i + 1) / 10},0.5,0.5\n" for i in range(6)),
+    )
+    rows = zip(("1", "", "0", "1", "", "1"), (0, 1, 0, 1, 0, 1), strict=True)
+    table = "image;ward;lung_lesion;Mass;Fracture\n" + "".join(f"{i};W;{a};{b},0;1\n" for i, (a, b) in enumerate(rows))
+    found = run(predictions=predictions, labels=write(tmp_path / "l.csv", table)).evaluation
+    lesion, mass = sorted(found.findings, key=lambda row: row.finding)[::-1]
+    assert (lesion.finding, lesion.n_positive, mass.finding, mass.n_positive) == ("lung_lesion", 3, "Mass", 3)
+    # Of the four images labelled 1, 0, 1, 1 with rising scores, two of three pairs are won.
+    assert lesion.auroc == pytest.approx(2 / 3)
+    assert (lesion.auroc_interval, found.mean_auroc_interval) == (None, None)
+    assert "of unknown patients; labels of l.csv" in found.data
+    assert any("all images are taken as one patient's" in sentence for sentence in found.patients_note)
+    assert found.notes == (
+        "Not predicted: Fracture.",
+        "Predicted, but not labelled in l.csv: Hernia.",
+        "Measured on the images labelled for them, fewer than all 6: lung_lesion 4.",
+    )
 
 
 def test_the_training_split_is_said_to_be_known(bundles: dict[str, Bundle], phantom_root: Path) -> None:
@@ -243,6 +266,7 @@ def make_scores(names: list[str], scores: list[float]) -> LabelledScores:
         scores=np.array([[s, 0.5] for s in scores]),
         kind="probability",
         truth=np.zeros((n, 2), np.bool_),
+        is_labelled=np.ones((n, 2), np.bool_),
         patients=np.array([int(name[:8]) for name in names]),
         sex=("F",) * n,
         age_years=np.full(n, 50.0),
@@ -384,7 +408,7 @@ def test_boxes_of_another_size_are_refused(tmp_path: Path) -> None:
         ({"predictions": "p", "labels": "l", "threads": 1}, "predictions run nothing"),
         ({"predictions": "p", "labels": "l", "trust": "t"}, "--trust says which bundles may run"),
         ({"predictions": "p", "labels": "l", "provider": "cuda"}, "predictions run nothing"),
-        ({"predictions": "p", "labels": "l", "split": "test"}, "--split needs the official lists"),
+        ({"predictions": "p", "labels": "l", "split": "test"}, "--split needs a split"),
         ({"predictions": "p", "labels": "l", "readers": "r"}, "--thresholds FILE"),
         ({"engine": "b", "data": "d", "readers": "r", "split": "val"}, "official test list alone"),
     ],

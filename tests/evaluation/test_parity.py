@@ -331,3 +331,19 @@ def test_map_correlation_is_summarised_over_images() -> None:
     correlation[:, 1] = np.nan
     report = compare(LOGITS, LOGITS, TRUTH, np.arange(8), NAMES, POINTS, gate(), map_correlation=correlation)
     assert [(f.map_correlation_median, f.map_correlation_p01) for f in report.findings] == [(1.0, 0.5), (None, None)]
+
+
+def test_a_finding_that_nobody_labels_is_named_and_costs_the_others_nothing() -> None:
+    labelled = np.ones_like(TRUTH)
+    labelled[:, 1] = False
+    labelled[3, 0] = False  # one of the four patients with Mass
+    report = compare(LOGITS, swapped(), TRUTH, np.arange(8), NAMES, POINTS, gate(patients=3), labelled=labelled)
+    mass, hernia = report.findings
+    assert (mass.n_positive, mass.n_positive_patients) == (3, 3)
+    assert mass.auroc_candidate == pytest.approx(8 / 12)  # the fallen one loses to all four
+    assert (hernia.why_not_assessable, hernia.auroc_reference, hernia.ece_reference) == (
+        "no image is labelled for it",
+        None,
+        None,
+    )
+    assert report.left_out == ("Hernia",)

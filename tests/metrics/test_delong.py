@@ -373,3 +373,19 @@ def test_a_candidate_at_the_margin_passes_less_often_than_by_wald() -> None:
     assert rates.type_i_error < 0.06 < rates.wald_type_i_error
     assert rates.coverage_equal > 0.92
     assert rates.power > 0.9
+
+
+def test_a_finding_is_compared_on_the_images_labelled_for_it() -> None:
+    rng = np.random.default_rng(3)
+    reference, candidate, truth = rng.normal(size=(60, 2)), rng.normal(size=(60, 2)), rng.random((60, 2)) < 0.4
+    patients, labelled = np.arange(60) // 2, np.ones((60, 2), np.bool_)
+    labelled[20:, 1] = False
+    found = compare_all(reference, candidate, truth, patients, labelled).findings
+    alone = [
+        compare_areas(reference[:n, c], candidate[:n, c], truth[:n, c], patients[:n]) for c, n in ((0, 60), (1, 20))
+    ]
+    for got, wanted in zip(found, alone, strict=True):
+        assert (got.reference.area, got.candidate.area) == (wanted.reference.area, wanted.candidate.area)
+        assert got.variance == pytest.approx(wanted.variance, rel=1e-12)
+        assert got.reference.n_positive_patients == wanted.reference.n_positive_patients
+    assert np.isnan(compare_all(reference, candidate, truth, patients, labelled & False).findings[0].variance)

@@ -8,13 +8,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import pytest
 
-from chexnet_deploy.datasets.chestxray14 import TEST_LIST, TRAIN_VAL_LIST, ChestXray14
+from chexnet_deploy.datasets.chestxray14 import SPLITS, TEST_LIST, TRAIN_VAL_LIST
+from chexnet_deploy.datasets.data_set import DataSet, open_data
 from chexnet_deploy.errors import DatasetError
 from chexnet_deploy.images.preprocessing import Preprocessing
 from chexnet_deploy.images.reader import read_image
@@ -35,7 +35,7 @@ def ignore(phase: str, done: int, total: int) -> None:
 
 def prepare(root: Path, folder: Path, **options: Any) -> Cache:
     options = {"workers": 1, "chunk_images": CHUNK_IMAGES, "on_phase": ignore} | options
-    return prepare_with(ChestXray14.open(root), PREPROCESSING, folder, **options)
+    return prepare_with(open_data(root), PREPROCESSING, folder, **options)
 
 
 def train_val(root: Path) -> list[str]:
@@ -71,7 +71,7 @@ def folder(made: Path, tmp_path: Path) -> Path:
 
 
 def test_every_row_is_what_preprocessing_gives(phantom_root: Path, made: Path) -> None:
-    cache = Cache.open(made, PREPROCESSING, ChestXray14.open(phantom_root))
+    cache = Cache.open(made, PREPROCESSING, open_data(phantom_root))
     assert list(cache.names) == train_val(phantom_root)
     assert cache.pixels.shape == (len(cache.names), 1, 32, 32)
     assert (cache.quarantined, cache.absent) == ((), ())
@@ -132,10 +132,10 @@ def test_test_images_are_never_read(root: Path, made: Path, tmp_path: Path) -> N
     assert (tmp_path / "cache" / PIXELS).read_bytes() == (made / PIXELS).read_bytes()
 
 
-def test_a_train_image_of_a_test_patient_is_refused(phantom: ChestXray14, tmp_path: Path) -> None:
-    # ChestXray14.open would refuse such lists; the cache does not rely on it.
-    leaking = {**phantom.listed, "train": (*phantom.listed["train"], phantom.listed["test"][0])}
-    dataset = replace(phantom, listed=MappingProxyType(leaking))
+def test_a_train_image_of_a_test_patient_is_refused(phantom_data: DataSet, tmp_path: Path) -> None:
+    # open_data would refuse such lists; the cache does not rely on it.
+    leaking = {**phantom_data.rows, "train": np.append(phantom_data.rows["train"], phantom_data.rows["test"][0])}
+    dataset = replace(phantom_data, rows=leaking)
     with pytest.raises(DatasetError, match="images of test patients"):
         prepare_with(dataset, PREPROCESSING, tmp_path / "cache", workers=1, on_phase=ignore)
     assert not (tmp_path / "cache").exists()
@@ -144,7 +144,7 @@ def test_a_train_image_of_a_test_patient_is_refused(phantom: ChestXray14, tmp_pa
 KILLED_AT_SYNC = f"""
 import os, signal, sys
 from pathlib import Path
-from chexnet_deploy.datasets.chestxray14 import ChestXray14
+from chexnet_deploy.datasets.data_set import open_data
 from chexnet_deploy.images.preprocessing import Preprocessing
 from training.prepare import prepare
 
@@ -156,7 +156,7 @@ def sync_or_die(handle):
         os.kill(os.getpid(), signal.SIGKILL)
     sync(handle)
 os.fsync = sync_or_die
-prepare(ChestXray14.open(Path(sys.argv[1])), Preprocessing(resize_px=32), Path(sys.argv[2]), workers=1,
+prepare(open_data(Path(sys.argv[1])), Preprocessing(resize_px=32), Path(sys.argv[2]), workers=1,
         chunk_images={CHUNK_IMAGES}, on_phase=lambda *step: None)
 """
 
@@ -230,7 +230,7 @@ def test_images_mended_or_found_in_between_are_taken_in(root: Path, made: Path, 
 
 
 def test_an_unfinished_cache_is_no_cache(phantom_root: Path, tmp_path: Path) -> None:
-    dataset = ChestXray14.open(phantom_root)
+    dataset = open_data(phantom_root)
     with pytest.raises(DatasetError, match=r"no cache .*python -m training\.prepare"):
         Cache.open(tmp_path / "cache", PREPROCESSING, dataset)
     stopped(phantom_root, tmp_path / "cache")
@@ -269,18 +269,18 @@ def test_damage_is_found_on_opening(phantom_root: Path, folder: Path, damage: st
 
 
 def test_other_pixels_than_asked_for_are_refused(
-    phantom: ChestXray14, folder: Path, monkeypatch: pytest.MonkeyPatch
+    phantom_data: DataSet, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(DatasetError, match=r"of 32 px; needed 64 px\. Next: give another folder"):
-        Cache.open(folder, Preprocessing(resize_px=64), phantom)
+        Cache.open(folder, Preprocessing(resize_px=64), phantom_data)
     with pytest.raises(DatasetError, match="another Preprocessing"):
-        Cache.open(folder, Preprocessing(resize_px=32, mean=(0.5, 0.5, 0.5)), phantom)
+        Cache.open(folder, Preprocessing(resize_px=32, mean=(0.5, 0.5, 0.5)), phantom_data)
     with pytest.raises(DatasetError, match="of 32 px"):
-        prepare_with(phantom, Preprocessing(resize_px=64), folder, workers=1, on_phase=ignore)
+        prepare_with(phantom_data, Preprocessing(resize_px=64), folder, workers=1, on_phase=ignore)
     # A Pillow that rounds otherwise makes another thing of the probe.
     monkeypatch.setattr(cache_module, "_PROBE_SIDE_PX", 1023)
     with pytest.raises(DatasetError, match=r"resized by Pillow .* needed those of Pillow"):
-        Cache.open(folder, PREPROCESSING, phantom)
+        Cache.open(folder, PREPROCESSING, phantom_data)
 
 
 @pytest.mark.parametrize("finished", [True, False])
@@ -412,7 +412,7 @@ def test_what_can_not_be_written_is_said(phantom_root: Path, tmp_path: Path, way
 
 
 def test_a_changed_image_is_found_by_reading_some_again(root: Path, made: Path) -> None:
-    dataset = ChestXray14.open(root)
+    dataset = open_data(root)
     cache = prepare(root, made)
     assert compare_with_images(cache, dataset, PREPROCESSING) == 32
     shutil.copy(root / "images" / cache.names[1], root / "images" / cache.names[0])
@@ -422,8 +422,8 @@ def test_a_changed_image_is_found_by_reading_some_again(root: Path, made: Path) 
 
 @pytest.mark.dataset
 def test_real_radiographs_are_cached_to_the_bit(real_root: Path, tmp_path: Path) -> None:
-    dataset = ChestXray14.open(real_root)
+    dataset = open_data(real_root)
     preprocessing = Preprocessing()
     cache = prepare_with(dataset, preprocessing, tmp_path / "cache", on_phase=ignore)
-    assert set(cache.names) == {r.image for split in ("train", "val") for r in dataset.split(split)}
+    assert set(cache.names) == {name for split in SPLITS[:2] for name in dataset.split(split).names}
     assert compare_with_images(cache, dataset, preprocessing) == 32

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from chexnet_deploy.export.from_torch.model import CheXNet
-from training.objective import Loss, build_optimiser, build_schedule, start_from_prevalence
+from training.objective import Loss, build_optimiser, build_schedule, prevalence, start_from_prevalence
 from training.recipe import Recipe
 
 RECIPE = Recipe(resize_px=32, epochs=10, batch_size=16, max_learning_rate=0.1, weight_decay=0.01, seed=0)
@@ -56,3 +56,16 @@ def test_cosine_warms_up_and_goes_down_to_nothing() -> None:
 
 def test_a_plateau_divides_by_ten() -> None:
     assert rates("plateau", [1.0, 0.9, 0.95, 0.8, 0.85]) == pytest.approx([0.1, 0.1, 0.1, 0.01, 0.01, 0.001])
+
+
+@pytest.mark.parametrize(("kind", "of_known"), [("bce_mean", 3), ("bce_sum", 2)])
+def test_labels_that_nobody_knows_cost_nothing(kind: str, of_known: int) -> None:
+    # Three labels of two images are known, and the logit 0 costs ln 2 each.
+    truth = torch.tensor([[1.0, float("nan")], [0.0, 1.0]])
+    logits = torch.zeros(2, 2, requires_grad=True)
+    loss = Loss(kind, truth)(logits, truth)
+    assert float(loss.detach()) == pytest.approx(3 * math.log(2) / of_known)
+    loss.backward()
+    assert logits.grad is not None
+    assert logits.grad[0, 1] == 0.0
+    assert prevalence(truth).tolist() == [0.5, 1.0]

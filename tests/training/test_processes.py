@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from chexnet_deploy.datasets.chestxray14 import ChestXray14
+from chexnet_deploy.datasets.data_set import open_data
 from chexnet_deploy.export.from_torch.checkpoint import read_checkpoint
 from chexnet_deploy.export.from_torch.model import Normalise
 from chexnet_deploy.metrics.roc import auroc, mean_auroc
@@ -58,7 +58,7 @@ def test_two_processes_equal_one_that_takes_both_shards(phantom_root: Path, tmp_
 
 def validate_alone(root: Path, run: Path) -> float:
     checkpoint = read_checkpoint(run / BEST)
-    val = read_images(ChestXray14.open(root), RECIPE, run / CACHE)["val"]
+    val = read_images(open_data(root), RECIPE, run / CACHE)["val"]
     normalise = Normalise(checkpoint.manifest.preprocessing)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

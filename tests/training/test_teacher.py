@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from chexnet_deploy.datasets.chestxray14 import ChestXray14
+from chexnet_deploy.datasets.data_set import open_data
 from chexnet_deploy.datasets.patients import PatientSet
 from chexnet_deploy.errors import CheckpointError, ChexnetError, DatasetError, SpecError
 from chexnet_deploy.export.from_torch.checkpoint import read_checkpoint
@@ -50,7 +50,7 @@ def ignore(phase: str, done: int, total: int) -> None:
 
 
 def test_a_teacher_read_back_answers_as_the_mean_of_its_members(teacher: Path, phantom_root: Path) -> None:
-    read = read_teacher(RECIPE, teacher, ChestXray14.open(phantom_root))
+    read = read_teacher(RECIPE, teacher, open_data(phantom_root))
     assert read is not None
     answers = read.on(torch.device("cpu"))(torch.zeros((5, 1, 32, 32)))
     torch.testing.assert_close(answers, torch.tensor([[2.0, -3.0]] * 5))
@@ -78,7 +78,7 @@ def test_a_student_learns_the_teachers_answers_and_says_whose_they_are(
 
 
 def test_a_teacher_that_does_not_fit_is_refused(teacher: Path, phantom_root: Path, tmp_path: Path) -> None:
-    dataset = ChestXray14.open(phantom_root)
+    dataset = open_data(phantom_root)
 
     def refuse(error: type[ChexnetError], words: str, path: Path | None, recipe: Recipe = RECIPE) -> None:
         with pytest.raises(error, match=words):
@@ -98,6 +98,6 @@ def test_a_teacher_that_does_not_fit_is_refused(teacher: Path, phantom_root: Pat
     refuse(CheckpointError, "is not a teacher", tmp_path / "text.pt2")
     torch.export.save(torch.export.export(Constant(1.0, 1.0), (torch.zeros(2, 1, 32, 32),)), tmp_path / "bare.pt2")
     refuse(CheckpointError, "is not a teacher", tmp_path / "bare.pt2")
-    val = PatientSet.of({radiograph.patient for radiograph in dataset.split("val")})
+    val = PatientSet.of(dataset.patients_of("val"))
     write_teacher(tmp_path / "leaks.pt2", Constant(1.0, 1.0).eval(), manifest(patients=val))
     refuse(DatasetError, "choosing the epoch", tmp_path / "leaks.pt2")

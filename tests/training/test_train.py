@@ -13,7 +13,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing import event_accumulator
 
-from chexnet_deploy.datasets.chestxray14 import ChestXray14
+from chexnet_deploy.datasets.data_set import open_data
 from chexnet_deploy.datasets.findings import FINDINGS
 from chexnet_deploy.datasets.patients import PatientSet
 from chexnet_deploy.errors import CheckpointError, ChexnetError, DatasetError, SpecError
@@ -59,7 +59,7 @@ def interrupt_at(step: int) -> Callable[[str, int, int], None]:
 
 @pytest.mark.slow
 def test_an_interrupted_run_goes_on_exactly(finished: Path, phantom_root: Path, tmp_path: Path) -> None:
-    steps = len(ChestXray14.open(phantom_root).split("train")) // RECIPE.batch_size
+    steps = len(open_data(phantom_root).split("train").names) // RECIPE.batch_size
     often = Options(save_every=2)
     # Inside the second epoch before anything of it is kept, inside it after two steps are kept, then inside the third.
     for step in (steps + 1, steps + 3, 2 * steps + 1):
@@ -97,8 +97,8 @@ def test_it_learns_and_keeps_its_best_epoch(finished: Path, phantom_root: Path) 
     assert manifest.metrics["val_loss"] == min(epoch["val_loss"] for epoch in epochs)
     assert manifest.recipe == RECIPE.model_dump(mode="json")
     assert manifest.preprocessing.resize_px == 32
-    assert manifest.split_sha256 == ChestXray14.open(phantom_root).split_sha256()
-    train_patients = {radiograph.patient for radiograph in ChestXray14.open(phantom_root).split("train")}
+    assert manifest.split_sha256 == open_data(phantom_root).split_sha256()
+    train_patients = set(open_data(phantom_root).split("train").patients.tolist())
     assert manifest.trained_on is not None
     assert manifest.trained_on.patients() == train_patients
 
@@ -213,7 +213,7 @@ def test_a_run_starts_from_a_checkpoint_of_another_resolution_and_other_findings
         torch.testing.assert_close(
             tensor, earlier_tensor[rows] if name.startswith("classifier") else earlier_tensor, atol=1e-9, rtol=0
         )
-    train_patients = {radiograph.patient for radiograph in ChestXray14.open(phantom_root).split("train")}
+    train_patients = set(open_data(phantom_root).split("train").patients.tolist())
     assert made.manifest.trained_on is not None
     assert made.manifest.trained_on.patients() == train_patients | {99_999}
     card = json.loads((run / CARD).read_text())
@@ -229,7 +229,7 @@ def test_whom_an_earlier_checkpoint_was_trained_on_stays_unknown(
     finished: Path, phantom_root: Path, tmp_path: Path
 ) -> None:
     start = read_checkpoint(edit(finished / BEST, tmp_path / "x.safetensors", trained_on=None))
-    assert trained_on(ChestXray14.open(phantom_root), start, None) is None
+    assert trained_on(open_data(phantom_root), start, None) is None
 
 
 def test_a_start_that_does_not_fit_is_refused(finished: Path, phantom_root: Path, tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_a_start_that_does_not_fit_is_refused(finished: Path, phantom_root: Path
     new = tmp_path / "new"
     refuse(SpecError, 'found initial_weights = "checkpoint" and no checkpoint', recipe, None, new)
     refuse(SpecError, 'found initial_weights = "scratch" and .*best', RECIPE, finished / BEST, new)
-    val = {radiograph.patient for radiograph in ChestXray14.open(phantom_root).split("val")}
+    val = set(open_data(phantom_root).split("val").patients.tolist())
     seen = edit(finished / BEST, tmp_path / "seen.safetensors", trained_on=PatientSet.of(val))
     refuse(DatasetError, "that the model was trained on.* needed none for choosing the epoch", recipe, seen, new)
     other = edit(finished / BEST, tmp_path / "other.safetensors", preprocessing=Preprocessing(mean=(0.5, 0.5, 0.5)))

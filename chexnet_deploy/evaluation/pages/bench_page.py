@@ -56,17 +56,20 @@ def _draw_roc(run: BenchRun) -> Figure:
     names = [REFERENCE, *(engine.name for engine in run.report.engines)]
     for c, finding in enumerate(findings):
         axes = figure.add_subplot(rows, columns, c + 1)
-        truth = run.images.truth[:, c]
+        known = run.images.labelled[:, c]
+        truth = run.images.truth[known, c]
         axes.set_title(f"{finding} (n+ = {int(truth.sum())})", fontsize=8)
         axes.plot([0, 1], [0, 1], color="0.8", linewidth=0.8)
         if truth.any() and not truth.all():
             for i, name in enumerate(names):
-                x, y = roc_curve(sigmoid(run.logits[name][:, c]), truth)
+                x, y = roc_curve(sigmoid(run.logits[name][known, c]), truth)
                 axes.plot(x, y, DASHES[i % len(DASHES)], label=name, linewidth=1.2)
         else:
             axes.text(0.5, 0.5, "undefined", ha="center")
         axes.set(xlim=(0, 1), ylim=(0, 1), xticks=[0, 1], yticks=[0, 1], aspect="equal")
-    figure.axes[0].legend(fontsize=6, loc="lower right")
+    drawn = next((axes for axes in figure.axes if axes.get_legend_handles_labels()[0]), None)
+    if drawn is not None:  # the first finding's curve may be undefined, and every one's
+        drawn.legend(fontsize=6, loc="lower right")
     figure.supxlabel("1 - specificity", fontsize=9)
     figure.supylabel("sensitivity", fontsize=9)
     return figure
@@ -209,7 +212,7 @@ Not in {{ engine.precision.type_name }}: {{ engine.card.fallbacks|join(", ") or 
 <tr><td>{{ f.finding }}</td>
 {% if f.operating_point is none %}<td>none</td><td></td><td></td>{% else %}<td>{{ "%.3f"|format(f.operating_point) }}</td>
 <td>{{ f.n_gained }} / {{ f.n_lost }}</td><td>{{ "%.2g"|format(f.mcnemar_p) }}</td>{% endif %}
-<td>{{ "%.4f"|format(f.ece_reference) }}</td>
+<td>{{ "undefined" if f.ece_reference is none else "%.4f"|format(f.ece_reference) }}</td>
 <td>{{ "undefined" if f.ece_candidate is none else "%.4f"|format(f.ece_candidate) }}</td>
 <td>{{ "undefined" if f.rank_churn is none else "%.2f %%"|format(100 * f.rank_churn) }}</td>
 <td>{{ "undefined" if f.noise_share is none else "%.2f %%"|format(100 * f.noise_share) }}</td>

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from chexnet_deploy.datasets.chestxray14 import ChestXray14
-from chexnet_deploy.datasets.findings import FINDINGS, NO_FINDING
-from chexnet_deploy.datasets.nih_tables import Radiograph
+from chexnet_deploy.datasets.data_set import DataSet
+from chexnet_deploy.datasets.findings import NO_FINDING
+from chexnet_deploy.datasets.labelled import LabelledImages
 from chexnet_deploy.errors import CalibrationError
 from chexnet_deploy.files import sha256_hex
 from chexnet_deploy.images.preprocessing import Pixels, Preprocessing
+from chexnet_deploy.inputs import quote_some
 from chexnet_deploy.runtime.score import iter_pixels
 
 MIN_IMAGES = 64  # measured down to this: benchmarks/int8/quantisers.py
@@ -40,7 +41,7 @@ class CalibrationSet:
     @classmethod
     def read(
         cls,
-        dataset: ChestXray14,
+        dataset: DataSet,
         names: Sequence[str],
         preprocessing: Preprocessing,
         *,
@@ -59,13 +60,11 @@ class CalibrationSet:
             DatasetError: a name is not in the data set.
             ImageError: an image can't be read.
         """
-        radiographs = check_names(dataset, names)
+        chosen = check_names(dataset, names)
         arrays = []
-        for radiograph, pixels in zip(
-            radiographs, iter_pixels([r.path for r in radiographs if r.path is not None], preprocessing), strict=True
-        ):
+        for name, pixels in zip(chosen.names, iter_pixels(chosen.paths, preprocessing), strict=True):
             if pixels.min() == pixels.max():
-                raise CalibrationError(f"{radiograph.image} has one gray value everywhere. Take it off the list.")
+                raise CalibrationError(f"{name} has one gray value everywhere. Take it off the list.")
             arrays.append(pixels)
             if on_images is not None:
                 on_images(len(arrays))
@@ -75,76 +74,80 @@ class CalibrationSet:
         return cls(tuple(names), np.concatenate(arrays), sha256_hex(listing.encode()))
 
 
-def check_names(dataset: ChestXray14, names: Sequence[str]) -> tuple[Radiograph, ...]:
+def check_names(dataset: DataSet, names: Sequence[str]) -> LabelledImages:
     """Return the named images, as far as they can be judged without reading one.
 
     Raises:
         CalibrationError: too few, one twice, or a patient kept for validation or test.
         DatasetError: a name is not in the data set, or its image is not on disk.
     """
-    radiographs = dataset.select(names)
+    chosen = dataset.select(names)
     if len(names) < MIN_IMAGES:
         raise CalibrationError(
             f"got {len(names)} calibration images, needed at least {MIN_IMAGES}. Add images or build fp16."
         )
     _refuse_repeated(names, "the list names {} twice. Remove the repeats.")
-    _refuse_evaluation_patients(dataset, radiographs)
-    return radiographs
+    _refuse_evaluation_patients(dataset, chosen)
+    return chosen
 
 
-def choose_calibration(dataset: ChestXray14, n_images: int) -> tuple[str, ...]:
+def choose_calibration(dataset: DataSet, n_images: int) -> tuple[str, ...]:
     """Return the names of training images that cover the findings, both sexes and both views; the same ones every time.
 
-    Every finding gets its share of the training images, and no less than a 28th of the set while there are enough. Within a
-    finding the four groups of sex and view take turns. Order within a group is by hash of the name, so adding images
-    to the data set changes little of the choice.
+    Every finding gets its share of the training images, and no less than half of an equal share of the set while there are
+    enough. Within a finding the groups of sex and view take turns. Order within a group is by hash of the name, so adding
+    images to the data set changes little of the choice.
 
     Raises:
         CalibrationError: n_images is below the minimum, or the training split holds fewer.
     """
     train = dataset.require("train")
-    if not MIN_IMAGES <= n_images <= len(train):
+    if not MIN_IMAGES <= n_images <= len(train.names):
         raise CalibrationError(
             f"asked for {n_images} calibration images; at least {MIN_IMAGES} are needed and the training split holds "
-            f"{len(train)} on disk. Give --calibration-images with a number between, or use fp16 where there is none."
+            f"{len(train.names)} on disk. Give --calibration-images with a number between, or use fp16 where there is none."
         )
-    counts = Counter(finding for radiograph in train for finding in _groups(radiograph))
-    chosen: dict[str, None] = {}
+    groups = _groups(train)
+    counts = Counter(finding for each in groups for finding in each)
+    by_hash = sorted(range(len(groups)), key=lambda row: hashlib.sha256(train.names[row].encode()).digest())
+    chosen: dict[int, None] = {}
     # Rarest first: images of common findings also show rare ones, not the other way round.
     for finding in sorted(counts, key=lambda name: (counts[name], name)):
-        share = max(round(n_images * counts[finding] / len(train)), n_images // (2 * len(FINDINGS)))
-        candidates = _take_turns([r for r in train if finding in _groups(r)])
-        have = sum(r.image in chosen for r in candidates)
-        for radiograph in candidates:
+        share = max(round(n_images * counts[finding] / len(groups)), n_images // (2 * len(train.findings)))
+        candidates = _take_turns(train, [row for row in by_hash if finding in groups[row]])
+        have = sum(row in chosen for row in candidates)
+        for row in candidates:
             if have >= share or len(chosen) == n_images:
                 break
-            if radiograph.image not in chosen:
-                chosen[radiograph.image] = None
+            if row not in chosen:
+                chosen[row] = None
                 have += 1
-    for radiograph in _take_turns(train):
+    for row in _take_turns(train, by_hash):
         if len(chosen) == n_images:
             break
-        chosen.setdefault(radiograph.image)
-    return tuple(sorted(chosen))
+        chosen.setdefault(row)
+    return tuple(sorted(train.names[row] for row in chosen))
 
 
-def coverage(radiographs: Sequence[Radiograph]) -> Mapping[str, int]:
+def coverage(images: LabelledImages) -> Mapping[str, int]:
     """Return how many images show each finding, sex and view."""
     counts: Counter[str] = Counter()
-    for radiograph in radiographs:
-        counts.update((*_groups(radiograph), radiograph.sex, radiograph.view))
+    for groups, sex, view in zip(_groups(images), images.sex, images.view, strict=True):
+        counts.update((*groups, sex, view))
     return dict(counts)
 
 
-def _groups(radiograph: Radiograph) -> tuple[str, ...]:
-    return tuple(radiograph.findings) or (NO_FINDING,)
+def _groups(images: LabelledImages) -> list[tuple[str, ...]]:
+    """Return what each image shows."""
+    names = np.array(images.findings, object)
+    return [tuple(names[present]) or (NO_FINDING,) for present in images.truth]
 
 
-def _take_turns(radiographs: Sequence[Radiograph]) -> list[Radiograph]:
-    """Return all of them, the groups of sex and view in turn, each in the order of its names' hashes."""
-    groups: dict[tuple[str, str], deque[Radiograph]] = defaultdict(deque)
-    for radiograph in sorted(radiographs, key=lambda r: hashlib.sha256(r.image.encode()).digest()):
-        groups[radiograph.sex, radiograph.view].append(radiograph)
+def _take_turns(images: LabelledImages, rows: Sequence[int]) -> list[int]:
+    """Return all of the rows, the groups of sex and view in turn, each in the order it has."""
+    groups: dict[tuple[str, str], deque[int]] = defaultdict(deque)
+    for row in rows:
+        groups[images.sex[row], images.view[row]].append(row)
     queues = deque(groups[key] for key in sorted(groups))
     ordered = []
     while queues:
@@ -161,11 +164,12 @@ def _refuse_repeated(values: Sequence[str], message: str) -> None:
         raise CalibrationError(message.format(", ".join(repeated[:_NAMED_IN_ERRORS])))
 
 
-def _refuse_evaluation_patients(dataset: ChestXray14, radiographs: Sequence[Radiograph]) -> None:
-    allowed = {radiograph.patient for radiograph in dataset.split("train")}
-    kept = sorted({radiograph.patient for radiograph in radiographs} - allowed)
+def _refuse_evaluation_patients(dataset: DataSet, chosen: LabelledImages) -> None:
+    kept = sorted(set(chosen.patients.tolist()) - set(dataset.require("train").patients.tolist()))
     if kept:
-        named = ", ".join(map(str, kept[:_NAMED_IN_ERRORS])) + (" …" if len(kept) > _NAMED_IN_ERRORS else "")
+        named = quote_some(
+            [name for name, patient in zip(chosen.names, chosen.patients, strict=True) if patient in kept]
+        )
         raise CalibrationError(
             f"{len(kept)} patients of the calibration list are kept for validation or test: {named}. "
             f"Calibrate on images of training patients only."

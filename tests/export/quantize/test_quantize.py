@@ -14,6 +14,7 @@ import chexnet_deploy.export.quantize.quantize as room
 from chexnet_deploy.bundle.bundle import Bundle
 from chexnet_deploy.bundle.manifest import Precision
 from chexnet_deploy.datasets.chestxray14 import ChestXray14
+from chexnet_deploy.datasets.data_set import DataSet
 from chexnet_deploy.datasets.labelled import LabelledImages
 from chexnet_deploy.errors import BundleError, CalibrationError, ExportError, GateError
 from chexnet_deploy.evaluation.spec import Gate, read_spec
@@ -76,8 +77,10 @@ def attribute(node: onnx.NodeProto, name: str, default: float) -> float:
 
 
 @pytest.fixture(scope="module")
-def calibration(phantom: ChestXray14, bundles: dict[str, Bundle]) -> CalibrationSet:
-    return CalibrationSet.read(phantom, choose_calibration(phantom, 100), bundles["fp32"].manifest.preprocessing)
+def calibration(phantom_data: DataSet, bundles: dict[str, Bundle]) -> CalibrationSet:
+    return CalibrationSet.read(
+        phantom_data, choose_calibration(phantom_data, 100), bundles["fp32"].manifest.preprocessing
+    )
 
 
 @pytest.fixture(scope="module")
