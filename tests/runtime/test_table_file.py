@@ -490,7 +490,7 @@ def test_a_bad_file_among_others_stops_nothing(bundles: dict[str, Bundle], folde
     assert done.stdout.count("  Hernia") == 2
     as_json = json.loads(chexnet("predict", bundles["fp32"].path, *images, "--json").stdout)
     assert [sorted(as_json[str(image)]) for image in images] == [
-        ["present", "probabilities"], ["quarantined"], ["present", "probabilities"],
+        ["operating_points_from", "present", "probabilities"], ["quarantined"], ["operating_points_from", "present", "probabilities"],
     ]  # fmt: skip
 
 
