@@ -59,7 +59,7 @@ def main(
                 cut = reached_by(first, target, CONFIDENCE)
                 assert isinstance(cut, Cut)  # there are enough
                 seen.append(float((second >= cut.threshold).mean()))
-                most = int(np.ceil((1 - target) * second.size - 1e-9))
+                most = int((1 - target) * second.size + 1e-9)
                 n_below = cut.n_wrong + 1, first.size - cut.n_wrong
                 expected.append(float(betabinom.sf(most, second.size, *n_below)))
             below = float(np.mean([share < target for share in seen]))

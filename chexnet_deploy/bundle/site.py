@@ -52,6 +52,7 @@ class SitePoint(Record):
         present_at: probability at and above which it is called present; None where it never is.
         absent_below: probability below which it is called absent; None where it never is.
         guaranteed: the rates of `Site.asked` that hold for this finding.
+        not_guaranteed: the others, with the reason.
         sensitivity: share of the images with the finding that are called present, of those the point was chosen on.
         specificity: share of the images without it that are called absent.
         undetermined: share of all images between the thresholds.
@@ -60,6 +61,7 @@ class SitePoint(Record):
     present_at: Share | None
     absent_below: Share | None
     guaranteed: Annotated[dict[Rate, Evidence], Field(min_length=1)]
+    not_guaranteed: dict[Rate, str] = Field(default={})
     sensitivity: Share | None
     specificity: Share | None
     undetermined: Share
@@ -108,8 +110,8 @@ class Site(Record):
     @model_validator(mode="after")
     def _is_consistent(self) -> "Site":
         for finding, point in self.points.items():
-            if not set(point.guaranteed) <= set(self.asked):
-                raise ValueError(f"{finding} is guaranteed a rate that was not asked for")
+            if sorted([*point.guaranteed, *point.not_guaranteed]) != sorted(self.asked):
+                raise ValueError(f"{finding} needs each rate that was asked for once, guaranteed or not")
         if set(self.points) & set(self.without):
             raise ValueError("a finding is said to have an operating point and to have none")
         return self

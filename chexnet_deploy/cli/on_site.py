@@ -79,6 +79,9 @@ def calibrate(
 def _print_site(site: "Site") -> None:
     """Print a row a finding with a point, a line for each without, and whose images these are."""
     print_table([{"finding": finding, **_cells(point)} for finding, point in site.points.items()])
+    for finding, point in site.points.items():
+        for reason in point.not_guaranteed.values():
+            typer.echo(f"{finding} has one of two: {reason}")
     for finding, reason in site.without.items():
         typer.echo(f"{finding} has no operating point: {reason}")
     typer.echo(f"{site.in_words}, of each finding by itself")

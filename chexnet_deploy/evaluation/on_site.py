@@ -166,16 +166,16 @@ def choose_point(
     """
     found = {rate: _cut(rate, probabilities, truth, patients, lots, request) for rate in request.rates}
     high = low = None
-    guaranteed, reasons = dict[Rate, Evidence](), list[str]()
+    guaranteed, reasons = dict[Rate, Evidence](), dict[Rate, str]()
     for rate, cut in found.items():
         if isinstance(cut, str):
-            reasons.append(cut)
+            reasons[rate] = cut
             continue
         guaranteed[rate] = Evidence(n_patients=cut.n_patients, n_wrong=cut.n_wrong)
         high = high if rate == "npv" else cut.threshold
         low = low if rate == "ppv" else cut.threshold
     if not guaranteed:
-        return "; ".join(reasons)
+        return "; ".join(reasons.values())
     if high is not None and low is not None:
         low = min(low, high)  # where both would do, it is present
     is_present = probabilities >= (2.0 if high is None else high)
@@ -184,6 +184,7 @@ def choose_point(
         present_at=high,
         absent_below=low,
         guaranteed=guaranteed,
+        not_guaranteed=reasons,
         sensitivity=_share(is_present[truth]),
         specificity=_share(is_absent[~truth]),
         undetermined=_share(~is_present & ~is_absent) or 0.0,

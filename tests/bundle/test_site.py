@@ -35,6 +35,7 @@ def point(present_at: float | None, absent_below: float | None) -> SitePoint:
         present_at=present_at,
         absent_below=absent_below,
         guaranteed={"ppv": Evidence(n_patients=100, n_wrong=3)},
+        not_guaranteed={"npv": "too few"},
         sensitivity=0.9,
         specificity=None,
         undetermined=0.1,

@@ -75,6 +75,7 @@ def test_one_of_the_two_may_be_all_there_is() -> None:
     assert isinstance(found, SitePoint)
     assert (found.present_at, found.absent_below) == (None, 1.0)  # nobody has it, so everybody is absent
     assert set(found.guaranteed) == {"npv"}
+    assert "at no threshold do these 400 patients reach it" in found.not_guaranteed["ppv"]
     # All show it.
     found = choose(place / 512, np.ones(400, bool), ppv=0.9, npv=0.95)
     assert isinstance(found, SitePoint)
