@@ -38,8 +38,8 @@ soak: $(STAMP)  ## the long checks in full, about a quarter of an hour
 	$(BIN)/python -m benchmarks.robustness.hostile_images
 	$(BIN)/python -m benchmarks.statistics.coverage
 
-real: $(STAMP)  ## the chain on real radiographs; CHEXNET_CHESTXRAY14 names their folder
-	$(BIN)/python -m benchmarks.cpu.real
+real: $(STAMP)  ## make real CHECKPOINT=FILE: everything on real radiographs; CHEXNET_CHESTXRAY14 names their folder
+	$(BIN)/python -m benchmarks.cpu.real $(CHECKPOINT)
 
 clean:
 	rm -rf $(VENV) demo

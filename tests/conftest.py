@@ -44,6 +44,16 @@ def real_root() -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def real_small() -> tuple[Path, Path]:
+    """15,152 radiographs of 64 to 128 px and a CheXNet trained on them, in shared/ beside the checkout."""
+    shared = CHECKOUT.parent / "shared"
+    root, checkpoint = shared / "chestxray14_128", shared / "checkpoints" / "chexnet-96px.safetensors"
+    if not (root.is_dir() and checkpoint.is_file()):
+        pytest.skip("NOT RUN on a trained CheXNet: shared/chestxray14_128 and shared/checkpoints are not here")
+    return root, checkpoint
+
+
 @pytest.fixture
 def without_gpu() -> None:
     """Not for machines that have one."""

@@ -1,4 +1,4 @@
-"""The README says what is true: its commands run as printed, on phantoms and with a recipe of one epoch."""
+"""The README and the pages it leads to say what is true: commands run as printed, on phantoms and with a recipe of one epoch."""
 
 import json
 import os
@@ -13,6 +13,8 @@ import pytest
 
 from chexnet_deploy.bundle.bundle import Bundle
 from tests.command_line import chexnet
+from tests.export.from_onnx.test_bundle import resnet
+from tests.foreign import write_onnx
 from tests.serving.running import Running
 
 CHECKOUT = Path(__file__).parents[1]
@@ -36,8 +38,22 @@ SMALLER = {
 }
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+# In the order of a user's day: what one makes the next ones use.
+PAGES = (
+    "README.md",
+    *(f"docs/{name}.md" for name in ("training", "evaluation", "reading-files", "signing", "tensorrt")),
+)
+NOT_RUN = "# not run here: "
+
+
+def blocks(language: str, page: str = "README.md") -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (CHECKOUT / page).read_text(), flags=re.DOTALL)
+
+
+def commands() -> list[str]:
+    """Return the lines of all blocks but the README's first and those that say why they are not run."""
+    found = [block for page in PAGES for block in blocks("sh", page) if not block.startswith(NOT_RUN)]
+    return "".join(found[1:]).strip().split("\n")
 
 
 def test_the_two_commands_are_targets_of_the_makefile() -> None:
@@ -58,7 +74,7 @@ def test_commands_on_your_own_data_and_the_scanner_example(
     radiograph = tmp_path / "radiograph.png"
     shutil.copy(sorted((phantom_root / "images").iterdir())[0], radiograph)
     environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
-    for line in "".join(blocks("sh")[1:]).strip().split("\n"):
+    for line in commands():
         smaller = line.replace("ROOT", str(phantom_root))
         for long, short in SMALLER.items():
             smaller = smaller.replace(long, short)
@@ -89,6 +105,36 @@ def test_commands_on_your_own_data_and_the_scanner_example(
     assert done.stdout.strip()
 
 
+@pytest.mark.slow
+def test_the_commands_on_other_peoples_models(bundles: dict[str, Bundle], phantom_root: Path, tmp_path: Path) -> None:
+    page = (CHECKOUT / "docs" / "foreign-models.md").read_text()
+    for name, contract in zip(
+        ("contract", "served"), re.findall(r"```toml\n(.*?)```", page, flags=re.DOTALL), strict=True
+    ):
+        (tmp_path / f"{name}.toml").write_text(contract)
+    for name in ("theirs", "int8"):
+        write_onnx(tmp_path / f"{name}.onnx", 4)
+    resnet(tmp_path / "resnet.onnx", channels=1)
+    shutil.copytree(bundles["fp32"].path, tmp_path / "bundles" / "first" / "fp32")
+    service = Running([str(bundles["fp32"].path), "--provider", "cpu"], tmp_path / "serve.log")
+    service.wait_for_log("ready: ")
+    (commands,) = re.findall(r"```sh\n(.*?)```", page, flags=re.DOTALL)
+    # 3: forty phantom patients are too few to prove parity; 1: the made-up model is no CheXNet.
+    for line, code in zip(commands.strip().split("\n"), (0, 3, 1, 0, 0, 3), strict=True):
+        words = shlex.split(line.replace("ROOT", str(phantom_root)).replace(":8000", f":{service.port}"))[1:]
+        quick = ["--min-runs", "1", "--min-duration-s", "0"] if words[0] == "bench" else []
+        done = subprocess.run(
+            [sys.executable, "-m", "chexnet_deploy", *words, *quick],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == code, f"{line}\n{done.stdout}\n{done.stderr}"
+    assert service.stop() == 0
+
+
 def test_the_table_is_made_from_the_committed_results() -> None:
     from benchmarks.cpu.real import markdown_table, read_results
 
@@ -100,7 +146,8 @@ def test_the_peers_table_is_made_from_the_committed_results() -> None:
     from benchmarks.cpu.peers import OUT
     from benchmarks.cpu.peers_page import Results, markdown_table
 
-    table = README.split("<!-- python -m benchmarks.cpu.peers --table -->\n")[1].split("<!-- end -->")[0]
+    page = (CHECKOUT / "docs" / "measurements.md").read_text()
+    table = page.split("<!-- python -m benchmarks.cpu.peers --table -->\n")[1].split("<!-- end -->")[0]
     assert table.strip() == markdown_table(Results.model_validate_json(OUT.read_text())).strip()
 
 

@@ -38,6 +38,9 @@ def main(
         Path | None,
         typer.Option(help="A .safetensors checkpoint to start from; its resolution and findings may be others."),
     ] = None,
+    teacher: Annotated[
+        Path | None, typer.Option(help="A file of `python -m training.fine_tune`, for a recipe with teacher_share.")
+    ] = None,
     shards: Annotated[
         int | None,
         typer.Option(min=1, help="Parts of a batch with BatchNorm statistics of their own; default: one a process."),
@@ -64,7 +67,13 @@ def main(
             )
         chosen = chosen.model_copy(update={"initial_weights": "scratch"})
     options = Options(
-        cache=cache, imagenet=imagenet, start_from=start_from, shards=shards, save_every=save_every, workers=workers
+        cache=cache,
+        imagenet=imagenet,
+        start_from=start_from,
+        teacher=teacher,
+        shards=shards,
+        save_every=save_every,
+        workers=workers,
     )
     # Progress bars are for terminals; a log under nohup or a scheduler gets lines.
     on_epoch = None if sys.stdout.isatty() else typer.echo

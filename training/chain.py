@@ -1,4 +1,4 @@
-"""The whole chain on one data set, as the demo and the benchmark on real radiographs run it.
+"""The whole chain on one data set, as the demo runs it.
 
 train -> export fp32, fp16, int8 -> bench all three beside fp32; everything lies in one folder.
 """
@@ -23,7 +23,6 @@ def train_export_bench(
     folder: Path,
     *,
     n_calibration_images: int,
-    test_list: Path | None,
     effort: Effort,
     on_phase: OnPhase,
 ) -> BenchReport:
@@ -34,7 +33,6 @@ def train_export_bench(
         recipe: the name of one in training/recipes, or a path to a .toml.
         folder: gets run/, bundles/ and bench/.
         n_calibration_images: chosen from the training patients.
-        test_list: the test images to measure on; None for all.
         effort: how long to measure speed.
         on_phase: told of every step.
 
@@ -42,34 +40,8 @@ def train_export_bench(
         ChexnetError: any step refused.
     """
     best = train(data, read_recipe(recipe), folder / RUN, on_phase)
-    return export_and_bench(
-        best,
-        data,
-        folder,
-        n_calibration_images=n_calibration_images,
-        test_list=test_list,
-        effort=effort,
-        on_phase=on_phase,
-    )
-
-
-def export_and_bench(
-    checkpoint: Path,
-    data: Path,
-    folder: Path,
-    *,
-    n_calibration_images: int,
-    test_list: Path | None,
-    effort: Effort,
-    on_phase: OnPhase,
-) -> BenchReport:
-    """Run what comes after training; see train_export_bench.
-
-    Raises:
-        ChexnetError: any step refused.
-    """
     bundles = export_bundles(
-        checkpoint,
+        best,
         folder / BUNDLES,
         tuple(Precision),
         data_root=data,
@@ -83,7 +55,7 @@ def export_and_bench(
         bundles[0].path,
         data,
         "test",
-        test_list,
+        None,
         None,
         folder / BENCH,
         effort=effort,

@@ -51,7 +51,6 @@ def main(
             recipe,
             out,
             n_calibration_images=CALIBRATION_IMAGES[spec],
-            test_list=None,
             effort=Effort(min_runs=30, min_duration_s=1.0),
             on_phase=on_phase,
         )

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.utils.deterministic
 from torch import distributed
 
 from chexnet_deploy.errors import SpecError
@@ -57,6 +58,11 @@ class Processes:
 def join_processes() -> Processes:
     """Return this process's place: torchrun's, or alone on the first GPU, or on the CPU."""
     has_gpu = torch.cuda.is_available()
+    if has_gpu:
+        # The same run gives the same bytes on a GPU too, where its libraries can (PyTorch's notes on reproducibility).
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if "RANK" not in os.environ:  # torchrun's contract
         return Processes(device=torch.device("cuda", 0) if has_gpu else torch.device("cpu"))
     local = int(os.environ["LOCAL_RANK"])

@@ -22,6 +22,7 @@ class Augmentation(Record):
         shift_share: of the side, in both directions.
         scale_share: larger or smaller by up to this.
         contrast_share: contrast and brightness, up or down by up to this.
+        mixup_share: another image and its labels are blended in by up to this (mixup: Zhang et al. 2018).
     """
 
     flip_probability: Share = 0.0
@@ -29,6 +30,7 @@ class Augmentation(Record):
     shift_share: Annotated[float, Field(ge=0.0, le=0.5)] = 0.0
     scale_share: Annotated[float, Field(ge=0.0, le=0.5)] = 0.0
     contrast_share: Annotated[float, Field(ge=0.0, le=0.5)] = 0.0
+    mixup_share: Annotated[float, Field(ge=0.0, le=0.5)] = 0.0
 
 
 class Recipe(BaseModel):
@@ -45,6 +47,7 @@ class Recipe(BaseModel):
         warmup_share: of the run's steps, for "cosine".
         loss: "bce_mean" over findings and images; "bce_sum" over findings, as the paper's 14-finding model; "weighted_bce"
             with the paper's class weights, as its pneumonia model.
+        teacher_share: of a teacher's answers in what is learnt, the rest being the labels; 0 for no teacher.
         select_by: what the kept epoch is best in, on validation patients.
         ema_decay: of an average of the weights, which is then validated and kept; 0 for none.
         precision: of the arithmetic; "bf16" and "fp16" are torch's automatic mixed precision.
@@ -64,6 +67,7 @@ class Recipe(BaseModel):
     schedule: Literal["one_cycle", "cosine", "plateau"] = "one_cycle"
     warmup_share: Share = 0.05
     loss: Literal["bce_mean", "bce_sum", "weighted_bce"] = "bce_mean"
+    teacher_share: Share = 0.0
     select_by: Literal["val_loss", "val_mean_auroc"] = "val_loss"
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"

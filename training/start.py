@@ -12,6 +12,7 @@ from chexnet_deploy.export.from_torch.checkpoint import Checkpoint, read_checkpo
 from chexnet_deploy.export.from_torch.model import CheXNet
 from chexnet_deploy.images.preprocessing import Preprocessing
 from training.recipe import Recipe
+from training.teacher import Teacher
 
 
 def read_start(
@@ -42,13 +43,13 @@ def read_start(
     return start
 
 
-def trained_on(dataset: ChestXray14, start: Checkpoint | None) -> PatientSet | None:
-    """Return the train patients, and those the weights have seen before; None where nobody knows these."""
+def trained_on(dataset: ChestXray14, start: Checkpoint | None, teacher: Teacher | None) -> PatientSet | None:
+    """Return the train patients, and those the weights or the teacher have seen before; None where nobody knows these."""
     patients = {radiograph.patient for radiograph in dataset.require("train")}  # a quarantined image's may have others
-    if start is None:
-        return PatientSet.of(patients)
-    before = start.manifest.trained_on
-    return None if before is None else PatientSet.of(patients | before.patients())
+    before = [] if start is None else [start.manifest.trained_on]
+    before += [] if teacher is None else [teacher.trained_on]
+    known = [each.patients() for each in before if each is not None]
+    return PatientSet.of(patients.union(*known)) if len(known) == len(before) else None
 
 
 def copy_outputs(model: CheXNet, findings: Sequence[str], start: Checkpoint) -> None:

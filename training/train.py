@@ -44,6 +44,7 @@ from training.prepare import prepare
 from training.processes import Processes
 from training.recipe import Recipe
 from training.start import copy_outputs, read_start, trained_on
+from training.teacher import Teacher, read_teacher
 
 BEST = "best.safetensors"
 RESUME = "resume.pt"
@@ -61,6 +62,7 @@ class Options:
         cache: folder of prepared images; default: in the run's folder, made if need be.
         imagenet: torchvision's densenet121 file, for recipes that start from it.
         start_from: a checkpoint, likewise: the features, and the outputs of findings that both have.
+        teacher: a file of training/teacher.py, for recipes that learn from one.
         shards: parts of a batch that see BatchNorm statistics of their own; default: one a process.
         save_every: steps between two writings of resume.pt inside an epoch; 0 for none.
         workers: processes that decode images for the cache.
@@ -69,6 +71,7 @@ class Options:
     cache: Path | None = None
     imagenet: Path | None = None
     start_from: Path | None = None
+    teacher: Path | None = None
     shards: int | None = None
     save_every: int = 0
     workers: int = 1
@@ -105,6 +108,7 @@ def train(
     dataset = ChestXray14.open(root)
     preprocessing = Preprocessing(resize_px=recipe.resize_px)
     start = read_start(recipe, options.start_from, preprocessing, dataset)
+    teacher = read_teacher(recipe, options.teacher, dataset)
     folder = options.cache or run / CACHE
     if processes.is_first:
         _make_folder(run)
@@ -116,8 +120,9 @@ def train(
         options,
         processes,
         split_sha256=dataset.split_sha256(),
-        trained_on=trained_on(dataset, start),
+        trained_on=trained_on(dataset, start, teacher),
         start=start,
+        teacher=teacher,
     )
     if processes.is_first:
         prepare(dataset, preprocessing, folder, workers=options.workers, on_phase=on_phase)
@@ -152,7 +157,11 @@ def read_images(dataset: ChestXray14, recipe: Recipe, cache_folder: Path) -> dic
 
 
 def validation_logits(
-    model: CheXNet, normalise: Normalise, val: TrainingImages, device: torch.device, processes: Processes | None = None
+    model: nn.Module,
+    normalise: nn.Module,
+    val: TrainingImages,
+    device: torch.device,
+    processes: Processes | None = None,
 ) -> NDArray[np.float32]:
     """Return logits [N, C] of all images in order.
 
@@ -192,10 +201,12 @@ class Trainer:
         split_sha256: str | None = None,
         trained_on: PatientSet | None = None,
         start: Checkpoint | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         self.recipe, self.preprocessing, self.run, self.options = recipe, preprocessing, run, options
         self.processes, self.split_sha256, self.trained_on = processes, split_sha256, trained_on
         self._start, self.started_from = start, None if start is None else start.sha256
+        self.taught_by = None if teacher is None else teacher.sha256
         self.device = processes.device
         self.shards = options.shards or processes.count
         self.mine = processes.my_shards(self.shards)
@@ -215,6 +226,7 @@ class Trainer:
             model.features.load_state_dict(start.model.features.state_dict())
         self.model: CheXNet = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.normalise = Normalise(preprocessing).to(self.device)
+        self.teacher = None if teacher is None else teacher.on(self.device)
         self.network: nn.Module = self.model
         if recipe.compile_on_gpu and self.device.type == "cuda":
             self.network = torch.compile(self.model)  # type: ignore[assignment]
@@ -328,9 +340,15 @@ class Trainer:
         pixels, labels, draws = (
             tensor.to(self.device, non_blocking=True) for tensor in (shard.pixels, shard.truth, shard.draws)
         )
-        images = self.normalise(augment(pixels, draws, self.recipe.augmentation))
+        pixels, labels = augment(pixels, labels, draws, self.recipe.augmentation)
+        images = self.normalise(pixels).contiguous(memory_format=torch.channels_last)
         with self._arithmetic():
-            logits = self.network(images.contiguous(memory_format=torch.channels_last))
+            logits = self.network(images)
+            if self.teacher is not None:
+                with torch.no_grad():
+                    labels = torch.lerp(
+                        labels, self.teacher(pixels.float()).float().sigmoid(), self.recipe.teacher_share
+                    )
         loss: Tensor = self.loss(logits, labels)
         return loss
 
@@ -437,6 +455,7 @@ class Trainer:
             split_sha256=self.split_sha256,
             trained_on=self.trained_on,
             started_from=self.started_from,
+            taught_by=self.taught_by,
             metrics={
                 "val_loss": val_loss,
                 **{f"val_auroc_{name}": None if math.isnan(area) else area for name, area in areas.items()},
@@ -453,6 +472,7 @@ class Trainer:
             "best_epoch": best["epoch"],
             "recipe": self.recipe.model_dump(mode="json"),
             "started_from": self.started_from,
+            "taught_by": self.taught_by,
             "data": {"n_train_images": n_train, "n_val_images": n_val, "split_sha256": self.split_sha256},
             "curve": self.history,
             "hours": round((self._spent_s + perf_counter() - self._began_s) / 3600.0, 4),
@@ -471,10 +491,7 @@ class Trainer:
             return
         buffer = BytesIO()
         state = {
-            "recipe": self.recipe.model_dump(mode="json"),
-            "split_sha256": self.split_sha256,
-            "shards": self.shards,
-            "started_from": self.started_from,
+            **self._made_with(),
             "spent_s": self._spent_s + perf_counter() - self._began_s,
             "epoch": epoch,
             "step": step,
@@ -491,6 +508,16 @@ class Trainer:
         torch.save(state, buffer)
         write_file(self.run / RESUME, buffer.getvalue())
 
+    def _made_with(self) -> dict[str, Any]:
+        """Return what a resumed run must have in common with the one it goes on with."""
+        return {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "split_sha256": self.split_sha256,
+            "shards": self.shards,
+            "started_from": self.started_from,
+            "taught_by": self.taught_by,
+        }
+
     def _read_saved(self) -> dict[str, Any] | None:
         """Return what _save wrote, None where it has not yet."""
         path = self.run / RESUME
@@ -498,14 +525,14 @@ class Trainer:
             return None
         try:
             state: dict[str, Any] = torch.load(path, map_location=self.device, weights_only=True)
-            made_with = (state["recipe"], state["split_sha256"], state["shards"], state["started_from"])
+            made_with = {name: state[name] for name in self._made_with()}
         except Exception as err:  # what torch raises on a damaged file depends on the damaged byte
             raise CheckpointError(
                 f"{path} can't be read. Delete it to start this run again from its beginning."
             ) from err
-        if made_with != (self.recipe.model_dump(mode="json"), self.split_sha256, self.shards, self.started_from):
+        if made_with != self._made_with():
             raise CheckpointError(
-                f"{path} was made with another recipe, split, number of shards or checkpoint to start from. "
+                f"{path} was made with another recipe, split, number of shards, checkpoint to start from or teacher. "
                 f"Give another folder, or delete this one."
             )
         return state

@@ -1,95 +1,125 @@
-"""The chain on real radiographs: train, export, quantise, bench; results as JSON and as the README's table.
+"""Everything from one checkpoint, on real radiographs, by the commands that a user would type; each is printed before it runs.
 
-    python -m benchmarks.cpu.real --data ROOT      measure, write results/real-cpu.json
-    python -m benchmarks.cpu.real --table          print the README's table from the committed results
+    python -m benchmarks.cpu.real CHECKPOINT --data ROOT --out FOLDER [--before CHECKPOINT] [--readers LABELS]
+    python -m benchmarks.cpu.real --table
 
-Trains from scratch on whatever train_val images are on disk, so with few images the AUROC is modest; it is reported as
-it is. Test patients are used for the final measurement only.
+FOLDER gets the bundles, the reports of bench and evaluate, and planted.json; results/real-cpu.json.gz what the table is made of.
+Test patients are for the final measurement only: thresholds come from validation patients, calibration images from the rest.
 """
 
 import gzip
 import json
-import shutil
-import tempfile
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+from statistics import mean
 from typing import Annotated, Any
 
 import typer
-from PIL import Image
 
-from benchmarks.common import RESULTS
-from chexnet_deploy.datasets.chestxray14 import ChestXray14
+from benchmarks.common import COMMAND, RESULTS, checkout_environment
 from chexnet_deploy.evaluation.bench_report import BenchReport, summary_rows
-from chexnet_deploy.evaluation.engines import Effort
-from chexnet_deploy.terminal import progress, run_program
-from training.chain import RUN, train_export_bench
-from training.logbook import METRICS
+from chexnet_deploy.evaluation.records import Evaluation
+from chexnet_deploy.terminal import run_program
 
 OUT = RESULTS / "real-cpu.json.gz"
-CALIBRATION_IMAGES = 256
-FULL_SIDE_PX = 1024
+FORMS = "typed,mixed,trt8,cpu"
+_IS_DONE, _IS_NO_PASS = (
+    (0,),
+    (0, 1, 3),
+)  # exit codes: bench says FAIL and INCONCLUSIVE by them, and has its figures all the same
 
 app = typer.Typer(add_completion=False)
 
 
 @app.command()
 def main(
+    checkpoint: Annotated[Path | None, typer.Argument(help="A .safetensors file.")] = None,
     data: Annotated[Path | None, typer.Option(help="ChestX-ray14.", envvar="CHEXNET_CHESTXRAY14")] = None,
-    recipe: Annotated[str, typer.Option(help="A recipe's name, or a path to a .toml.")] = "real_few",
-    work: Annotated[Path | None, typer.Option(help="Folder for the run; default: a temporary one.")] = None,
+    out: Annotated[Path, typer.Option(help="New folder.")] = Path("real"),
+    before: Annotated[Path | None, typer.Option(help="An earlier checkpoint, to say what this one gained.")] = None,
+    readers: Annotated[Path | None, typer.Option(help="Folder of expert labels: compare with radiologists.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Only the test images this list names.")] = None,
+    calibration_images: Annotated[int, typer.Option(help="For int8.")] = 256,
+    forms: Annotated[str, typer.Option(help="Of int8.")] = FORMS,
     table: Annotated[bool, typer.Option(help="Print the table of the committed results and stop.")] = False,
 ) -> None:
-    """Measure the chain on real radiographs."""
+    """Export, prove and evaluate one checkpoint."""
     if table:
         typer.echo(markdown_table(read_results()))
         return
-    if data is None:
-        raise typer.BadParameter("give ChestX-ray14 by --data or CHEXNET_CHESTXRAY14")
-    folder = Path(tempfile.mkdtemp(prefix="chexnet-real-")) if work is None else work
-    try:
-        write_results(_run(data, recipe, folder), data, folder)
-    finally:
-        if work is None:
-            shutil.rmtree(folder)
-    typer.echo(markdown_table(read_results()))
-
-
-def _run(data: Path, recipe: str, folder: Path) -> BenchReport:
-    folder.mkdir(parents=True, exist_ok=True)
-    test_list = folder / "full_size_test_images.txt"
-    test_list.write_text("".join(f"{name}\n" for name in full_size_test_images(data)))
-    with progress() as on_phase:
-        return train_export_bench(
-            data,
-            recipe,
-            folder,
-            n_calibration_images=CALIBRATION_IMAGES,
-            test_list=test_list,
-            effort=Effort(min_runs=100, min_duration_s=2.0),
-            on_phase=on_phase,
-        )
-
-
-def full_size_test_images(data: Path) -> list[str]:
-    """Return the test images as NIH published them; smaller copies would mix two resolutions in one measurement."""
-    names = []
-    for radiograph in ChestXray14.open(data).split("test"):
-        assert radiograph.path is not None  # split() leaves absent ones out
-        with Image.open(radiograph.path) as image:
-            if image.size == (FULL_SIDE_PX, FULL_SIDE_PX):
-                names.append(radiograph.image)
-    return names
-
-
-def write_results(report: BenchReport, data: Path, folder: Path) -> None:
-    """Write the report beside what it was trained on."""
-    dataset = ChestXray14.open(data)
-    results = {
-        "trained_on": {split: len(dataset.split(split)) for split in ("train", "val")},
-        "epochs": [json.loads(line) for line in (folder / RUN / METRICS).read_text().splitlines()],
-        "report": report.model_dump(mode="json"),
-    }
+    if checkpoint is None or data is None:
+        raise typer.BadParameter("give a checkpoint, and ChestX-ray14 by --data or CHEXNET_CHESTXRAY14")
+    results = run_all(
+        checkpoint,
+        data,
+        out,
+        before=before,
+        readers=readers,
+        images=images,
+        n_calibration=calibration_images,
+        forms=forms,
+    )
     OUT.write_bytes(gzip.compress(json.dumps(results).encode(), mtime=0))
+    typer.echo(markdown_table(results))
+
+
+def run_all(
+    checkpoint: Path,
+    data: Path,
+    out: Path,
+    *,
+    before: Path | None,
+    readers: Path | None,
+    images: Path | None,
+    n_calibration: int,
+    forms: str,
+) -> dict[str, Any]:
+    """Run every command and return what the reports say."""
+    bundles, only = out / "bundles", [] if images is None else ["--images", images]
+    export: tuple[object, ...] = ("export", checkpoint, "--out", bundles, "--data", data)
+    export += ("--precision", "fp32,fp16,int8", "--dialect", forms, "--calibration-images", n_calibration)
+    chexnet(*export)
+    engines = [word for path in sorted(bundles.glob("*/manifest.json")) for word in ("--engine", path.parent)]
+    chexnet("bench", *engines, "--data", data, *only, "--out", out / "bench", is_right=_IS_NO_PASS)
+    experts = [] if readers is None else ["--readers", readers]
+    evaluated = out / "evaluation"
+    chexnet("evaluate", bundles / "fp32", "--data", data, *only, "--localization", *experts, "--out", evaluated)
+    gained = None
+    if before is not None:
+        chexnet("export", before, "--out", out / "before", "--precision", "fp32")
+        both = ("--engine", bundles / "fp32", "--reference", out / "before" / "fp32", "--spec", "fp32")
+        chexnet("bench", *both, "--data", data, *only, "--out", out / "gained", is_right=_IS_NO_PASS)
+        gained = _report(out / "gained")
+    planted = out / "planted.json"
+    run(sys.executable, "-m", "benchmarks.int8.planted", bundles, "--data", data, "--out", planted)
+    return {
+        "bench": _report(out / "bench"),
+        "evaluation": _report(evaluated),
+        "gained": gained,
+        "planted": json.loads(planted.read_text()),
+    }
+
+
+def chexnet(*words: object, is_right: tuple[int, ...] = _IS_DONE) -> None:
+    """Run one command of the command line."""
+    run(*COMMAND, *words, is_right=is_right)
+
+
+def run(*words: object, is_right: tuple[int, ...] = _IS_DONE) -> None:
+    """Print a command and run it; end with its exit code where that is none of the right ones."""
+    command = [str(word) for word in words]
+    typer.echo(f"$ {shlex.join(command)}")
+    code = subprocess.run(command, env=checkout_environment(), check=False).returncode
+    if code not in is_right:
+        raise typer.Exit(code)
+
+
+def _report(folder: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    return report
 
 
 def read_results() -> dict[str, Any]:
@@ -98,20 +128,32 @@ def read_results() -> dict[str, Any]:
     return results
 
 
-def markdown_table(results: dict[str, Any]) -> str:
+def markdown_table(results: Mapping[str, Any]) -> str:
     """Return the README's table of results."""
-    report = BenchReport.model_validate_json(json.dumps(results["report"]))
-    # A bar inside a cell would end it.
-    rows = [{name.replace("|", "\\|"): value for name, value in row.items()} for row in summary_rows(report)]
-    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+    report, evaluation = _read(BenchReport, results["bench"]), _read(Evaluation, results["evaluation"])
+    rows = []
+    for engine, row in zip(report.engines, summary_rows(report), strict=True):
+        assert engine.parity is not None  # there are images
+        noise = [finding.noise_share for finding in engine.parity.findings if finding.noise_share is not None]
+        rows.append({**row, "logit noise": f"{100 * mean(noise):.2f} %"})
+    lines = ["| " + " | ".join(name.replace("|", "\\|") for name in rows[0]) + " |", "|" + "---|" * len(rows[0])]
     lines += ["| " + " | ".join(row.values()) + " |" for row in rows]
-    lines.append("")
-    trained = results["trained_on"]
-    lines.append(
-        f"{report.data}. Trained from scratch on {trained['train']} images (validated on {trained['val']}), "
-        f"{len(results['epochs'])} epochs. {report.machine.processor}, {report.machine.cores} cores."
-    )
+    assert evaluation.mean_auroc is not None
+    assert evaluation.mean_auroc_interval is not None
+    low, high = evaluation.mean_auroc_interval
+    lines += ["", f"{report.data}. fp32: mean AUROC {evaluation.mean_auroc:.4f} ({low:.4f} to {high:.4f})"]
+    if results["gained"] is not None:
+        (engine,) = _read(BenchReport, results["gained"]).engines
+        assert engine.parity is not None
+        old, new = engine.parity.mean_auroc_reference, engine.parity.mean_auroc_candidate
+        low, high = engine.parity.mean_difference_low, engine.parity.mean_difference_high
+        lines[-1] += f"; before it {old:.4f}, a paired gain of {new - old:+.4f} ({low:+.4f} to {high:+.4f})"
+    lines[-1] += f". {report.machine.processor}, {report.machine.cores} cores."
     return "\n".join(lines)
+
+
+def _read(kind: Any, content: object) -> Any:
+    return kind.model_validate_json(json.dumps(content))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,9 @@ def measure_batch(
     with meter:
         scenario: Any = "single_stream" if size == 1 else "offline"
         runs = task.min_runs if size == 1 else max(5, task.min_runs // 2)
-        reports = measure_latency(sessions, batch, scenario, min_runs=runs, min_duration_s=task.min_s)
+        reports = measure_latency(
+            sessions, dict.fromkeys(sessions, batch), scenario, min_runs=runs, min_duration_s=task.min_s
+        )
         stages = {name: _stages_ms(session, batch, task.min_runs) for name, session in sessions.items()}
     entry: dict[str, Any] = {"clocks": meter.as_dict()}
     entry["variants"] = {name: {**_summary(report), "stages_ms": stages[name]} for name, report in reports.items()}

@@ -18,7 +18,7 @@ from benchmarks.common import RESULTS, write_results
 from chexnet_deploy.bundle.bundle import Bundle
 from chexnet_deploy.bundle.site import Rate
 from chexnet_deploy.evaluation.request import EvaluationRequest
-from chexnet_deploy.evaluation.sources import run_bundle
+from chexnet_deploy.evaluation.sources import run_engine
 from chexnet_deploy.metrics.guarantee import Cut, draw_one_each, fewest_patients, reached_by
 from chexnet_deploy.runtime.sessions.base import sigmoid
 from chexnet_deploy.terminal import run_program
@@ -39,8 +39,8 @@ def main(
 ) -> None:
     """Run the bundle on validation patients, halve them, and write the result."""
     opened = Bundle.open(bundle)
-    request = EvaluationRequest(bundle=bundle, data=data, split="val", provider="cpu")
-    labelled = run_bundle(opened, request, lambda phase, done, total: None).labelled
+    request = EvaluationRequest(engine=bundle, data=data, split="val", provider="cpu")
+    labelled = run_engine(opened, request, lambda phase, done, total: None).labelled
     probabilities, generator = sigmoid(labelled.scores), np.random.default_rng(0)
     lots = generator.integers(2**63, size=len(labelled.names), dtype=np.uint64)
     rows = []

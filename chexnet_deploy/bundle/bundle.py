@@ -14,7 +14,7 @@ here runs a model. Every file is opened once for each reading, without following
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -67,6 +67,26 @@ class Bundle:
         self.id = bundle_id
         self.signers = signers
         self._trust = trust
+
+    @property
+    def name(self) -> str:
+        """Of its directory."""
+        return self.path.resolve().name
+
+    @property
+    def findings(self) -> tuple[str, ...]:
+        """Names of the logits, in order."""
+        return self.manifest.findings
+
+    @property
+    def model_sha256(self) -> str:
+        """Of the model file."""
+        return self.manifest.files[self.manifest.model_name]
+
+    @property
+    def operating_points(self) -> Mapping[str, float]:
+        """See Manifest."""
+        return self.manifest.operating_points
 
     @classmethod
     def open(cls, path: Path, *, trust: Trust | None = None) -> "Bundle":

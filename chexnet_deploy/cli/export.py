@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from chexnet_deploy.cli.options import DataOption, JsonFlag, TrustOption, read_trust
+from chexnet_deploy.cli.options import ContractOption, DataOption, JsonFlag, TrustOption, read_trust
 from chexnet_deploy.cli.printing import print_record, print_repository
 from chexnet_deploy.errors import SpecError
 from chexnet_deploy.terminal import cancellation, print_json, progress
@@ -31,10 +31,12 @@ def export(
     sources: Annotated[
         list[Path],
         typer.Argument(
-            metavar="CHECKPOINT | BUNDLE...",
-            help="A .safetensors file written by python -m training, or by import; or bundles, for --triton.",
+            metavar="CHECKPOINT | ONNX | BUNDLE...",
+            help="A .safetensors file of python -m training or import; or anyone's ONNX file, with --contract; "
+            "or bundles, for --triton.",
         ),
     ],
+    contract: ContractOption = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the bundles; each precision gets one in it.")] = None,
     precision: Annotated[str, typer.Option(help="Comma-separated: fp32, fp16, int8. fp32 is always made.")] = "fp32",
     calibration: Annotated[
@@ -94,6 +96,7 @@ def export(
                 calibration_list=calibration,
                 n_calibration_images=calibration_images,
                 dialects=parse_dialects(dialect),
+                contract=contract,
                 release=_release(line, release),
                 on_phase=on_phase,
                 scope=policy,

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from chexnet_deploy.cli.options import (
+    ContractOption,
     DataOption,
     ImagesOption,
     JsonFlag,
@@ -32,9 +33,17 @@ class SplitName(str, Enum):
 
 @app.command()
 def bench(
-    engine: Annotated[list[Path], typer.Option(help="A bundle; give the option again to measure several in turns.")],
+    engine: Annotated[
+        list[str],
+        typer.Option(help="A bundle, ONNX file or http://HOST/v2/models/NAME; again to measure several in turns."),
+    ],
     reference: Annotated[
-        Path | None, typer.Option(help="Its fp32 ancestor; default: found beside the first engine.")
+        str | None,
+        typer.Option(help="What it is compared with, likewise; default: its fp32 ancestor, found beside the first."),
+    ] = None,
+    contract: ContractOption = None,
+    reference_contract: Annotated[
+        Path | None, typer.Option(help="The reference's own contract; default: that of --contract.")
     ] = None,
     data: DataOption = None,
     split: Annotated[SplitName, typer.Option(help="Whose images.")] = SplitName.TEST,
@@ -49,7 +58,7 @@ def bench(
     provider: OnProvider = ProviderName.AUTO,
     as_json: JsonFlag = False,
 ) -> None:
-    """Prove an engine on this machine: accuracy beside its fp32 model, and latency; PASS, FAIL or INCONCLUSIVE."""
+    """Prove an engine on this machine: accuracy beside its reference, and latency; PASS, FAIL or INCONCLUSIVE."""
     from chexnet_deploy.evaluation import bench
     from chexnet_deploy.evaluation.engines import Effort
     from chexnet_deploy.evaluation.parity import EXIT_CODES
@@ -64,6 +73,8 @@ def bench(
             spec,
             out,
             effort=Effort(min_runs, min_duration_s),
+            contract=contract,
+            reference_contract=reference_contract,
             trust=read_trust(trust),
             threads=threads,
             provider=provider.value,
@@ -81,7 +92,11 @@ def bench(
 
 @app.command()
 def evaluate(
-    bundle: Annotated[Path | None, typer.Argument(help="A bundle to run; or give --predictions.")] = None,
+    engine: Annotated[
+        str | None,
+        typer.Argument(help="A bundle, ONNX file or http://HOST/v2/models/NAME to run; or give --predictions."),
+    ] = None,
+    contract: ContractOption = None,
     predictions: Annotated[
         Path | None, typer.Option(help="Anyone's CSV: Image Index and a column a finding, or image, finding, score.")
     ] = None,
@@ -90,7 +105,7 @@ def evaluate(
     ] = None,
     data: DataOption = None,
     split: Annotated[
-        SplitName | None, typer.Option(help="Whose images; default: test of a bundle, all of predictions.")
+        SplitName | None, typer.Option(help="Whose images; default: test of an engine, all of predictions.")
     ] = None,
     images: ImagesOption = None,
     readers: Annotated[
@@ -112,7 +127,7 @@ def evaluate(
     provider: OnProvider = ProviderName.AUTO,
     as_json: JsonFlag = False,
 ) -> None:
-    """Measure a bundle, or anyone's predictions, on labelled images: AUROC with intervals clustered by patient.
+    """Measure an engine, or anyone's predictions, on labelled images: AUROC with intervals clustered by patient.
 
     Beside it AUPRC, calibration, decisions and subgroups; with --readers the reader study of the CheXNet paper.
     """
@@ -120,7 +135,8 @@ def evaluate(
     from chexnet_deploy.evaluation.request import EvaluationRequest
 
     request = EvaluationRequest(
-        bundle=bundle,
+        engine=engine,
+        contract=contract,
         predictions=predictions,
         labels=labels,
         data=data,

@@ -23,6 +23,9 @@ class ProviderName(str, Enum):
 
 
 BundleArgument = Annotated[Path, typer.Argument(help="A bundle.")]
+ContractOption = Annotated[
+    Path | None, typer.Option("--contract", help="TOML: what a model that is no bundle takes and answers.")
+]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 TrustOption = Annotated[
     Path | None,

@@ -4,7 +4,7 @@ A model may keep its accuracy on the whole and lose it on a few; bench and evalu
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from chexnet_deploy.datasets.chestxray14 import truth
 from chexnet_deploy.datasets.findings import FINDINGS
 from chexnet_deploy.datasets.nih_tables import Radiograph
 from chexnet_deploy.errors import DatasetError
+from chexnet_deploy.inputs import name_some
 
 AGE_BANDS = (("under 40", 0.0, 40.0), ("40 to 59", 40.0, 60.0), ("60 and over", 60.0, 120.0))
 """Name, from and below, in years. An age above 119 is a mistake in the table and falls into none."""
@@ -41,37 +42,57 @@ class LabelledImages:
     Attributes:
         names: [N] image names.
         paths: [N] files.
-        truth: [N, C] True where the finding is present, C in the order asked for.
+        findings: [C] names.
+        truth: [N, C] True where the finding is present.
         patients: [N] patient numbers.
         groups: [N] True for the images of each group of patients, by its name.
     """
 
     names: tuple[str, ...]
     paths: tuple[Path, ...]
+    findings: tuple[str, ...]
     truth: NDArray[np.bool_]
     patients: NDArray[np.int64]
     groups: Mapping[str, NDArray[np.bool_]]
 
     @classmethod
     def of(cls, radiographs: Sequence[Radiograph], findings: Sequence[str]) -> "LabelledImages":
-        """Take radiographs that are on disk, with the truth's columns in a manifest's order.
+        """Take radiographs that are on disk, with those findings of a model that the tables label, in the model's order.
 
         Raises:
-            DatasetError: there are none, one is not on disk, or the tables don't know a finding.
+            DatasetError: there are none, one is not on disk, or the tables label no finding of the model.
         """
-        unknown = sorted(set(findings) - set(FINDINGS))
-        if unknown:
-            raise DatasetError(f"the model names {', '.join(unknown)}, which ChestX-ray14 does not label.")
+        labelled = tuple(finding for finding in findings if finding in FINDINGS)
+        if not labelled:
+            raise DatasetError(
+                f"found a model of {name_some(findings)}, none of which ChestX-ray14 labels; needed one of its findings: "
+                f"{', '.join(FINDINGS)}. Next: give labels of the model's findings, or name them as the labels do."
+            )
         paths = [radiograph.path for radiograph in radiographs if radiograph.path is not None]
         if not paths or len(paths) < len(radiographs):
             raise DatasetError(
                 f"{len(paths)} of {len(radiographs)} labelled images are on disk; needed all, and at least one."
             )
-        columns = [FINDINGS.index(finding) for finding in findings]
+        columns = [FINDINGS.index(finding) for finding in labelled]
         return cls(
             tuple(radiograph.image for radiograph in radiographs),
             tuple(paths),
+            labelled,
             truth(radiographs)[:, columns],
             np.array([radiograph.patient for radiograph in radiographs], np.int64),
             subgroups([r.sex for r in radiographs], [r.age_years for r in radiographs], [r.view for r in radiographs]),
         )
+
+    def narrowed(self, findings: Sequence[str]) -> "LabelledImages":
+        """Return the same images with those of the findings alone that are labelled, in the order given.
+
+        Raises:
+            DatasetError: none is.
+        """
+        kept = tuple(finding for finding in findings if finding in self.findings)
+        if not kept:
+            raise DatasetError(
+                f"found labels of {name_some(self.findings)} and models of {name_some(findings) or 'nothing'} in common; needed "
+                f"a finding that all know. Next: name them alike."
+            )
+        return replace(self, findings=kept, truth=self.truth[:, [self.findings.index(finding) for finding in kept]])

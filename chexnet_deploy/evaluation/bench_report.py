@@ -15,6 +15,7 @@ from chexnet_deploy.evaluation.machine import Machine
 from chexnet_deploy.evaluation.parity import ParityReport, Verdict
 from chexnet_deploy.evaluation.spec import EngineSpec
 from chexnet_deploy.inputs import ReportRecord
+from chexnet_deploy.runtime.contract import Contract
 from chexnet_deploy.runtime.sessions.base import Logits, Provider
 
 
@@ -25,6 +26,8 @@ def print_bench(report: "BenchReport", page: Path) -> None:
     from chexnet_deploy.terminal import print_table
 
     print_table(summary_rows(report))
+    for note in report.notes:
+        typer.echo(note)
     for result in report.engines:
         for reason in result.reasons:
             typer.echo(f"{result.name}: {reason}")
@@ -35,10 +38,15 @@ class EngineResult(ReportRecord):
     """One engine.
 
     Attributes:
-        conv_types: convolutions by the type they really ran in.
+        bundle_id: a bundle's; of another engine the SHA-256 of its contract with its model's hash, or with its URL.
+        contract: of an engine that is no bundle.
+        model_sha256: of the model file; None for an endpoint, behind which anything may run.
+        precision: the spec's.
+        dialect: None for an engine that is no bundle.
+        conv_types: convolutions by the type they really ran in; empty for an endpoint, where nobody can know.
         is_emulated: of those not meant to stay in floating point fewer than half ran in the engine's own precision, so its
             speed says nothing of that precision.
-        known_answer_error: largest |logit difference| to the fp32 model on all 32 probes.
+        known_answer_error: largest |logit difference| to the fp32 model on all 32 probes; None for an engine that is no bundle.
         target: of a plan, the machine it was built on and for.
         card: of a plan, what the builder made.
         spec: what it had to pass, with every limit.
@@ -49,12 +57,13 @@ class EngineResult(ReportRecord):
 
     name: str
     bundle_id: str
-    model_sha256: str
+    contract: Contract | None = None
+    model_sha256: str | None
     precision: Precision
-    dialect: str
+    dialect: str | None
     conv_types: dict[str, int]
     is_emulated: bool
-    known_answer_error: float
+    known_answer_error: float | None
     target: Target | None = None
     card: EngineCard | None = None
     spec: EngineSpec
@@ -75,6 +84,10 @@ class BenchReport(ReportRecord):
         data: what the images are, in words.
         patients_note: a sentence on their overlap with the training patients.
         provider: what ran the ONNX engines; the reference always runs on ONNX Runtime's CPU.
+        reference_id: as EngineResult.bundle_id.
+        reference_contract: as EngineResult.contract.
+        findings: that were measured: those that all engines and the labels know.
+        notes: sentences on what was not measured, and which engines are of other weights.
         images_sha256: hash of the names of the images, one a line, in the order they were run; None without images.
     """
 
@@ -87,7 +100,9 @@ class BenchReport(ReportRecord):
     threads: int | None
     provider: Provider = "cpu"
     reference_id: str
+    reference_contract: Contract | None = None
     findings: tuple[str, ...]
+    notes: tuple[str, ...] = ()
     engines: tuple[EngineResult, ...]
 
     @computed_field  # type: ignore[prop-decorator]  # pydantic's own advice for mypy

@@ -1,4 +1,4 @@
-"""Bench engines on this machine: parity with the fp32 model they came from, and latency, in one report with one verdict.
+"""Bench engines on this machine: parity with their reference, and latency, in one report with one verdict.
 
 Draws no pages: see pages/bench_page.py. A speed is never reported without the accuracy of the same artefact beside it.
 """
@@ -6,6 +6,7 @@ Draws no pages: see pages/bench_page.py. A speed is never reported without the a
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from typing import TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,10 +24,12 @@ from chexnet_deploy.evaluation.parity import compare
 from chexnet_deploy.evaluation.spec import EngineSpec, LatencyGate
 from chexnet_deploy.files import sha256_hex
 from chexnet_deploy.images.preprocessing import Pixels
+from chexnet_deploy.inputs import name_some
 from chexnet_deploy.metrics.agreement import map_correlation
+from chexnet_deploy.runtime.engine import Engine, open_engine, probe_pixels, resizing_of
 from chexnet_deploy.runtime.score import score_files
 from chexnet_deploy.runtime.sessions.base import Logits, Maps, Provider, Session
-from chexnet_deploy.runtime.sessions.open import check_known_answers, open_session, resolve_provider
+from chexnet_deploy.runtime.sessions.open import check_known_answers, resolve_provider
 
 REFERENCE = "reference"
 RUNS_ON: Mapping[Provider, str] = {
@@ -48,8 +51,8 @@ class Effort:
 
 
 def run_bench(
-    engines: Sequence[tuple[Bundle, EngineSpec]],
-    reference: Bundle,
+    engines: Sequence[tuple[Engine, EngineSpec]],
+    reference: Engine,
     images: LabelledImages | None,
     *,
     data: str,
@@ -59,60 +62,52 @@ def run_bench(
     provider: Provider = "auto",
     on_phase: OnPhase | None = None,
 ) -> BenchRun:
-    """Measure engines beside their reference and judge each by its spec.
+    """Measure engines beside their reference and judge each by its spec, on the findings that all of them and the labels know.
 
     Args:
         engines: each with the spec it must pass.
-        reference: their fp32 ancestor.
+        reference: of a bundle its fp32 ancestor, or a model of its own.
         images: labelled images, or None to measure speed alone.
         data: what the images are, for the report.
         patients_note: on their overlap with the training patients, for the report.
         effort: how long to measure.
         threads: CPU threads for one call; None takes all cores.
-        provider: what runs the ONNX engines; the reference always runs on ONNX Runtime's CPU.
+        provider: what runs the ONNX engines, see open_engine; a reference always runs on ONNX Runtime's CPU.
         on_phase: called with the phase's name, what is done and of how much.
 
     Raises:
-        BundleError: the reference is not an engine's ancestor.
+        BundleError: the reference is of an engine's own family, and not its ancestor.
+        DatasetError: no finding is known to all.
         SpecError: a spec is for another precision or GPU.
         SessionError: an engine refuses to run here, or answers otherwise than when it was proven.
     """
-    provider = resolve_provider(provider)
-    for bundle, spec in engines:
-        if reference.id not in (bundle.id, *bundle.manifest.ancestors):
-            raise BundleError(
-                f"{reference.path} is not in the ancestry of {bundle.path}: comparing them would prove nothing."
-            )
-        if spec.precision is not bundle.manifest.precision:
-            raise SpecError(
-                f"the spec is for {spec.precision.value}, but {bundle.path} is {bundle.manifest.precision.value}. "
-                f"Give the spec of that precision."
-            )
-        here = RUNS_ON[provider] if bundle.manifest.target is None else bundle.manifest.target.gpu
-        if not spec.is_for(here):
-            raise SpecError(
-                f"the spec is for a GPU named {spec.gpu}, but {bundle.path} runs on {here}. Give its own spec."
-            )
-    names = _distinct_names([bundle for bundle, _ in engines])
+    for engine, spec in engines:
+        _refuse_mismatch(engine, spec, reference, provider)
+    findings = tuple(f for f in reference.findings if all(f in engine.findings for engine, _ in engines))
+    if images is not None:
+        images = images.narrowed(findings)
+        findings = images.findings
+    names = _distinct_names([engine for engine, _ in engines])
+    everyone = {REFERENCE: reference, **dict(zip(names, (engine for engine, _ in engines), strict=True))}
     sessions: dict[str, Session] = {}
     try:
-        sessions[REFERENCE] = open_session(reference, threads=threads, provider="cpu")
-        for name, (bundle, _) in zip(names, engines, strict=True):
-            sessions[name] = open_session(bundle, threads=threads, provider=provider)
-        answers = _score(sessions, reference, images, on_phase)
-        speed = _measure({name: sessions[name] for name in names}, reference, engines, effort, on_phase)
+        for name, engine in everyone.items():
+            sessions[name] = open_engine(engine, threads=threads, provider="cpu" if name == REFERENCE else provider)
+        answers = _score(sessions, everyone, images, on_phase)
+        speed = _measure(sessions, everyone, engines, effort, on_phase)
         results = tuple(
             _judge(
                 name,
-                bundle,
+                engine,
                 spec,
                 sessions[name],
+                reference,
                 answers,
                 images,
-                measure_invariance(sessions[name], reference.read_probe().pixels, spec.batch.max),
+                measure_invariance(sessions[name], probe_pixels(engine), spec.batch.max),
                 speed[name],
             )
-            for name, (bundle, spec) in zip(names, engines, strict=True)
+            for name, (engine, spec) in zip(names, engines, strict=True)
         )
     finally:
         for session in sessions.values():
@@ -124,16 +119,54 @@ def run_bench(
         data=data,
         patients_note=patients_note,
         threads=threads,
-        provider=provider,
+        provider=resolve_provider(provider),
         reference_id=reference.id,
-        findings=reference.manifest.findings,
+        reference_contract=None if isinstance(reference, Bundle) else reference.contract,
+        findings=findings,
+        notes=_notes(everyone, findings),
         engines=results,
     )
     return BenchRun(report, images, answers.logits)
 
 
-def _distinct_names(bundles: Sequence[Bundle]) -> list[str]:
-    names = [bundle.path.resolve().name for bundle in bundles]
+def _refuse_mismatch(engine: Engine, spec: EngineSpec, reference: Engine, provider: Provider) -> None:
+    if not isinstance(engine, Bundle):
+        here = str(engine.place) if engine.model is None else RUNS_ON["cpu" if provider == "auto" else provider]
+    else:
+        manifest = engine.manifest
+        here = RUNS_ON[resolve_provider(provider)] if manifest.target is None else manifest.target.gpu
+        if spec.precision is not manifest.precision:
+            raise SpecError(
+                f"the spec is for {spec.precision.value}, but {engine.path} is {manifest.precision.value}. "
+                f"Give the spec of that precision."
+            )
+        if _is_of_family(engine, reference) and reference.id not in (engine.id, *manifest.ancestors):
+            raise BundleError(
+                f"{reference.name} is not in the ancestry of {engine.path}, but of the same weights: comparing them would prove "
+                f"nothing. Give their fp32 bundle."
+            )
+    if not spec.is_for(here):
+        raise SpecError(f"the spec is for a GPU named {spec.gpu}, but {engine.name} runs on {here}. Give its own spec.")
+
+
+def _is_of_family(engine: Bundle, reference: Engine) -> TypeGuard[Bundle]:
+    return isinstance(reference, Bundle) and reference.manifest.checkpoint_sha256 == engine.manifest.checkpoint_sha256
+
+
+def _notes(everyone: Mapping[str, Engine], findings: Sequence[str]) -> tuple[str, ...]:
+    """Return a sentence for each engine that has findings which are not measured, and for each of other weights."""
+    notes = []
+    for name, engine in everyone.items():
+        left = [finding for finding in engine.findings if finding not in findings]
+        if left:
+            notes.append(f"{name}: not measured, as not all engines and labels know them: {name_some(left)}.")
+        if isinstance(engine, Bundle) and not _is_of_family(engine, everyone[REFERENCE]):
+            notes.append(f"{name}: of other weights than the reference.")
+    return tuple(notes)
+
+
+def _distinct_names(engines: Sequence[Engine]) -> list[str]:
+    names = [engine.name for engine in engines]
     if len(set(names)) < len(names) or REFERENCE in names:
         names = [f"{i}-{name}" for i, name in enumerate(names, start=1)]
     return names
@@ -149,36 +182,45 @@ class _Answers:
 
 def _score(
     sessions: Mapping[str, Session],
-    reference: Bundle,
+    everyone: Mapping[str, Engine],
     images: LabelledImages | None,
     on_phase: OnPhase | None,
 ) -> _Answers:
+    """Return the answers of the images' findings, in their order."""
     if images is None:
         return _Answers({}, {})
     n_images = len(images.paths)
+    columns = {name: [engine.findings.index(f) for f in images.findings] for name, engine in everyone.items()}
     correlations: dict[str, list[NDArray[np.float32]]] = {name: [] for name in sessions if name != REFERENCE}
 
     def on_maps(maps: Mapping[str, Maps]) -> None:
+        wanted = maps[REFERENCE][:, columns[REFERENCE]]
         for name, parts in correlations.items():
-            parts.append(map_correlation(maps[REFERENCE], maps[name]))
+            got = maps[name][:, columns[name]]
+            is_alike = got.size > 0 and got.shape == wanted.shape  # an engine may have none, or of another grid
+            parts.append(map_correlation(wanted, got) if is_alike else np.full(got.shape[:2], np.nan, np.float32))
 
     def on_images(done: int) -> None:
         if on_phase is not None:
             on_phase("accuracy", done, n_images)
 
-    preprocessing = reference.manifest.preprocessing
-    logits = score_files(sessions, images.paths, preprocessing, on_images=on_images, on_maps=on_maps)
-    return _Answers(logits, {name: np.concatenate(parts) for name, parts in correlations.items()})
+    resizing = {name: resizing_of(engine) for name, engine in everyone.items()}
+    logits = score_files(sessions, images.paths, resizing, on_images=on_images, on_maps=on_maps)
+    return _Answers(
+        {name: values[:, columns[name]] for name, values in logits.items()},
+        {name: np.concatenate(parts) for name, parts in correlations.items()},
+    )
 
 
 def _measure(
     sessions: Mapping[str, Session],
-    reference: Bundle,
-    engines: Sequence[tuple[Bundle, EngineSpec]],
+    everyone: Mapping[str, Engine],
+    engines: Sequence[tuple[Engine, EngineSpec]],
     effort: Effort,
     on_phase: OnPhase | None,
 ) -> dict[str, tuple[LatencyReport, LatencyReport]]:
-    probe = reference.read_probe().pixels
+    timed = {name: session for name, session in sessions.items() if name != REFERENCE}
+    probes = {name: probe_pixels(everyone[name]) for name in timed}
     offline_batch = min(min(spec.batch.max for _, spec in engines), N_PROBES)
     offline_runs = max(1, effort.min_runs // offline_batch)
 
@@ -190,35 +232,35 @@ def _measure(
         return report
 
     single = measure_latency(
-        sessions,
-        probe[:1],
+        timed,
+        {name: pixels[:1] for name, pixels in probes.items()},
         "single_stream",
         min_runs=effort.min_runs,
         min_duration_s=effort.min_duration_s,
         on_round=on_round("batch 1", effort.min_runs),
     )
     offline = measure_latency(
-        sessions,
-        probe[:offline_batch],
+        timed,
+        {name: pixels[:offline_batch] for name, pixels in probes.items()},
         "offline",
         min_runs=offline_runs,
         min_duration_s=effort.min_duration_s,
         on_round=on_round(f"batch {offline_batch}", offline_runs),
     )
-    return {name: (single[name], offline[name]) for name in sessions}
+    return {name: (single[name], offline[name]) for name in timed}
 
 
 def _judge(
     name: str,
-    bundle: Bundle,
+    engine: Engine,
     spec: EngineSpec,
     session: Session,
+    reference: Engine,
     answers: _Answers,
     images: LabelledImages | None,
     invariance: InvarianceReport,
     speed: tuple[LatencyReport, LatencyReport],
 ) -> EngineResult:
-    manifest = bundle.manifest
     parity = None
     failures: list[str] = []
     doubts: list[str] = []
@@ -230,8 +272,8 @@ def _judge(
             answers.logits[name],
             images.truth,
             images.patients,
-            manifest.findings,
-            manifest.operating_points,
+            images.findings,
+            reference.operating_points,
             spec.gate,
             groups=images.groups,
             map_correlation=answers.map_correlation[name],
@@ -255,26 +297,30 @@ def _judge(
     conv_types = dict(session.conv_types())
     if conv_types.get(UNKNOWN):
         doubts.append(f"precision: the layer table does not show which type {conv_types[UNKNOWN]} convolutions run in")
-    native = conv_types.get(manifest.precision.type_name, 0)
     # What an int8 form leaves in floating point is meant to be float: half of all in the mixed one.
-    promised = sum(conv_types.values()) - len(manifest.float_convolutions)
+    manifest = engine.manifest if isinstance(engine, Bundle) else None
+    promised = sum(conv_types.values()) - (0 if manifest is None else len(manifest.float_convolutions))
+    native = conv_types.get(spec.precision.type_name, 0)
     return EngineResult(
         name=name,
-        bundle_id=bundle.id,
-        model_sha256=manifest.files[manifest.model_name],
-        precision=manifest.precision,
-        dialect=manifest.dialect,
+        bundle_id=engine.id,
+        contract=None if isinstance(engine, Bundle) else engine.contract,
+        model_sha256=engine.model_sha256,
+        precision=spec.precision,
+        dialect=None if manifest is None else manifest.dialect,
         conv_types=conv_types,
         is_emulated=2 * native < promised,
-        known_answer_error=check_known_answers(session, bundle, n_probes=N_PROBES),
-        target=manifest.target,
-        card=manifest.engine,
+        known_answer_error=check_known_answers(session, engine, n_probes=N_PROBES)
+        if isinstance(engine, Bundle)
+        else None,
+        target=None if manifest is None else manifest.target,
+        card=None if manifest is None else manifest.engine,
         spec=spec,
         parity=parity,
         invariance=invariance,
         single_stream=speed[0],
         offline=speed[1],
-        stage_times_ms=_stage_times_ms(session, bundle.read_probe().pixels[:1]),
+        stage_times_ms=_stage_times_ms(session, probe_pixels(engine)[:1]),
         verdict="FAIL" if failures else "INCONCLUSIVE" if doubts else "PASS",
         reasons=(*failures, *doubts),
     )

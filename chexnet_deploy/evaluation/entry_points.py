@@ -17,15 +17,17 @@ from chexnet_deploy.evaluation.records import Evaluation
 from chexnet_deploy.evaluation.request import EvaluationRequest
 from chexnet_deploy.evaluation.run import run_evaluation
 from chexnet_deploy.evaluation.sources import choose_images, say_who_is_known
-from chexnet_deploy.evaluation.spec import read_spec
+from chexnet_deploy.evaluation.spec import EngineSpec, read_spec
 from chexnet_deploy.files import new_folder
 from chexnet_deploy.runtime import Predictor, open_session
+from chexnet_deploy.runtime.contract import read_contract
+from chexnet_deploy.runtime.engine import Engine, find_engine, refuse_idle_contract
 from chexnet_deploy.runtime.sessions.base import Provider
 
 
 def bench(
-    engine_paths: Sequence[Path],
-    reference_path: Path | None,
+    engine_places: Sequence[Path | str],
+    reference_place: Path | str | None,
     data_root: Path | None,
     split: Split,
     image_list: Path | None,
@@ -33,37 +35,44 @@ def bench(
     out: Path,
     *,
     effort: Effort,
+    contract: Path | None = None,
+    reference_contract: Path | None = None,
     trust: Trust | None = None,
     threads: int | None,
     provider: Provider,
     with_html: bool,
     on_phase: OnPhase,
 ) -> BenchReport:
-    """Measure bundles, write report.json, report.html and the logits into `out`, return the report.
+    """Measure engines, write report.json, report.html and the logits into `out`, return the report.
 
-    `image_list` narrows the split to the images it names. Every readable image is measured, also one that `predict` refuses by the
-    model's scope or the content check.
+    An engine is a bundle, an ONNX file or an endpoint; `contract` describes those that are no bundle, the reference too where
+    it has no `reference_contract`. `image_list` narrows the split to the images it names. Every readable image is measured, also
+    one that `predict` refuses by the model's scope or the content check.
 
     Raises:
-        ChexnetError: a bundle, the data or the spec can't be used; or an engine refuses to run here.
+        ChexnetError: an engine, its contract, the data or the spec can't be used; or an engine refuses to run here.
     """
     pages = _open_pages("bench_page") if with_html else None
     if image_list is not None and data_root is None:
         raise SpecError("a list of images needs the data they are in. Give ChestX-ray14 by --data.")
-    bundles = [Bundle.open(path, trust=trust) for path in engine_paths]
-    reference = (
-        find_reference(bundles[0], trust=trust) if reference_path is None else Bundle.open(reference_path, trust=trust)
-    )
-    specs = [read_spec(bundle.manifest.precision.value if spec is None else spec) for bundle in bundles]
+    contracts = [None if path is None else read_contract(path) for path in (contract, reference_contract)]
+    engines = [find_engine(place, contracts[0], trust=trust) for place in engine_places]
+    if reference_place is None:
+        reference: Engine = find_reference(_first_bundle(engines), trust=trust)
+    else:
+        reference = find_engine(reference_place, contracts[1] or contracts[0], trust=trust)
+    refuse_idle_contract(contract, [*engines, *([] if reference_contract else [reference])])
+    refuse_idle_contract(reference_contract, [reference])
+    specs = [_read_spec(spec, engine) for engine in engines]
     images, data, patients_note = None, "no labelled images", ""
     if data_root is not None:
         radiographs, data = choose_images(ChestXray14.open(data_root), split, image_list)
         patients_note = say_who_is_known(reference, radiographs, split)
-        images = LabelledImages.of(radiographs, reference.manifest.findings)
+        images = LabelledImages.of(radiographs, reference.findings)
     # The folder is made first and shown last: a place that can't be written costs no measurement, and a report is whole.
     with new_folder(out) as partial:
         run = run_bench(
-            list(zip(bundles, specs, strict=True)),
+            list(zip(engines, specs, strict=True)),
             reference,
             images,
             data=data,
@@ -74,14 +83,36 @@ def bench(
             on_phase=on_phase,
         )
         (partial / "report.json").write_text(run.report.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        if images is not None:
+        if run.images is not None:
             for name, logits in run.logits.items():
-                write_predictions(partial / f"logits-{name}.csv", images, reference.manifest.findings, logits)
+                write_predictions(partial / f"logits-{name}.csv", run.images, run.report.findings, logits)
         if pages is not None:
-            session = open_session(bundles[-1], threads=threads, provider=provider)
-            with Predictor(session, bundles[-1].manifest, checks=False) as predictor:
-                pages.write_html(partial / "report.html", run, predictor)
+            shown = engines[-1]
+            if isinstance(shown, Bundle):
+                session = open_session(shown, threads=threads, provider=provider)
+                with Predictor(session, shown.manifest, checks=False) as predictor:
+                    pages.write_html(partial / "report.html", run, predictor)
+            else:  # without activation maps
+                pages.write_html(partial / "report.html", run, None)
     return run.report
+
+
+def _first_bundle(engines: Sequence[Engine]) -> Bundle:
+    if isinstance(engines[0], Bundle):
+        return engines[0]
+    raise SpecError(
+        f"found no --reference; {engines[0].place} is no bundle, and does not say what it is to be compared with. Give it."
+    )
+
+
+def _read_spec(spec: str | None, engine: Engine) -> EngineSpec:
+    if spec is not None:
+        return read_spec(spec)
+    if isinstance(engine, Bundle):
+        return read_spec(engine.manifest.precision.value)
+    raise SpecError(
+        f"found no --spec; {engine.place} is no bundle, and does not say what it must pass. Give it, e.g. int8."
+    )
 
 
 def evaluate(request: EvaluationRequest, out: Path | None, *, with_html: bool, on_phase: OnPhase) -> Evaluation:

@@ -82,12 +82,13 @@ class Gatekeeper:
     def _compare(
         self, reference: Logits, candidate: Logits, validation: LabelledImages
     ) -> tuple[list[Check], tuple[str, ...]]:
+        columns = [self._manifest.findings.index(finding) for finding in validation.findings]
         report = compare(
-            reference,
-            candidate,
+            reference[:, columns],
+            candidate[:, columns],
             validation.truth,
             validation.patients,
-            self._manifest.findings,
+            validation.findings,
             self._manifest.operating_points,
             self._gate,
         )

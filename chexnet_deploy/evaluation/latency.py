@@ -62,39 +62,39 @@ class LatencyReport(ReportRecord):
 
 def measure_latency(
     sessions: Mapping[str, Session],
-    pixels: Pixels,
+    pixels: Mapping[str, Pixels],
     scenario: Literal["single_stream", "offline"],
     *,
     min_runs: int,
     min_duration_s: float,
     on_round: Callable[[int], None] | None = None,
 ) -> dict[str, LatencyReport]:
-    """Run each session in turn on the same pixels until each has both enough runs and enough time.
+    """Run each session in turn until each has both enough runs and enough time.
 
     Args:
         sessions: by name.
-        pixels: uint8 [N, 1, S, S], one batch.
+        pixels: by the same names, uint8 [N, 1, S, S], one batch of the same N for all.
         scenario: what this batch size stands for.
         min_runs: rounds at the least.
         min_duration_s: seconds for each session at the least.
         on_round: called after each round with the rounds made.
     """
-    for session in sessions.values():
+    for name, session in sessions.items():
         for _ in range(WARMUP_RUNS):
-            session.run(pixels)
+            session.run(pixels[name])
     samples_ms: dict[str, list[float]] = {name: [] for name in sessions}
     rounds = 0
     while rounds < min_runs or any(sum(samples) < min_duration_s * 1000.0 for samples in samples_ms.values()):
         for name, session in sessions.items():
             start = perf_counter()
-            session.run(pixels)  # returns host memory, so the backend has finished
+            session.run(pixels[name])  # returns host memory, so the backend has finished
             samples_ms[name].append((perf_counter() - start) * 1000.0)
         rounds += 1
         if on_round is not None:
             on_round(rounds)
     return {
         name: LatencyReport(
-            scenario=scenario, batch_size=len(pixels), warmup_runs=WARMUP_RUNS, samples_ms=tuple(samples)
+            scenario=scenario, batch_size=len(pixels[name]), warmup_runs=WARMUP_RUNS, samples_ms=tuple(samples)
         )
         for name, samples in samples_ms.items()
     }

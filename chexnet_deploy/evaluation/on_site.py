@@ -109,12 +109,13 @@ def calibrate(request: SiteRequest, *, on_phase: OnPhase) -> Site:
     radiographs, words = choose_images(dataset, request.split, request.images)
     images = LabelledImages.of(radiographs, bundle.manifest.findings)
     note = say_who_is_known(bundle, radiographs, request.split)
-    _refuse_hopeless(images, bundle.manifest.findings, request)
+    _refuse_hopeless(images, request)
     probabilities, backend = _predict(bundle, images, request, on_phase)
-    points, without = {}, {}
+    points = {}
+    without = {name: "the data don't label it" for name in bundle.manifest.findings if name not in images.findings}
     is_answered = np.isfinite(probabilities).all(axis=1)
     lots = np.array([_lot(name) for name in images.names], np.uint64)
-    for c, finding in enumerate(bundle.manifest.findings):
+    for c, finding in enumerate(images.findings):
         known = np.flatnonzero(is_answered)
         found = choose_point(
             probabilities[known, c], images.truth[known, c], images.patients[known], lots[known], request
@@ -224,7 +225,7 @@ def _cut(
 def _predict(
     bundle: Bundle, images: LabelledImages, request: SiteRequest, on_phase: OnPhase
 ) -> tuple[NDArray[np.float32], str]:
-    """Return [N, C] probabilities, NaN for images that are refused, and what ran the model."""
+    """Return [N, C] probabilities of the findings that are labelled, NaN for images that are refused, and what ran the model."""
     manifest = bundle.manifest
     threads = request.threads or 1
     flow = choose_flow(manifest, threads=threads, provider=request.provider, cores=usable_cores())
@@ -236,17 +237,17 @@ def _predict(
     ):
         for place, done in enumerate(answers):
             if not isinstance(done.answer, ImageError):
-                probabilities[place] = [done.answer.probabilities[finding] for finding in manifest.findings]
+                probabilities[place] = [done.answer.probabilities[finding] for finding in images.findings]
             on_phase("predict", place + 1, len(images.paths))
     return probabilities, resolve_provider(request.provider) if manifest.target is None else manifest.target.backend
 
 
-def _refuse_hopeless(images: LabelledImages, findings: tuple[str, ...], request: SiteRequest) -> None:
+def _refuse_hopeless(images: LabelledImages, request: SiteRequest) -> None:
     """Refuse before hours of inference what no scores could help: too few patients for every finding."""
     for rate, target in request.rates.items():
         needed = fewest_patients(target, request.confidence)
         counts = {}
-        for c, finding in enumerate(findings):
+        for c, finding in enumerate(images.findings):
             rows = images.truth[:, c] == _RIGHT[rate] if rate in ("sensitivity", "specificity") else slice(None)
             counts[finding] = np.unique(images.patients[rows]).size
         if max(counts.values()) >= needed:

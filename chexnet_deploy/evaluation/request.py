@@ -11,27 +11,29 @@ from chexnet_deploy.runtime.sessions.base import Provider
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationRequest:
-    """Scores of a bundle or of a CSV, on whose images, and what beside AUROC.
+    """Scores of an engine or of a CSV, on whose images, and what beside AUROC.
 
     Attributes:
-        bundle: to run; or None, and `predictions` is given.
+        engine: to run, a bundle, an ONNX file or an endpoint; or None, and `predictions` is given.
+        contract: of an engine that is no bundle.
         predictions: CSV as predictions.read_predictions takes it.
         labels: CSV for the predictions; None takes the table of `data`.
         data: ChestX-ray14; with predictions its lists and its table alone are used.
-        split: whose images; None is test for a bundle, and every predicted image for predictions.
+        split: whose images; None is test for an engine, and every predicted image for predictions.
         images: list that narrows the images further.
         readers: folder of expert labels.
         thresholds: JSON object, finding -> probability.
         has_localization: score activation maps against boxes.
-        threads: of a bundle's session; None takes all cores.
-        provider: of a bundle's session.
-        trust: what the bundle must show to be opened.
+        threads: of an engine's session; None takes all cores.
+        provider: of an engine's session.
+        trust: what a bundle must show to be opened.
 
     Raises:
         SpecError: the options contradict each other or something is missing.
     """
 
-    bundle: Path | None = None
+    engine: Path | str | None = None
+    contract: Path | None = None
     predictions: Path | None = None
     labels: Path | None = None
     data: Path | None = None
@@ -45,29 +47,34 @@ class EvaluationRequest:
     trust: Trust | None = None
 
     def __post_init__(self) -> None:
-        if (self.bundle is None) == (self.predictions is None):
-            found = "neither a bundle nor predictions" if self.bundle is None else "both a bundle and predictions"
+        if (self.engine is None) == (self.predictions is None):
+            found = "neither an engine nor predictions" if self.engine is None else "both an engine and predictions"
             raise SpecError(
-                f"found {found}; needed one of them. Give a bundle and --data ROOT, or --predictions CSV and --labels CSV."
+                f"found {found}; needed one of them. Give a bundle, an ONNX file or an endpoint and --data ROOT, "
+                f"or --predictions CSV and --labels CSV."
             )
         for is_wrong, message in self._contradictions():
             if is_wrong:
                 raise SpecError(message)
 
     def _contradictions(self) -> tuple[tuple[bool, str], ...]:
-        runs = self.bundle is not None
+        runs = self.engine is not None
         return (
             (
                 runs and self.labels is not None,
-                "--labels belongs to --predictions; a bundle's labels come with the images. Give --data ROOT alone.",
+                "--labels belongs to --predictions; an engine's labels come with the images. Give --data ROOT alone.",
             ),
             (
                 runs and self.data is None,
-                "a bundle is evaluated on labelled images. Give ChestX-ray14 by --data ROOT.",
+                "an engine is evaluated on labelled images. Give ChestX-ray14 by --data ROOT.",
             ),
             (
                 not runs and self.labels is None and self.data is None,
                 "predictions need labels. Give --labels CSV, or --data ROOT for the table in it.",
+            ),
+            (
+                not runs and self.contract is not None,
+                "--contract says what an engine takes and answers, and predictions run nothing. Omit it.",
             ),
             (
                 not runs and self.has_localization,
@@ -75,7 +82,7 @@ class EvaluationRequest:
             ),
             (
                 not runs and (self.threads is not None or self.provider != "auto"),
-                "--threads and --provider say how a bundle runs, and predictions run nothing. Omit them.",
+                "--threads and --provider say how an engine runs, and predictions run nothing. Omit them.",
             ),
             (
                 not runs and self.trust is not None,

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from chexnet_deploy.bundle.bundle import Bundle
 from chexnet_deploy.datasets.chestxray14 import ChestXray14
 from chexnet_deploy.datasets.radiologist_labels import MAJORITY_FILE, READERS_FILE, ExpertLabels
 from chexnet_deploy.errors import OnPhase, SpecError
@@ -24,8 +23,10 @@ from chexnet_deploy.evaluation.radiologists import (
 from chexnet_deploy.evaluation.records import Evaluation, ReaderComparison, Threshold
 from chexnet_deploy.evaluation.request import EvaluationRequest
 from chexnet_deploy.evaluation.scores import decision_values, evaluate_scores
-from chexnet_deploy.evaluation.sources import Material, read_material, run_bundle
+from chexnet_deploy.evaluation.sources import Material, read_material, run_engine
 from chexnet_deploy.files import sha256_hex
+from chexnet_deploy.runtime.contract import read_contract
+from chexnet_deploy.runtime.engine import find_engine, refuse_idle_contract
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,26 +45,28 @@ def run_evaluation(request: EvaluationRequest, *, on_phase: OnPhase) -> Evaluati
     """
     # What is small is read first: a wrong file should not cost a run over thousands of images.
     experts = None if request.readers is None else ExpertLabels.open(request.readers)
-    if request.bundle is None:
+    if request.engine is None:
         material = read_material(request)
         are_probabilities = material.labelled.kind != "score"
         given = _given_thresholds(request, material.labelled.findings, {}, are_probabilities=are_probabilities)
     else:
-        bundle = Bundle.open(request.bundle, trust=request.trust)
-        own = bundle.manifest.operating_points
-        given = _given_thresholds(request, bundle.manifest.findings, own, are_probabilities=True)
+        contract = None if request.contract is None else read_contract(request.contract)
+        engine = find_engine(request.engine, contract, trust=request.trust)
+        refuse_idle_contract(request.contract, [engine])
+        given = _given_thresholds(request, engine.findings, engine.operating_points, are_probabilities=True)
         if experts is not None and not given:
             raise SpecError(
-                f"{request.bundle} has no operating points, and readers say yes or no. Give --thresholds FILE, "
+                f"{request.engine} has no operating points, and readers say yes or no. Give --thresholds FILE, "
                 f"chosen on other patients."
             )
-        material = run_bundle(bundle, request, on_phase)
+        material = run_engine(engine, request, on_phase)
     words = None
     if given:
+        named = request.thresholds or request.contract
         words = (
             "the bundle's own operating points, chosen on validation patients"
-            if request.thresholds is None
-            else f"those of {request.thresholds.name}, which doesn't say on whom they were chosen"
+            if named is None
+            else f"those of {named.name}, which doesn't say on whom they were chosen"
         )
     comparison = None
     if experts is not None:

@@ -1,4 +1,4 @@
-"""Scores and labels to evaluate: from a bundle run on a data set's images, or from a CSV of predictions."""
+"""Scores and labels to evaluate: from an engine run on a data set's images, or from a CSV of predictions."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,11 +13,12 @@ from chexnet_deploy.datasets.chestxray14 import ChestXray14, Split
 from chexnet_deploy.datasets.nih_tables import Radiograph, read_image_list
 from chexnet_deploy.datasets.patients import cover_official, recognise_split, refuse_training_patients
 from chexnet_deploy.datasets.predictions import LabelledScores, read_predictions
-from chexnet_deploy.errors import DatasetError, OnPhase
+from chexnet_deploy.errors import DatasetError, OnPhase, SpecError
 from chexnet_deploy.evaluation.localize import BoxedMap, localize
 from chexnet_deploy.evaluation.records import Localization
 from chexnet_deploy.evaluation.request import EvaluationRequest
-from chexnet_deploy.runtime import Predictor, open_session
+from chexnet_deploy.runtime import Predictor
+from chexnet_deploy.runtime.engine import Engine, open_engine, resizing_of
 from chexnet_deploy.runtime.score import score_files
 
 
@@ -69,58 +70,76 @@ def choose_images(dataset: ChestXray14, split: Split, image_list: Path | None) -
     return radiographs, words + (f"; {dataset.strays_in_words()}" if dataset.strays else "")
 
 
-def run_bundle(bundle: Bundle, request: EvaluationRequest, on_phase: OnPhase) -> Material:
-    """Score a bundle on the images of a split; patients it was trained on are refused unless the split is train.
+def run_engine(engine: Engine, request: EvaluationRequest, on_phase: OnPhase) -> Material:
+    """Score an engine on the images of a split; patients it was trained on are refused unless the split is train.
 
     Raises:
-        ChexnetError: the bundle, the data or an image can't be used, or a patient was trained on.
+        ChexnetError: the engine, the data or an image can't be used, or a patient was trained on.
     """
     assert request.data is not None  # EvaluationRequest checks it
-    dataset, manifest = ChestXray14.open(request.data), bundle.manifest
+    dataset = ChestXray14.open(request.data)
     split: Split = request.split or "test"
     radiographs, words = choose_images(dataset, split, request.images)
     patients_note = (
-        say_who_is_known(bundle, radiographs, split),
+        say_who_is_known(engine, radiographs, split),
         *_whose(np.array([r.patient for r in radiographs]), dataset),
     )
-    images = LabelledImages.of(radiographs, manifest.findings)
-    session = open_session(bundle, threads=request.threads, provider=request.provider)
+    images = LabelledImages.of(radiographs, engine.findings)
+    session = open_engine(engine, threads=request.threads, provider=request.provider)
     localization: Localization | None = None
     maps: tuple[BoxedMap, ...] = ()
     try:
         if request.has_localization:  # first: what is missing for it should not cost the whole run
+            if not isinstance(engine, Bundle):
+                raise SpecError(f"found --localization and {engine.place}, which has no activation maps. Omit it.")
             localization, maps = localize(
-                Predictor(session, manifest, checks=False),
+                Predictor(session, engine.manifest, checks=False),
                 radiographs,
                 dataset.boxes,
-                manifest.findings,
+                engine.findings,
                 on_images=lambda done, total: on_phase("localise", done, total),
             )
         logits = score_files(
             {"model": session},
             images.paths,
-            manifest.preprocessing,
+            resizing_of(engine),
             on_images=lambda done: on_phase("evaluate", done, len(images.paths)),
         )["model"]
     finally:
         session.close()
-    labelled = _label(radiographs, images, manifest.findings, logits.astype(np.float64))
+    labelled = _label(radiographs, images, engine.findings, logits.astype(np.float64))
+    unlabelled = labelled.unlabelled_findings
     return Material(
         labelled=labelled,
         everything=labelled,
-        source=f"bundle {bundle.path.resolve().name}, {manifest.precision.value}, id {bundle.id[:12]}",
-        bundle_id=bundle.id,
-        operating_points=dict(manifest.operating_points),
+        source=_in_words(engine),
+        bundle_id=engine.id if isinstance(engine, Bundle) else None,
+        operating_points=dict(engine.operating_points),
         data=words,
         patients_note=patients_note,
-        notes=(),
-        files=(dataset.table, bundle.path / "manifest.json"),
+        notes=(f"Not measured, as {dataset.table.name} does not label them: {', '.join(unlabelled)}.",)
+        if unlabelled
+        else (),
+        files=(dataset.table, *_files_of(engine, request)),
         localization=localization,
         maps=maps,
     )
 
 
-def say_who_is_known(bundle: Bundle, radiographs: Sequence[Radiograph], split: Split) -> str:
+def _in_words(engine: Engine) -> str:
+    if isinstance(engine, Bundle):
+        return f"bundle {engine.name}, {engine.manifest.precision.value}, id {engine.id[:12]}"
+    return f"{'endpoint' if engine.model is None else 'ONNX file'} {engine.name}, with its contract id {engine.id[:12]}"
+
+
+def _files_of(engine: Engine, request: EvaluationRequest) -> tuple[Path, ...]:
+    if isinstance(engine, Bundle):
+        return (engine.path / "manifest.json",)
+    files = (request.contract, engine.place if isinstance(engine.place, Path) else None)
+    return tuple(file for file in files if file is not None)
+
+
+def say_who_is_known(engine: Engine, radiographs: Sequence[Radiograph], split: Split) -> str:
     """Return a sentence on whether the model has seen these patients.
 
     Raises:
@@ -132,7 +151,8 @@ def say_who_is_known(bundle: Bundle, radiographs: Sequence[Radiograph], split: S
             f"These {len(patients):,} patients are of the training split: the model was trained on such patients, and "
             f"the figures say nothing about new ones."
         )
-    sentence = refuse_training_patients(patients, bundle.manifest.trained_on, purpose="evaluation")
+    trained_on = engine.manifest.trained_on if isinstance(engine, Bundle) else None
+    sentence = refuse_training_patients(patients, trained_on, purpose="evaluation")
     if split == "val":
         sentence += (
             " Checkpoint and operating points were chosen on validation patients: the figures flatter the model."
@@ -246,15 +266,15 @@ def _label(
 ) -> LabelledScores:
     return LabelledScores(
         names=images.names,
-        findings=findings,
-        scores=logits,
+        findings=images.findings,
+        scores=logits[:, [findings.index(finding) for finding in images.findings]],
         kind="logit",
         truth=images.truth,
         patients=images.patients,
         sex=tuple(radiograph.sex for radiograph in radiographs),
         age_years=np.array([radiograph.age_years for radiograph in radiographs], np.float64),
         view=tuple(radiograph.view for radiograph in radiographs),
-        unlabelled_findings=(),
+        unlabelled_findings=tuple(finding for finding in findings if finding not in images.findings),
         ignored=(),
         n_not_predicted=0,
     )

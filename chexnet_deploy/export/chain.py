@@ -18,6 +18,7 @@ from chexnet_deploy.errors import BundleError, CalibrationError, OnPhase, requir
 from chexnet_deploy.evaluation.spec import read_spec
 from chexnet_deploy.files import write_file
 from chexnet_deploy.images.scope import ScopePolicy
+from chexnet_deploy.runtime.contract import read_contract
 from chexnet_deploy.runtime.sessions.driver import open_driver
 from chexnet_deploy.runtime.sessions.trt_versions import Backend, open_tensorrt
 
@@ -54,6 +55,19 @@ def import_checkpoint(path: Path, out: Path, form: str | None, findings_file: Pa
     return import_legacy(path, out, form=form, findings=findings)
 
 
+def _export_fp32(
+    source: Path, contract_file: Path | None, out: Path, release: Release | None, scope: ScopePolicy | None
+) -> Bundle:
+    to_onnx = import_to_onnx()
+    if contract_file is None and source.suffix != ".onnx":
+        made: Bundle = to_onnx.export_onnx(source, out, release=release, scope=scope)
+        return made
+    from chexnet_deploy.export.from_onnx.bundle import export_foreign
+
+    contract = None if contract_file is None else read_contract(contract_file)
+    return export_foreign(source, contract, out, release=release, scope=scope)
+
+
 def export_bundles(
     checkpoint: Path,
     out: Path,
@@ -63,18 +77,20 @@ def export_bundles(
     calibration_list: Path | None,
     n_calibration_images: int,
     dialects: Sequence[Dialect],
+    contract: Path | None = None,
     release: Release | None = None,
     on_phase: OnPhase,
     scope: ScopePolicy | None = None,
 ) -> list[Bundle]:
     """Make a bundle for each precision in `out`, fp32 first, all of the same release and scope; of int8 one for each dialect.
 
-    The only int8, and the typed one of several, is in `int8`; the others are in `int8-mixed`, `int8-trt8`, `int8-cpu`.
+    `checkpoint` is a .safetensors file, or an ONNX file that `contract` describes. The only int8, and the typed one of several,
+    is in `int8`; the others are in `int8-mixed`, `int8-trt8`, `int8-cpu`.
 
     Raises:
         ChexnetError: any step refused; what was kept before it stays.
     """
-    to_onnx = import_to_onnx()
+    import_to_onnx()
     if Precision.INT8 in precisions and data_root is None:
         raise CalibrationError("int8 needs calibration images. Give ChestX-ray14 by --data.")
     if Precision.INT8 not in precisions and calibration_list is not None:
@@ -93,7 +109,7 @@ def export_bundles(
     if dataset is not None and Precision.INT8 in precisions:
         names = _calibration_names(dataset, calibration_list, n_calibration_images)
     on_phase("export fp32", 0, 1)
-    fp32: Bundle = to_onnx.export_onnx(checkpoint, out / Precision.FP32.value, release=release, scope=scope)
+    fp32 = _export_fp32(checkpoint, contract, out / Precision.FP32.value, release, scope)
     if names is not None and calibration_list is None:
         write_file(out / CHOSEN_LIST, "".join(f"{name}\n" for name in names).encode())
     on_phase("export fp32", 1, 1)

@@ -7,7 +7,7 @@ from chexnet_deploy import lazy_names
 if TYPE_CHECKING:
     from chexnet_deploy.images.gray import Gray
     from chexnet_deploy.images.listing import find_images
-    from chexnet_deploy.images.preprocessing import Pixels, Preprocessing
+    from chexnet_deploy.images.preprocessing import Pixels, Preprocessing, Resizing
     from chexnet_deploy.images.reader import ImageReader, read_image
     from chexnet_deploy.images.scope import ScopePolicy
 
@@ -16,6 +16,7 @@ __all__ = [
     "ImageReader",
     "Pixels",
     "Preprocessing",
+    "Resizing",
     "ScopePolicy",
     "find_images",
     "read_image",
@@ -27,6 +28,7 @@ __getattr__ = lazy_names(
         "Gray": "gray",
         "Pixels": "preprocessing",
         "Preprocessing": "preprocessing",
+        "Resizing": "preprocessing",
         "ImageReader": "reader",
         "read_image": "reader",
         "find_images": "listing",

@@ -6,7 +6,7 @@ nodes of the exported graph. They are recorded here because a bundle's manifest 
 
 import hashlib
 import json
-from typing import Annotated, Final, Literal, TypeAlias
+from typing import Annotated, Final, Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,27 +23,33 @@ Pixels: TypeAlias = NDArray[np.uint8]
 IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)
 IMAGENET_STD: Final = (0.229, 0.224, 0.225)
 
+Resample: TypeAlias = Literal[
+    "pillow-nearest-8bit",
+    "pillow-box-8bit",
+    "pillow-bilinear-8bit",
+    "pillow-hamming-8bit",
+    "pillow-bicubic-8bit",
+    "pillow-lanczos-8bit",
+]
+_FILTERS: Final = {name: Image.Resampling[name.split("-")[1].upper()] for name in get_args(Resample)}
+
 _Mean: TypeAlias = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 _Std: TypeAlias = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 
 
-class Preprocessing(StrictRecord):
-    """Preprocessing of a gray picture to pixels (Rajpurkar et al. 2017, section 3.1: 224 x 224, ImageNet mean and deviation).
+class Resizing(StrictRecord):
+    """How a gray picture becomes the pixels of a model, anyone's.
 
     Attributes:
-        resize_px: S, the side of the square; a multiple of 32, DenseNet's stride.
-        resample: Pillow's bilinear filter on 8-bit data. Its support grows with the reduction, so it averages
-            (antialiases), and it sums in 22-bit fixed point, so its result is bit-equal on every machine.
-        geometry: the whole picture is squashed to S x S, whatever its sides, as the paper does.
-        mean: per channel of pixel / 255, applied inside the exported graph.
-        std: per channel of pixel / 255, applied inside the exported graph.
+        resize_px: S, the side of the square.
+        resample: one of Pillow's filters on 8-bit data. All but nearest have a support that grows with the reduction, so they
+            average (antialias), and sum in 22-bit fixed point, so their result is bit-equal on every machine.
+        geometry: "squash" takes the whole picture to S x S, whatever its sides; "crop" its middle square.
     """
 
-    resize_px: int = Field(default=224, ge=32, le=1024, multiple_of=32)
-    resample: Literal["pillow-bilinear-8bit"] = "pillow-bilinear-8bit"
-    geometry: Literal["squash"] = "squash"
-    mean: tuple[_Mean, _Mean, _Mean] = IMAGENET_MEAN
-    std: tuple[_Std, _Std, _Std] = IMAGENET_STD
+    resize_px: int = Field(default=224, ge=8, le=2048)
+    resample: Resample = "pillow-bilinear-8bit"
+    geometry: Literal["squash", "crop"] = "squash"
 
     def __call__(self, gray: Gray) -> Pixels:
         """Return the pixels of one picture.
@@ -60,7 +66,11 @@ class Preprocessing(StrictRecord):
         if not isinstance(gray, np.ndarray) or gray.dtype != np.uint8 or gray.ndim != 2 or gray.size == 0:
             found = f"{gray.dtype} {list(gray.shape)}" if isinstance(gray, np.ndarray) else type(gray).__name__
             raise ImageError(f"Found {found}; needed a gray picture, uint8 [H, W]. Next: read it with read_image.")
-        resized = Image.fromarray(gray).resize((self.resize_px, self.resize_px), Image.Resampling.BILINEAR)
+        if self.geometry == "crop":
+            side = min(gray.shape)
+            top, left = ((length - side) // 2 for length in gray.shape)
+            gray = gray[top : top + side, left : left + side]
+        resized = Image.fromarray(gray).resize((self.resize_px, self.resize_px), _FILTERS[self.resample])
         return np.array(resized)[np.newaxis, np.newaxis]
 
     @property
@@ -68,3 +78,20 @@ class Preprocessing(StrictRecord):
         """SHA-256 of the settings as JSON with sorted keys and no spaces; caches of pixels are keyed on it."""
         canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+
+class Preprocessing(Resizing):
+    """That of a bundle (Rajpurkar et al. 2017, section 3.1: 224 x 224, ImageNet mean and deviation).
+
+    Attributes:
+        resize_px: a multiple of 32, DenseNet's stride.
+        geometry: the whole picture, as the paper does; activation maps are drawn over it.
+        mean: per channel of pixel / 255, applied inside the exported graph.
+        std: per channel of pixel / 255, applied inside the exported graph.
+    """
+
+    resize_px: int = Field(default=224, ge=32, le=1024, multiple_of=32)
+    resample: Literal["pillow-bilinear-8bit"] = "pillow-bilinear-8bit"
+    geometry: Literal["squash"] = "squash"
+    mean: tuple[_Mean, _Mean, _Mean] = IMAGENET_MEAN
+    std: tuple[_Std, _Std, _Std] = IMAGENET_STD

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 from chexnet_deploy.bundle.manifest import Manifest
 from chexnet_deploy.errors import ImageRefusedError, RefusalReason
-from chexnet_deploy.images import Gray, ImageReader, Pixels, Preprocessing, ScopePolicy
+from chexnet_deploy.images import Gray, ImageReader, Pixels, Resizing, ScopePolicy
 from chexnet_deploy.images.content_check import check_image
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class PixelLoader:
         reader: stays its owner's to close.
     """
 
-    preprocessing: Preprocessing
+    preprocessing: Resizing
     scope: ScopePolicy | None
     reader: ImageReader
 

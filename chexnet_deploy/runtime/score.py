@@ -9,26 +9,34 @@ from pathlib import Path
 
 import numpy as np
 
-from chexnet_deploy.images import ImageReader, Pixels, Preprocessing
+from chexnet_deploy.images import ImageReader, Pixels, Resizing
 from chexnet_deploy.runtime.loading import BUSY_ATTEMPTS, PixelLoader
 from chexnet_deploy.runtime.sessions.base import Logits, Maps, Session, run_padded
+from chexnet_deploy.runtime.sessions.foreign import ForeignSession
 from chexnet_deploy.runtime.streaming import in_order, iter_lists
 
 READERS = 2  # Pillow decodes without the GIL; more threads than this wait for the session on small machines
 BATCH_SIZE = 16
 
 
-def iter_pixels(paths: Iterable[Path], preprocessing: Preprocessing) -> Iterator[Pixels]:
+def iter_pixels(paths: Iterable[Path], preprocessing: Resizing) -> Iterator[Pixels]:
     """Yield uint8 [1, 1, S, S] for each file, in order, decoding a little ahead; scope and content are not checked.
 
     Raises:
         ImageError: a file can't be read without guessing.
     """
-    with ImageReader(processes=READERS) as reader:
-        loader = PixelLoader(preprocessing, None, reader)
+    for (pixels,) in _iter_prepared(paths, [preprocessing]):
+        yield pixels
 
-        def load(path: Path) -> Pixels:
-            return loader.load(path, attempts=BUSY_ATTEMPTS).pixels
+
+def _iter_prepared(paths: Iterable[Path], preprocessings: Sequence[Resizing]) -> Iterator[list[Pixels]]:
+    """Yield a file's pixels by each preprocessing; it is decoded once."""
+    with ImageReader(processes=READERS) as reader:
+        loader = PixelLoader(preprocessings[0], None, reader)
+
+        def load(path: Path) -> list[Pixels]:
+            loaded = loader.load(path, attempts=BUSY_ATTEMPTS)
+            return [loaded.pixels, *(preprocessing(loaded.gray) for preprocessing in preprocessings[1:])]
 
         yield from in_order(load, paths, workers=READERS, ahead=2 * BATCH_SIZE)
 
@@ -41,7 +49,7 @@ def iter_batches(pixels: Iterable[Pixels], batch_size: int = BATCH_SIZE) -> Iter
 def score_files(
     sessions: Mapping[str, Session],
     paths: Sequence[Path],
-    preprocessing: Preprocessing,
+    preprocessing: Resizing | Mapping[str, Resizing],
     *,
     on_images: Callable[[int], None] | None = None,
     on_maps: Callable[[Mapping[str, Maps]], None] | None = None,
@@ -49,27 +57,37 @@ def score_files(
     """Return each session's logits [N, C] for the files; every file is decoded once for all sessions.
 
     Args:
-        sessions: by name; all take the same pixels.
+        sessions: by name.
         paths: image files.
-        preprocessing: from the manifest.
+        preprocessing: of all sessions, or of each by its name.
         on_images: called after each batch with the images done.
         on_maps: called after each batch with each session's maps [n, C, h, w], which are not kept.
 
     Raises:
         ImageError: a file can't be read without guessing.
-        SessionError: a session refused or failed.
+        SessionError: a session refused or failed, or an endpoint answers the same images in two ways.
     """
+    own = preprocessing if isinstance(preprocessing, Mapping) else dict.fromkeys(sessions, preprocessing)
+    different = list(dict.fromkeys(own.values()))
     collected: dict[str, list[Logits]] = {name: [] for name in sessions}
+    # A served model may be changed while it is measured, or be several that answer in turns.
+    first: dict[str, tuple[ForeignSession, Pixels, Logits]] = {}
     done = 0
     batch_size = min([BATCH_SIZE, *(session.batch_range[1] for session in sessions.values())])
-    for batch in iter_batches(iter_pixels(paths, preprocessing), batch_size):
+    for rows in iter_lists(_iter_prepared(paths, different), batch_size):
+        batches = dict(zip(different, map(np.concatenate, zip(*rows, strict=True)), strict=True))
         maps: dict[str, Maps] = {}
         for name, session in sessions.items():
-            logits, maps[name] = run_padded(session, batch)
+            logits, maps[name] = run_padded(session, batches[own[name]])
             collected[name].append(logits)
+            if isinstance(session, ForeignSession) and session.is_remote:
+                session.check_again(batches[own[name]], logits)
+                first.setdefault(name, (session, batches[own[name]], logits))
         if on_maps is not None:
             on_maps(maps)
-        done += len(batch)
+        done += len(rows)
         if on_images is not None:
             on_images(done)
+    for session, batch, logits in first.values():
+        session.check_again(batch, logits)
     return {name: np.concatenate(logits) for name, logits in collected.items()}

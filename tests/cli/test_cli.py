@@ -267,7 +267,7 @@ def test_evaluate_localization_and_no_page(bundles: dict[str, Bundle], phantom_r
 @pytest.mark.parametrize(
     ("arguments", "found"),
     [
-        ((), "neither a bundle nor predictions"),
+        ((), "neither an engine nor predictions"),
         (("FP32",), "--data ROOT"),
         (("FP32", "--predictions", "CSV", "--data", "ROOT"), "needed one of them"),
         (("FP32", "--data", "ROOT", "--labels", "TABLE"), "--labels belongs to --predictions"),

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from time import process_time
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from chexnet_deploy.evaluation.radiologists import choose_thresholds, compare_wi
 from chexnet_deploy.evaluation.records import Evaluation, Threshold
 from chexnet_deploy.evaluation.request import EvaluationRequest
 from chexnet_deploy.evaluation.run import EvaluationRun, run_evaluation
-from chexnet_deploy.evaluation.sources import run_bundle
+from chexnet_deploy.evaluation.sources import run_engine
 from chexnet_deploy.metrics.localization import Box
 from chexnet_deploy.runtime.predictor import Prediction
 from chexnet_deploy.runtime.score import score_files
@@ -170,7 +171,7 @@ def test_a_bundle_and_its_logits_in_a_csv_give_the_same_figures(
     session.close()
     write_predictions(tmp_path / "logits.csv", images, bundle.manifest.findings, logits)
     thresholds = write(tmp_path / "t.json", json.dumps(dict(bundle.manifest.operating_points)))
-    ours = run(bundle=bundle.path, data=phantom_root, provider="cpu").evaluation
+    ours = run(engine=bundle.path, data=phantom_root, provider="cpu").evaluation
     theirs = run(predictions=tmp_path / "logits.csv", data=phantom_root, thresholds=thresholds).evaluation
     assert ours.findings == theirs.findings
     assert ours.subgroups == theirs.subgroups
@@ -189,17 +190,18 @@ def test_training_patients_are_refused_and_train_is_said(phantom: ChestXray14, p
         def findings(self) -> object:
             raise Stop  # got past the guard
 
-    bundle = SimpleNamespace(manifest=Manifest(trained_on=PatientSet.of([test_patient])))
+    manifest: Any = Manifest(trained_on=PatientSet.of([test_patient]))
+    bundle = Bundle(Path("x"), manifest, "0" * 64)
     with pytest.raises(DatasetError, match="1 of 40 patients that the model was trained on"):
-        run_bundle(bundle, EvaluationRequest(bundle=Path("x"), data=phantom_root), quiet)
+        run_engine(bundle, EvaluationRequest(engine=Path("x"), data=phantom_root), quiet)
     with pytest.raises(Stop):
-        run_bundle(bundle, EvaluationRequest(bundle=Path("x"), data=phantom_root, split="train"), quiet)
+        run_engine(bundle, EvaluationRequest(engine=Path("x"), data=phantom_root, split="train"), quiet)
 
 
 def test_the_training_split_is_said_to_be_known(bundles: dict[str, Bundle], phantom_root: Path) -> None:
-    train = run(bundle=bundles["fp32"].path, data=phantom_root, split="train", provider="cpu").evaluation
+    train = run(engine=bundles["fp32"].path, data=phantom_root, split="train", provider="cpu").evaluation
     assert "the model was trained on such patients" in train.patients_note[0]
-    val = run(bundle=bundles["fp32"].path, data=phantom_root, split="val", provider="cpu").evaluation
+    val = run(engine=bundles["fp32"].path, data=phantom_root, split="val", provider="cpu").evaluation
     assert "chosen on validation patients" in val.patients_note[0]
 
 
@@ -373,10 +375,10 @@ def test_boxes_of_another_size_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "found"),
     [
-        ({}, "neither a bundle nor predictions"),
-        ({"bundle": "b", "predictions": "p"}, "both a bundle and predictions"),
-        ({"bundle": "b"}, "--data ROOT"),
-        ({"bundle": "b", "data": "d", "labels": "l"}, "--labels belongs to --predictions"),
+        ({}, "neither an engine nor predictions"),
+        ({"engine": "b", "predictions": "p"}, "both an engine and predictions"),
+        ({"engine": "b"}, "--data ROOT"),
+        ({"engine": "b", "data": "d", "labels": "l"}, "--labels belongs to --predictions"),
         ({"predictions": "p"}, "--labels CSV, or --data ROOT"),
         ({"predictions": "p", "labels": "l", "has_localization": True}, "Give a bundle"),
         ({"predictions": "p", "labels": "l", "threads": 1}, "predictions run nothing"),
@@ -384,7 +386,7 @@ def test_boxes_of_another_size_are_refused(tmp_path: Path) -> None:
         ({"predictions": "p", "labels": "l", "provider": "cuda"}, "predictions run nothing"),
         ({"predictions": "p", "labels": "l", "split": "test"}, "--split needs the official lists"),
         ({"predictions": "p", "labels": "l", "readers": "r"}, "--thresholds FILE"),
-        ({"bundle": "b", "data": "d", "readers": "r", "split": "val"}, "official test list alone"),
+        ({"engine": "b", "data": "d", "readers": "r", "split": "val"}, "official test list alone"),
     ],
 )
 def test_options_that_contradict(options: dict[str, object], found: str) -> None:
@@ -396,7 +398,7 @@ def test_the_page_holds_every_part(
     bundles: dict[str, Bundle], phantom_root: Path, phantom_readers: Path, tmp_path: Path
 ) -> None:
     run_ = run(
-        bundle=bundles["fp32"].path, data=phantom_root, readers=phantom_readers, has_localization=True, provider="cpu"
+        engine=bundles["fp32"].path, data=phantom_root, readers=phantom_readers, has_localization=True, provider="cpu"
     )
     write_html(tmp_path / "report.html", run_)
     page = (tmp_path / "report.html").read_text()
@@ -437,14 +439,14 @@ def test_readers_need_thresholds_that_a_bundle_may_lack(
 ) -> None:
     bundle = bundles["fp32"]
     bare = bundle.manifest.model_copy(update={"operating_points": {}})
-    monkeypatch.setattr(Bundle, "open", lambda path, trust: SimpleNamespace(manifest=bare, path=path))
+    monkeypatch.setattr(Bundle, "open", lambda path, trust: Bundle(path, bare, bundle.id))
     with pytest.raises(SpecError, match="no operating points"):  # before any image is run
-        run(bundle=bundle.path, data=phantom_root, readers=phantom_readers)
+        run(engine=bundle.path, data=phantom_root, readers=phantom_readers)
 
 
 def test_a_wrong_folder_of_readers_costs_no_run(phantom_root: Path, tmp_path: Path) -> None:
     with pytest.raises(ChexnetError, match="test_individual_readers"):  # looked at before the bundle
-        run(bundle=tmp_path, data=phantom_root, readers=tmp_path)
+        run(engine=tmp_path, data=phantom_root, readers=tmp_path)
 
 
 def test_the_papers_mean_is_the_mean_of_its_rows() -> None:

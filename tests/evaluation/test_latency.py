@@ -50,7 +50,9 @@ def test_sessions_warm_up_and_then_take_turns() -> None:
     calls: list[str] = []
     sessions = {name: FakeSession(name, calls) for name in "ab"}
     rounds: list[int] = []
-    reports = measure_latency(sessions, PIXELS, "offline", min_runs=5, min_duration_s=0.0, on_round=rounds.append)
+    reports = measure_latency(
+        sessions, {"a": PIXELS, "b": PIXELS}, "offline", min_runs=5, min_duration_s=0.0, on_round=rounds.append
+    )
     assert calls == ["a"] * WARMUP_RUNS + ["b"] * WARMUP_RUNS + ["a", "b"] * 5
     assert rounds == [1, 2, 3, 4, 5]
     for report in reports.values():
@@ -61,7 +63,8 @@ def test_sessions_warm_up_and_then_take_turns() -> None:
 def test_the_fastest_session_gets_enough_time_too() -> None:
     calls: list[str] = []
     sessions = {"slow": FakeSession("slow", calls, 0.01), "fast": FakeSession("fast", calls, 0.002)}
-    reports = measure_latency(sessions, PIXELS[:1], "single_stream", min_runs=1, min_duration_s=0.02)
+    one = dict.fromkeys(sessions, PIXELS[:1])
+    reports = measure_latency(sessions, one, "single_stream", min_runs=1, min_duration_s=0.02)
     assert len(reports["slow"].samples_ms) == len(reports["fast"].samples_ms) >= 2
     assert all(sum(report.samples_ms) >= 20.0 for report in reports.values())
     assert min(reports["slow"].samples_ms) >= 10.0 > 2.0
@@ -155,7 +158,7 @@ def test_bench_and_evaluate_measure_images_that_predict_refuses(
     (logits, report), (expected, _) = measure(guarded, "a"), measure(fp32, "b")
     assert logits == expected
     assert report.engines[0].parity is not None
-    request = EvaluationRequest(bundle=guarded.path, data=phantom.root, has_localization=True)
+    request = EvaluationRequest(engine=guarded.path, data=phantom.root, has_localization=True)
     entry_points.evaluate(request, tmp_path / "c", with_html=False, on_phase=lambda phase, done, total: None)
 
 

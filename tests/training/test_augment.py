@@ -1,15 +1,20 @@
 import numpy as np
 import torch
 
-from training.augment import N_DRAWS, augment, draw
+from training import augment as module
+from training.augment import N_DRAWS, draw
 from training.recipe import Augmentation
 
 MIDDLE = 0.5  # a draw that changes nothing
 
 
 def draws(**changed: float) -> torch.Tensor:
-    names = ("flip", "rotation", "shift_x", "shift_y", "scale", "contrast", "brightness")
+    names = ("flip", "rotation", "shift_x", "shift_y", "scale", "contrast", "brightness", "mixup")
     return torch.tensor([[changed.get(name, MIDDLE) for name in names]])
+
+
+def augment(pixels: torch.Tensor, drawn: torch.Tensor, how: Augmentation) -> torch.Tensor:
+    return module.augment(pixels, torch.zeros((len(pixels), 1)), drawn, how)[0]
 
 
 def picture() -> torch.Tensor:
@@ -62,6 +67,16 @@ def test_brighter_and_more_contrast_stay_within_gray() -> None:
     torch.testing.assert_close(lifted[0, 0, 0, 0], torch.tensor(25.5))
     stretched = augment(pixels, draws(contrast=1.0), Augmentation(contrast_share=0.1))
     assert float(stretched[0, 0, 8, 0] - stretched[0, 0, 7, 15]) > 1.05
+
+
+def test_mixup_blends_pixels_and_labels_alike() -> None:
+    pixels = torch.stack([torch.zeros((1, 2, 2)), torch.full((1, 2, 2), 200.0)]).to(torch.uint8)
+    truth = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    drawn = torch.cat([draws(mixup=0.5), draws(mixup=0.0)])
+    mixed, labels = module.augment(pixels, truth, drawn, Augmentation(mixup_share=0.4))
+    # A fifth of the other image in the first, nothing in the second.
+    torch.testing.assert_close(mixed[:, 0, 0, 0], torch.tensor([40.0, 200.0]))
+    torch.testing.assert_close(labels, torch.tensor([[0.8, 0.2], [0.0, 1.0]]))
 
 
 def test_draws_depend_on_seed_epoch_and_step_alone() -> None:

@@ -229,7 +229,7 @@ def test_whom_an_earlier_checkpoint_was_trained_on_stays_unknown(
     finished: Path, phantom_root: Path, tmp_path: Path
 ) -> None:
     start = read_checkpoint(edit(finished / BEST, tmp_path / "x.safetensors", trained_on=None))
-    assert trained_on(ChestXray14.open(phantom_root), start) is None
+    assert trained_on(ChestXray14.open(phantom_root), start, None) is None
 
 
 def test_a_start_that_does_not_fit_is_refused(finished: Path, phantom_root: Path, tmp_path: Path) -> None:

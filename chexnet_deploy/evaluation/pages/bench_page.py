@@ -24,13 +24,13 @@ N_CAM_PICTURES = 6
 _CAM_SIDE_PX = 320
 
 
-def write_html(path: Path, run: BenchRun, predictor: Predictor) -> None:
+def write_html(path: Path, run: BenchRun, predictor: Predictor | None) -> None:
     """Write the page.
 
     Args:
         path: of the .html file.
         run: what to show.
-        predictor: of the engine whose activation maps are shown.
+        predictor: of the last engine, whose activation maps are shown; None where it has none.
     """
     page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_TEMPLATE)
     write_file(
@@ -42,7 +42,7 @@ def write_html(path: Path, run: BenchRun, predictor: Predictor) -> None:
             forests=[None if engine.parity is None else png(_draw_forest(engine)) for engine in run.report.engines],
             roc=png(_draw_roc(run)) if run.images is not None else None,
             latency=png(_draw_latency(run.report)),
-            cams=_draw_cams(run, predictor),
+            cams=[] if predictor is None else _draw_cams(run, predictor),
         ).encode(),
     )
 
@@ -90,7 +90,8 @@ def _draw_forest(engine: EngineResult) -> Figure:
     axes.set_yticks(range(len(findings)), [finding.finding for finding in findings], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel(
-        f"AUROC {engine.name} - AUROC fp32, 95 % interval; tick: minus the margin; gray: not assessable", fontsize=8
+        f"AUROC {engine.name} - AUROC reference, 95 % interval; tick: minus the margin; gray: not assessable",
+        fontsize=8,
     )
     axes.tick_params(axis="x", labelsize=8)
     return figure
@@ -139,7 +140,8 @@ _TEMPLATE = """<!doctype html>
 <h1>Bench: <span class="{{ report.verdict }}">{{ report.verdict }}</span></h1>
 <p>{{ report.finished_utc }}. {{ report.data }}{% if report.images_sha256 %} (names' sha256
 <code>{{ report.images_sha256[:16] }}</code>){% endif %}.
-{{ report.patients_note }} {{ report.machine.processor }}, {{ report.machine.cores }} cores, {{ report.machine.system }};
+{{ report.patients_note }} {% for note in report.notes %}{{ note }} {% endfor %}
+{{ report.machine.processor }}, {{ report.machine.cores }} cores, {{ report.machine.system }};
 {% for name, number in report.machine.packages.items() %}{{ name }} {{ number }}{{ ", " if not loop.last }}{% endfor %}.</p>
 <table><tr>{% for name in rows[0] %}<th>{{ name }}</th>{% endfor %}</tr>
 {% for row in rows %}<tr>{% for value in row.values() %}<td>{{ value }}</td>{% endfor %}</tr>{% endfor %}</table>
@@ -147,17 +149,19 @@ _TEMPLATE = """<!doctype html>
 {{ report.threads or "all" }} threads. images/s: batch {{ report.engines[0].offline.batch_size }}.
 "PASS on k of n": k findings had enough positive patients to be judged. "emulated": the backend
 runs this precision's convolutions as float, so the speed says nothing of the precision. max |Δp|: largest probability
-difference to the fp32 reference over all images and findings. flips: decisions that differ at the operating points.</p>
+difference to the reference over all images and findings. flips: decisions that differ at the operating points.</p>
 {% for engine in report.engines %}
 <h2>{{ engine.name }}: <span class="{{ engine.verdict }}">{{ engine.verdict }}</span></h2>
 {% for reason in engine.reasons %}<p>{{ reason }}</p>{% endfor %}
-<p class="small">bundle <code>{{ engine.bundle_id[:16] }}</code>, model <code>{{ engine.model_sha256[:16] }}</code>;
-convolutions run in {% for type, n in engine.conv_types.items() %}{{ type }}: {{ n }} {% endfor %};
-known answers within {{ "%.2g"|format(engine.known_answer_error) }} logits.
+<p class="small">{{ "contract" if engine.contract else "bundle" }} <code>{{ engine.bundle_id[:16] }}</code>, model
+<code>{{ engine.model_sha256[:16] if engine.model_sha256 else "unknown" }}</code>;
+convolutions run in {% for type, n in engine.conv_types.items() %}{{ type }}: {{ n }} {% else %}unknown types{% endfor %}
+{%- if engine.known_answer_error is not none %};
+known answers within {{ "%.2g"|format(engine.known_answer_error) }} logits{% endif %}.
 Had to pass: {{ engine.spec.description }} max |Δp| at most {{ engine.spec.gate.max_abs_probability_difference }}, 99.9 % of
 |Δp| at most {{ engine.spec.gate.p999_abs_probability_difference }}, findings with at least
 {{ engine.spec.gate.min_positive_patients }} positive patients within their margins; latency: {{ engine.spec.gate.latency }}.
-A convolution count above 121 holds BatchNorms that the backend runs as convolutions.</p>
+{% if not engine.contract %}A convolution count above 121 holds BatchNorms that the backend runs as convolutions.{% endif %}</p>
 {% if engine.card and engine.target %}
 <p class="small">Plan for {{ engine.target.gpu }} (compute capability {{ engine.target.compute_capability }}),
 {{ engine.target.backend }} {{ engine.target.tensorrt }}, driver's CUDA {{ engine.target.driver }},
@@ -174,7 +178,7 @@ Not in {{ engine.precision.type_name }}: {{ engine.card.fallbacks|join(", ") or 
 {% endif %}
 {% if engine.parity %}
 <table><tr><th>finding</th><th>positives</th><th>positive patients</th>
-<th>AUROC fp32</th><th>AUROC {{ engine.name }}</th><th>difference (95 % interval)</th><th>p</th>
+<th>AUROC reference</th><th>AUROC {{ engine.name }}</th><th>difference (95 % interval)</th><th>p</th>
 <th>margin</th><th>verdict</th></tr>
 {% for f in engine.parity.findings %}
 <tr><td>{{ f.finding }}</td><td>{{ f.n_positive }}</td><td>{{ f.n_positive_patients }}</td>
@@ -199,7 +203,7 @@ Not in {{ engine.precision.type_name }}: {{ engine.card.fallbacks|join(", ") or 
 {% if forests[loop.index0] %}<img alt="AUROC differences with margins" src="{{ forests[loop.index0] }}">{% endif %}
 <h3>Image by image</h3>
 <table><tr><th>finding</th><th>operating point</th><th>flips: to present / to absent</th><th>McNemar p</th>
-<th>ECE fp32</th><th>ECE {{ engine.name }}</th><th>worklist churn</th><th>logit noise / spread</th>
+<th>ECE reference</th><th>ECE {{ engine.name }}</th><th>worklist churn</th><th>logit noise / spread</th>
 <th>map correlation: median, worst 1 %</th></tr>
 {% for f in engine.parity.findings %}
 <tr><td>{{ f.finding }}</td>
@@ -235,7 +239,7 @@ with its neighbours and {{ "%.2g"|format(engine.invariance.threads.max_abs_proba
 {{ engine.invariance.n_threads }} threads; limit {{ engine.spec.gate.invariance_abs_probability_difference }}.</p>
 {% endif %}{% endfor %}
 {% if roc %}<h2>Methods</h2>
-<p>Each engine was compared with the fp32 model it came from on the same images. For each finding with at least
+<p>Each engine was compared with the reference on the same images. For each finding with at least
 {{ report.engines[0].spec.gate.min_positive_patients }} positive patients, the difference of areas under the ROC curve was tested
 for non-inferiority with the margin its spec declares, one-sided at 2.5 % (the lower end of the 95 % interval against minus the
 margin). Variances and the covariance of the two models are DeLong's (DeLong et al. 1988, in the rank form of Sun and Xu 2014),
@@ -243,7 +247,7 @@ clustered by patient (Obuchowski 1997), with Student's t and a correction for fe
 assessable findings must pass (intersection-union test, Berger 1982), so no correction for multiplicity is made. Findings with
 fewer positive patients are not assessable and named. ECE: expected calibration error, 15 bins of equal mass (Nixon et al.
 2019). McNemar's test of the balance of flips is exact and takes images as independent. Worklist churn: mean change of place as a
-share of the list. Logit noise / spread: root mean square logit difference over the standard deviation of the fp32 logits.</p>
+share of the list. Logit noise / spread: root mean square logit difference over the standard deviation of the reference's.</p>
 {% endif %}
 <h2>Latency</h2><img alt="latency histogram" src="{{ latency }}">
 {% if roc %}<h2>ROC curves</h2><img alt="ROC curves" src="{{ roc }}">{% endif %}

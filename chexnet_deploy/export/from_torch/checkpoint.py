@@ -34,6 +34,7 @@ class CheckpointManifest(BaseModel):
         split_sha256: hash of the image names in each split it was trained with; None where nobody knows any more.
         trained_on: the patients whose images the weights were fitted to, before this run too; None where nobody knows any more.
         started_from: hash of the checkpoint that training started from; None where it was another start.
+        taught_by: hash of the teacher whose answers it learnt; None where it learnt labels alone.
         metrics: of the validation patients; None where undefined.
         tools: version of each tool that took part.
     """
@@ -48,6 +49,7 @@ class CheckpointManifest(BaseModel):
     split_sha256: Sha256 | None
     trained_on: PatientSet | None = None
     started_from: Sha256 | None = None
+    taught_by: Sha256 | None = None
     metrics: dict[str, float | None]
     tools: dict[str, str]
 

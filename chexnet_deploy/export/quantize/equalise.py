@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from chexnet_deploy.errors import ExportError
 from chexnet_deploy.export.quantize.graph_edits import consumers_of, copy_of, producers_of, set_weights, weights_of
 from chexnet_deploy.export.quantize.observe import Observed
 
@@ -68,14 +69,24 @@ class ConcatParts:
 
     @classmethod
     def of(cls, model: onnx.ModelProto) -> "ConcatParts":
-        """Find them."""
+        """Find them.
+
+        Raises:
+            ExportError: the network is no DenseNet.
+        """
         producers = producers_of(model.graph)
         parts = []
         for node in model.graph.node:
             if node.op_type == "Concat":
                 parts += [name for name in node.input if producers[name].op_type != "Concat" and name not in parts]
-        (pooled,) = (name for name in parts if producers[name].op_type == "MaxPool")
-        return cls(producers[pooled].input[0], tuple(name for name in parts if name != pooled))
+        pooled = [name for name in parts if producers[name].op_type == "MaxPool"]
+        others = tuple(name for name in parts if name not in pooled)
+        if len(pooled) != 1 or any(producers[name].op_type != "Conv" for name in others):
+            raise ExportError(
+                "found a network without DenseNet's concats, needed one with them, as int8 is made of DenseNets alone. "
+                "Next: leave int8 out of --precision."
+            )
+        return cls(producers[pooled[0]].input[0], others)
 
 
 def normalise_parts(model: onnx.ModelProto, parts: ConcatParts, observed: Observed) -> onnx.ModelProto:

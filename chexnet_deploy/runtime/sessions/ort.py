@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 # From 1.29 on ONNX Runtime reports models and machines to its maker, unless told not to before it is first imported
 # (microsoft/onnxruntime#27379). A scanner does not call home.
@@ -79,20 +80,8 @@ class OrtSession:
 
     def conv_types(self) -> Mapping[str, int]:
         """Return how many convolutions ONNX Runtime runs in each type, read from its own profile of one run."""
-        with tempfile.TemporaryDirectory() as folder:
-            options = session_options(1)
-            options.enable_profiling = True
-            options.profile_file_prefix = str(Path(folder) / "profile")
-            session = load_onnx(self._model, options, self._provider)
-            session.run(None, {"pixels": np.zeros((1, 1, self._resize_px, self._resize_px), np.uint8)})
-            events = json.loads(Path(session.end_profiling()).read_text())
-        counts: Counter[str] = Counter()
-        for event in events:
-            arguments = event.get("args", {})
-            if event.get("cat") == "Node" and "Conv" in arguments.get("op_name", ""):
-                (input_type, _shape), *_ = arguments["input_type_shape"][0].items()
-                counts[_TYPE_NAMES.get(input_type, input_type)] += 1
-        return dict(counts)
+        pixels = np.zeros((1, 1, self._resize_px, self._resize_px), np.uint8)
+        return count_conv_types(self._model, self._provider, {"pixels": pixels})
 
     def stage_times_ms(self, pixels: Pixels) -> Mapping[str, float]:
         """Return nothing: ONNX Runtime does not tell its stages apart."""
@@ -102,6 +91,30 @@ class OrtSession:
         """Free the model."""
         self._session = None
         self._model = b""
+
+
+def count_conv_types(model: bytes, provider: Provider, feed: Mapping[str, NDArray[np.generic]]) -> dict[str, int]:
+    """Return how many convolutions of a model ONNX Runtime runs in each type, read from its own profile of one run.
+
+    Args:
+        model: the ONNX file's bytes.
+        provider: what it runs on.
+        feed: its inputs.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        options = session_options(1)
+        options.enable_profiling = True
+        options.profile_file_prefix = str(Path(folder) / "profile")
+        session = load_onnx(model, options, provider)
+        session.run(None, dict(feed))
+        events = json.loads(Path(session.end_profiling()).read_text())
+    counts: Counter[str] = Counter()
+    for event in events:
+        arguments = event.get("args", {})
+        if event.get("cat") == "Node" and "Conv" in arguments.get("op_name", ""):
+            (input_type, _shape), *_ = arguments["input_type_shape"][0].items()
+            counts[_TYPE_NAMES.get(input_type, input_type)] += 1
+    return dict(counts)
 
 
 def session_options(threads: int | None) -> Any:
