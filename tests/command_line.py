@@ -16,7 +16,7 @@ def chexnet(*arguments: object) -> subprocess.CompletedProcess[str]:
     Bundles run in ONNX Runtime unless a provider is named: OpenVINO compiles a model ten times as long.
     """
     words = [*map(str, arguments)]
-    if words[0] in ("predict", "bench", "evaluate") and not {"--provider", "--predictions"} & set(words):
+    if words[0] in ("predict", "bench", "evaluate", "calibrate") and not {"--provider", "--predictions"} & set(words):
         words += ["--provider", "cpu"]
     out, err, on_interrupt = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGINT)
     code: object = 0

@@ -24,6 +24,7 @@ from tests.serving.running import Running
 CHECKOUT = Path(__file__).parents[1]
 README = (CHECKOUT / "README.md").read_text()
 EMBEDDING = (CHECKOUT / "docs" / "embedding.md").read_text()
+ON_SITE = (CHECKOUT / "docs" / "on-site.md").read_text()
 RECIPE = """
 resize_px = 32
 epochs = 1
@@ -291,6 +292,31 @@ def test_the_commands_on_your_own_data_run(
     hernia = next(row for row in parity["findings"] if row["finding"] == "Hernia")
     assert hernia["why_not_assessable"] == "no image is labelled for it"
     assert (tmp_path / "run" / "best.safetensors").is_file()
+
+
+def test_the_on_site_page_s_commands_run(bundles: dict[str, Bundle], phantom_root: Path, tmp_path: Path) -> None:
+    (commands,) = re.findall(r"```sh\n(.*?)```", ON_SITE, flags=re.DOTALL)
+    shutil.copytree(bundles["int8-cpu"].path, tmp_path / "bundles" / "first" / "int8-cpu")
+    shutil.copy(sorted((phantom_root / "images").iterdir())[0], tmp_path / "radiograph.png")
+    said = []
+    for line in commands.strip().split("\n"):
+        # Forty phantom patients can't show 95 %.
+        smaller = line.replace("ROOT", str(phantom_root)).replace("--sensitivity 0.95", "--sensitivity 0.6")
+        for name in ("bundles/", "radiograph.png", "site.pem"):
+            smaller = smaller.replace(f" {name}", f" {tmp_path}/{name}")
+        done = chexnet(*shlex.split(smaller)[1:])
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+        said.append(done.stdout)
+    assert "int8-cpu.site.json" in said[0]
+    assert "operating points of site " in said[1]
+    assert "signed by" in said[3]
+
+
+def test_the_on_site_tables_are_made_from_the_committed_results() -> None:
+    from benchmarks.statistics.on_site import OUT, Results, markdown
+
+    tables = ON_SITE.split("<!-- python -m benchmarks.statistics.on_site --table -->\n")[1].split("<!-- end -->")[0]
+    assert tables.strip() == markdown(Results.model_validate_json(OUT.read_text()))
 
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in (CHECKOUT / "docs").glob("*.md"))])

@@ -32,6 +32,7 @@ from chexnet_deploy.bundle.bundle import Bundle
 from chexnet_deploy.bundle.manifest import ONNX_MODEL, PLAN_MODEL
 from chexnet_deploy.bundle.signing.sign import admit_first
 from chexnet_deploy.bundle.signing.trust import Trust
+from chexnet_deploy.bundle.site import OperatingPoints
 from chexnet_deploy.errors import ChexnetError, ImageError, ImageRefusedError
 from chexnet_deploy.images import Gray, Preprocessing, read_image
 from chexnet_deploy.images.content_check import ImageGuardPolicy, check_image
@@ -116,15 +117,15 @@ def compare_answers(library: EmbeddedC, path: Path, name: Library, paths: Sequen
     """Compare logits and maps bit for bit, and decisions; probabilities may differ in the last bits, as libraries' exp do."""
     bundle, differences, furthest = Bundle.open(path), 0, 0.0
     session = open_session(bundle, provider=PROVIDERS[name])
-    points = bundle.manifest.operating_points
+    points = OperatingPoints.of(bundle.manifest, None)
     with library.open(path, name) as embedded:
         assert embedded.id == bundle.id
         for file in paths:
             gray = read_image(file)
             logits, maps = session.run(bundle.manifest.preprocessing(gray))
-            expected = Prediction.of(logits[0], maps[0], bundle.manifest)
+            expected = Prediction.of(logits[0], maps[0], bundle.manifest.findings, points)
             answer = embedded.predict(gray)
-            present = tuple(int(expected.present[f]) if f in points else -1 for f in embedded.findings)
+            present = tuple(int(expected.present[f]) if f in points.findings else -1 for f in embedded.findings)
             same = answer.logits.tobytes() == logits.tobytes() and answer.maps.tobytes() == maps.tobytes()
             differences += not (same and answer.present == present)
             by_hand = np.array(list(expected.probabilities.values()))

@@ -122,7 +122,8 @@ names no patient; it is not PS3.15's.
 ### 7.1 Created objects
 
 Comprehensive 3D SR, complete, unverified and preliminary; Secondary Capture, RGB, one for each finding drawn, or one that says
-why there is no result. UIDs are made from the image and the bundle (2.25, PS3.5 B.2). Taken over from the image where valid:
+why there is no result. UIDs are made from the image, the bundle and its
+site file (2.25, PS3.5 B.2). Taken over from the image where valid:
 
 {attributes}
 
@@ -153,9 +154,10 @@ _CONCEPTS: Final = {
     "procedure reported": codes.IMAGING,
     "probability": codes.PROBABILITY,
     "operating point": codes.OPERATING_POINT,
+    "a site file's second operating point, below which a finding is absent": codes.ABSENT_BELOW,
     "at or above its operating point": codes.PRESENT,
     "below its operating point": codes.ABSENT,
-    "without operating point": codes.UNDETERMINED,
+    "without operating point, or between two": codes.UNDETERMINED,
 }
 
 

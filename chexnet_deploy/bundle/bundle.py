@@ -6,6 +6,8 @@
     manifest.sha256   guards against accident
     manifest.sig      optional; guards against intent where a bundle is opened with trust, see signing/
 
+A site file may lie beside the directory, see site.py.
+
 A bundle's id is the SHA-256 of manifest.json, which names the SHA-256 of every other file; signing changes no id. Nothing
 here runs a model. Every file is opened once for each reading, without following links, and what is handed out was hashed.
 """
@@ -28,6 +30,7 @@ from chexnet_deploy.bundle.manifest import (
 from chexnet_deploy.bundle.probe import Probe
 from chexnet_deploy.bundle.signing.signatures import MAX_SIGNATURE_BYTES, SIGNATURE
 from chexnet_deploy.bundle.signing.trust import Trust
+from chexnet_deploy.bundle.site import Site, read_site
 from chexnet_deploy.errors import BundleError, ChexnetError, TrustError
 from chexnet_deploy.files import PlainFile, sha256_hex, write_directory
 
@@ -182,6 +185,17 @@ class Bundle:
         """
         if self._trust is not None:
             self._trust.keep_release(self.manifest.release)
+
+    def read_site(self) -> Site | None:
+        """Return the site file that lies beside the bundle; None where nothing does.
+
+        `predict`, `serve` and `node` decide by it; `bench`, `evaluate` and `export` don't look.
+
+        Raises:
+            BundleError: it was changed, is no site file, or is for another bundle.
+            TrustError: the bundle was opened with trust, and no trusted key has signed this file.
+        """
+        return read_site(self.path, self.id, self.manifest, self._trust)
 
     def read_probe(self) -> Probe:
         """Return the known answers."""

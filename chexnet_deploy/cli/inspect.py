@@ -138,7 +138,9 @@ def inspect(
         print_json({m.name: {"device": m.device, "versions": {v: b.id for v, b in m.versions.items()}} for m in models})
         return
     bundle = Bundle.open(path, trust=read_trust(trust))
-    print_record(bundle.manifest, id=bundle.id)
+    site = bundle.read_site()
+    beside = {} if site is None else {"site": site.model_dump(mode="json")}
+    print_record(bundle.manifest, id=bundle.id, **beside)
 
 
 @app.command()

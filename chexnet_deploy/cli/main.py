@@ -5,7 +5,7 @@ Heavy dependencies are imported lazily, inside the command that uses them; termi
 
 import typer
 
-from chexnet_deploy.cli import export, inspect, measure, predict, serve, signing
+from chexnet_deploy.cli import export, inspect, measure, on_site, predict, serve, signing
 from chexnet_deploy.terminal import run_program
 
 app = typer.Typer(
@@ -14,7 +14,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Take CheXNet from PyTorch weights to a scanner and prove at every step that nothing was lost.",
 )
-for part in (export, measure, predict, inspect, signing, serve):
+for part in (export, measure, on_site, predict, inspect, signing, serve):
     app.add_typer(part.app)
 app.add_typer(serve.node_app, name="node")
 app.add_typer(serve.audit_app, name="audit")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from chexnet_deploy.cli.options import JsonFlag, OnProvider, ProviderName, TrustOption, read_trust
-from chexnet_deploy.cli.printing import print_answers, print_json_answers
+from chexnet_deploy.cli.printing import print_answers, print_json_answers, print_site
 from chexnet_deploy.errors import TableError, require
 from chexnet_deploy.terminal import going_on, print_json, progress
 
@@ -71,6 +71,7 @@ def predict(
     A file that can't be read without guessing stops nothing: it is quarantined, with the reason, and the exit code is 3.
     """
     from chexnet_deploy.bundle.bundle import Bundle
+    from chexnet_deploy.bundle.site import OperatingPoints
     from chexnet_deploy.dicom.results.folder import report_images
     from chexnet_deploy.images.listing import find_images, one_line
     from chexnet_deploy.inputs import name_some
@@ -114,20 +115,21 @@ def predict(
             typer.echo(f"{len(run.changed):,} {why}: {one_line(name_some(run.changed))}", err=True)
         if as_json:
             counts = {"n_images": n_images, "n_quarantined": n_quarantined, "n_done_again": len(run.changed)}
-            print_json({"table": str(out), "bundle": opened.id, **counts})
+            print_json({"table": str(out), "bundle": opened.id, "operating_points_from": run.points_from, **counts})
         else:
             already = "already complete: " if run.was_whole else ""
             typer.echo(f"{out}  {already}{n_images:,} images, {n_quarantined:,} quarantined  bundle {opened.id[:12]}")
+            print_site(run.points_from)
     else:
         n_images, show = len(found.names), print_json_answers if as_json else print_answers
         if dicom_out is not None:
             answers = report_images(
                 opened, found, dicom_out, serial_number or gethostname(), threads=threads, provider=provider.value
             )
-            n_quarantined = show(answers, opened.manifest.operating_points)
+            n_quarantined = show(answers, OperatingPoints.of(opened.manifest, opened.read_site()))
         else:
             with open_predictor(opened, found, threads=threads, provider=provider.value) as predictor:
-                n_quarantined = show(predict_images(predictor, found, cam), predictor.operating_points)
+                n_quarantined = show(predict_images(predictor, found, cam), predictor.points)
     if n_quarantined:
         where = "its rows say why" if out is not None else "each says why"
         typer.echo(f"{n_quarantined:,} of {n_images:,} images can't be read and are quarantined; {where}", err=True)

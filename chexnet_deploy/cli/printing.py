@@ -1,7 +1,7 @@
 """Print results of commands on the terminal."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from chexnet_deploy.terminal import print_json, print_table
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+    from chexnet_deploy.bundle.site import OperatingPoints
     from chexnet_deploy.evaluation.records import Evaluation
     from chexnet_deploy.runtime.predictor import Prediction
     from chexnet_deploy.serving.triton import TritonModel
@@ -63,10 +64,17 @@ def print_evaluation(evaluation: "Evaluation") -> None:
         print_table(as_text.localization_rows(evaluation.localization.summary))
 
 
-def print_answers(answers: "Iterable[tuple[str, Prediction | ImageError]]", points: Mapping[str, float]) -> int:
+def print_site(points_from: str) -> None:
+    """Say that a site file decided, and what it guarantees; nothing where the bundle's own operating points did."""
+    if points_from != "bundle":
+        typer.echo(f"operating points of {points_from}")
+
+
+def print_answers(answers: "Iterable[tuple[str, Prediction | ImageError]]", points: "OperatingPoints") -> int:
     """Print each image's findings, the likeliest first, beside their operating points; return how many have none."""
     from chexnet_deploy.images.listing import one_line
 
+    print_site(points.source)
     n_quarantined = 0
     for name, answer in answers:
         typer.echo(one_line(name))
@@ -75,15 +83,16 @@ def print_answers(answers: "Iterable[tuple[str, Prediction | ImageError]]", poin
             typer.echo(f"  quarantined: {one_line(str(answer))}")
             continue
         for finding, probability in sorted(answer.probabilities.items(), key=lambda item: -item[1]):
-            verdict = "no operating point"
-            if finding in points:
+            verdict = points.place(finding, probability)
+            if finding in answer.present:
                 is_there = answer.present[finding]
-                verdict = f"{'>=' if is_there else '< '} {points[finding]:.4f}{'  present' if is_there else ''}"
+                point = (points.present_at if is_there else points.absent_below)[finding]
+                verdict = f"{'>=' if is_there else '< '} {point:.4f}{'  present' if is_there else ''}"
             typer.echo(f"  {finding:20} {probability:.4f} {verdict}")
     return n_quarantined
 
 
-def print_json_answers(answers: "Iterable[tuple[str, Prediction | ImageError]]", points: Mapping[str, float]) -> int:
+def print_json_answers(answers: "Iterable[tuple[str, Prediction | ImageError]]", points: "OperatingPoints") -> int:
     """Print one JSON object, an entry for each image as it comes; return how many have no findings."""
     n_quarantined, opening = 0, "{\n"
     for name, answer in answers:
@@ -93,6 +102,7 @@ def print_json_answers(answers: "Iterable[tuple[str, Prediction | ImageError]]",
             entry = {"quarantined": str(answer)}
         else:
             entry = {"probabilities": answer.probabilities, "present": answer.present}
+            entry["operating_points_from"] = points.source
         typer.echo(opening + json.dumps({name: entry}, indent=2)[2:-2], nl=False)
         opening = ",\n"
     typer.echo("\n}")

@@ -41,6 +41,9 @@ def serve(
     saturation_s: Annotated[
         float, typer.Option(help="Between two images whose int8 activations are looked at; 0 for never.")
     ] = 10.0,
+    self_test_s: Annotated[
+        float, typer.Option(help="Between two times the engine is asked for its known answers; 0 for never.")
+    ] = 15.0,
     shadow_images: Annotated[int, typer.Option(help="Newest images kept in memory for a swap's comparison.")] = 16,
     swap_tolerance: Annotated[
         float, typer.Option(help="Largest |probability difference| to the running bundle that a swap allows.")
@@ -71,6 +74,7 @@ def serve(
         answer_s=answer_s,
         drain_s=drain_s,
         saturation_s=saturation_s,
+        self_test_s=self_test_s,
         shadow_images=shadow_images,
         swap_tolerance=swap_tolerance,
     )

@@ -41,27 +41,29 @@ def keygen(
 
 @app.command()
 def sign(
-    bundle: BundleArgument,
+    bundle: Annotated[Path, typer.Argument(help="A bundle, or the site file beside one.")],
     key: Annotated[Path, typer.Option(help="Private key: Ed25519, PEM, mode 600.")],
     as_json: JsonFlag = False,
 ) -> None:
-    """Verify a bundle and sign its manifest; the bundle's id stays, and so do signatures by other keys."""
+    """Verify a bundle and sign its manifest, or a site file; its id stays, and so do signatures by other keys."""
     keys = _import_keys()
-    from chexnet_deploy.bundle.signing.sign import sign_bundle
+    from chexnet_deploy.bundle.signing.sign import sign_bundle, sign_site
+    from chexnet_deploy.bundle.site import SITE_SUFFIX
 
     pem = keys.read_key_file(key)
     passphrase = None
     if keys.is_encrypted(pem):
         passphrase = typer.prompt(f"passphrase of {key}", hide_input=True, err=True).encode()
-    signed = sign_bundle(bundle, keys.load_private_key(pem, passphrase, str(key)))
+    sign_it = sign_site if bundle.name.endswith(SITE_SUFFIX) else sign_bundle
+    signed = sign_it(bundle, keys.load_private_key(pem, passphrase, str(key)))
     release = signed.bundle.manifest.release
     if release is None:
         typer.echo("warning: this bundle names no release; a trust file with a line will refuse it", err=True)
     if as_json:
-        typer.echo(json.dumps({"path": str(bundle), "id": signed.bundle.id, "key": signed.key}))
+        typer.echo(json.dumps({"path": str(bundle), "id": signed.id, "key": signed.key}))
         return
     others = "" if signed.n_signatures == 1 else f", beside {signed.n_signatures - 1} other key(s)"
-    typer.echo(f"{bundle}  id {signed.bundle.id[:12]}  signed by {signed.key[:12]}…{others}")
+    typer.echo(f"{bundle}  id {signed.id[:12]}  signed by {signed.key[:12]}…{others}")
 
 
 @app.command()
@@ -73,13 +75,14 @@ def verify(
     ] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Say who signed a bundle, or refuse it; runs nothing, and raises no floor."""
+    """Say who signed a bundle, or refuse it or the site file beside it; runs nothing, and raises no floor."""
     _import_keys()
     from chexnet_deploy.bundle import Bundle, Trust
     from chexnet_deploy.bundle.signing.sign import admit_first
 
     policy = Trust.read(trust)
     opened = admit_first(bundle, policy) if start_floor else Bundle.open(bundle, trust=policy)
+    opened.read_site()
     if as_json:
         typer.echo(json.dumps({"path": str(bundle), "id": opened.id, "signers": opened.signers, **_release_of(opened)}))
         return

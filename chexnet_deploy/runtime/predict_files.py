@@ -9,6 +9,7 @@ from typing import Final, NamedTuple, TypeAlias
 from PIL import Image
 
 from chexnet_deploy.bundle.bundle import Bundle
+from chexnet_deploy.bundle.site import OperatingPoints
 from chexnet_deploy.errors import ImageError, OnPhase
 from chexnet_deploy.files import FileContent, new_folder, sha256_of_file
 from chexnet_deploy.images.listing import ImageFiles
@@ -34,12 +35,14 @@ class TableRun(NamedTuple):
         n_quarantined: of them, images that can't be read.
         changed: names of files whose rows were there but were done again: they changed, or couldn't be read before.
         was_whole: there was nothing to do.
+        points_from: what decided, in words.
     """
 
     n_images: int
     n_quarantined: int
     changed: tuple[str, ...]
     was_whole: bool
+    points_from: str = "bundle"
 
 
 def predict_images(
@@ -96,11 +99,14 @@ def predict_table(
             given can't be read.
     """
     threads, provider, target = _threads_for(images, threads), resolve_provider(provider), bundle.manifest.target
+    points = OperatingPoints.of(bundle.manifest, bundle.read_site())
     card = TableCard(
         bundle=bundle.id,
         preprocessing=bundle.manifest.preprocessing,
         findings=bundle.manifest.findings,
-        operating_points=bundle.manifest.operating_points,
+        operating_points=dict(points.present_at),
+        absent_below={} if points.site is None else dict(points.absent_below),
+        site=points.site,
         backend=provider if target is None else target.backend,
         threads=threads,
         batch_size=choose_flow(bundle.manifest, threads=threads, provider=provider, cores=usable_cores()).batch_size,
@@ -127,7 +133,7 @@ def predict_table(
                 table.add(row)
                 on_phase("predict", n_before := n_before + 1, card.n_images)
         names = tuple(images.names[place] for place in changed)
-        return TableRun(table.n_done, table.n_quarantined, names, was_whole=not places)
+        return TableRun(table.n_done, table.n_quarantined, names, was_whole=not places, points_from=points.source)
 
 
 def _find_changed(images: ImageFiles, table: Table, on_phase: OnPhase) -> list[int]:
@@ -167,6 +173,7 @@ def _make_here(threads: int | None, provider: Provider) -> MakeRows:
             open_predictor(bundle, images, threads=threads, provider=provider) as predictor,
             closing(predictor.predict_stream(paths)) as answers,
         ):
+            card.refuse_other_site(predictor.points)
             for place, done in zip(places, answers, strict=True):
                 _refuse_lone(images, done.answer)
                 yield row_of(card, images.names[place], done)

@@ -3,12 +3,11 @@
 Knows bundles and sessions; reads no labels and computes no statistics.
 """
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Semaphore
-from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -16,13 +15,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from chexnet_deploy.bundle import Bundle, Manifest, Trust
+from chexnet_deploy.bundle.site import OperatingPoints
 from chexnet_deploy.errors import ImageError, ImageRefusedError, RefusalReason, SessionError
 from chexnet_deploy.files import FileContent
 from chexnet_deploy.images import Gray, ImageReader, Pixels
 from chexnet_deploy.images.gray import read_image_file
 from chexnet_deploy.runtime.loading import BUSY_ATTEMPTS, ImageSource, PixelLoader
 from chexnet_deploy.runtime.sessions.base import Logits, Provider, Session, run_padded, sigmoid
-from chexnet_deploy.runtime.sessions.open import N_STARTUP_PROBES, check_known_answers, open_session
+from chexnet_deploy.runtime.sessions.open import check_known_answers, open_session
 from chexnet_deploy.runtime.streaming import Flow, choose_flow, in_order, iter_lists, usable_cores
 
 
@@ -32,7 +32,8 @@ class Prediction:
 
     Attributes:
         probabilities: by finding, 0..1.
-        present: by finding, True at and above its operating point; findings without one are omitted.
+        present: by finding, True at and above its operating point; findings without one are omitted, and so are those between
+            a site file's two thresholds.
         maps: by finding, class activation map float32 [S/32, S/32] in logits; its mean + the head's bias is the logit.
             Empty where they were not asked for.
     """
@@ -42,12 +43,13 @@ class Prediction:
     maps: dict[str, NDArray[np.float32]]
 
     @classmethod
-    def of(cls, logits: Logits, maps: NDArray[np.float32] | None, manifest: Manifest) -> "Prediction":
-        """Return a Prediction of one image's logits float32 [C] and maps float32 [C, S/32, S/32], in manifest order."""
-        probabilities = dict(zip(manifest.findings, sigmoid(logits).tolist(), strict=True))
-        present = {name: probabilities[name] >= point for name, point in manifest.operating_points.items()}
-        by_finding = {} if maps is None else dict(zip(manifest.findings, maps, strict=True))
-        return cls(probabilities, present, by_finding)
+    def of(
+        cls, logits: Logits, maps: NDArray[np.float32] | None, findings: Sequence[str], points: OperatingPoints
+    ) -> "Prediction":
+        """Return a Prediction of one image's logits float32 [C] and maps float32 [C, S/32, S/32], in findings' order."""
+        probabilities = dict(zip(findings, sigmoid(logits).tolist(), strict=True))
+        by_finding = {} if maps is None else dict(zip(findings, maps, strict=True))
+        return cls(probabilities, points.decide(probabilities), by_finding)
 
 
 class FileAnswer(NamedTuple):
@@ -72,15 +74,26 @@ class Predictor:
         manifest: of the bundle the session was opened from.
         flow: how `predict_stream` moves images through the session.
         checks: whether images out of scope are refused; see PixelLoader.of.
+        points: what decides; None for the bundle's own operating points.
 
     Attributes:
         loader: of its images.
+        points: what decides.
     """
 
     _bundle: Bundle | None = None
 
-    def __init__(self, session: Session, manifest: Manifest, flow: Flow | None = None, *, checks: bool = True) -> None:
+    def __init__(
+        self,
+        session: Session,
+        manifest: Manifest,
+        flow: Flow | None = None,
+        *,
+        checks: bool = True,
+        points: OperatingPoints | None = None,
+    ) -> None:
         self._session = session
+        self.points = points or OperatingPoints.of(manifest, None)
         self._flow = flow = flow or Flow()
         self._manifest = manifest
         # Processes are started as compressed DICOM asks for them.
@@ -97,7 +110,8 @@ class Predictor:
     ) -> "Predictor":
         """Verify a bundle, load it and check its known answers; see Bundle.open and open_session for the arguments.
 
-        With trust, its release then becomes the oldest that runs here; see Bundle.keep_release.
+        With trust, its release then becomes the oldest that runs here; see Bundle.keep_release. A site file beside it decides;
+        see Bundle.read_site.
 
         For one image at a time, all cores at work on it (threads=None) answer soonest. For many, `predict_stream` is fastest
         with threads=1: each core then carries images of its own.
@@ -113,7 +127,9 @@ class Predictor:
     ) -> "Predictor":
         """Load a verified bundle, as `open` does; flow None chooses one for this machine."""
         flow = flow or choose_flow(bundle.manifest, threads=threads, provider=provider, cores=usable_cores())
-        predictor = cls(open_session(bundle, threads=threads, provider=provider), bundle.manifest, flow)
+        points = OperatingPoints.of(bundle.manifest, bundle.read_site())
+        session = open_session(bundle, threads=threads, provider=provider)
+        predictor = cls(session, bundle.manifest, flow, points=points)
         predictor._bundle = bundle
         try:
             bundle.keep_release()
@@ -126,11 +142,6 @@ class Predictor:
     def flow(self) -> Flow:
         """How `predict_stream` moves images through the session."""
         return self._flow
-
-    @property
-    def operating_points(self) -> Mapping[str, float]:
-        """Probability at and above which a finding is called present; findings without one are omitted."""
-        return MappingProxyType(self._manifest.operating_points)
 
     def predict(self, image: ImageSource) -> Prediction:
         """Return the findings in one radiograph.
@@ -156,7 +167,7 @@ class Predictor:
             raise SessionError("got no images, needed at least one.")
         pixels = [self.loader.load(image).pixels for image in images]
         logits, maps = self._session.run(pixels[0] if len(pixels) == 1 else np.concatenate(pixels))
-        return [Prediction.of(*row, self._manifest) for row in zip(logits, maps, strict=True)]
+        return [self._name(*row) for row in zip(logits, maps, strict=True)]
 
     def self_test(self) -> None:
         """Check the known answers again.
@@ -166,7 +177,7 @@ class Predictor:
         """
         if self._bundle is None:
             raise SessionError("found no bundle, needed its known answers. Next: open the predictor from a bundle.")
-        check_known_answers(self._session, self._bundle, n_probes=N_STARTUP_PROBES)
+        check_known_answers(self._session, self._bundle)
 
     def predict_stream(self, paths: Iterable[Path | str], *, with_maps: bool = False) -> Generator[FileAnswer]:
         """Yield each file's findings, in order; for a file that can't be read, the ImageError that says why.
@@ -227,7 +238,10 @@ class Predictor:
     def _run_batch(self, pixels: list[Pixels], *, with_maps: bool) -> list[Prediction]:
         logits, maps = run_padded(self._session, np.concatenate(pixels))
         rows = zip(logits, maps, strict=True)
-        return [Prediction.of(row, row_maps if with_maps else None, self._manifest) for row, row_maps in rows]
+        return [self._name(row, row_maps if with_maps else None) for row, row_maps in rows]
+
+    def _name(self, logits: Logits, maps: NDArray[np.float32] | None) -> Prediction:
+        return Prediction.of(logits, maps, self._manifest.findings, self.points)
 
 
 def draw_cam(gray: Gray, cam: NDArray[np.float32]) -> NDArray[np.uint8]:

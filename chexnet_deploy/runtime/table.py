@@ -12,6 +12,7 @@ from typing import Annotated, Final, Literal, NamedTuple, TypeAlias
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from chexnet_deploy.bundle.site import OperatingPoints
 from chexnet_deploy.datasets.predictions import QUARANTINED
 from chexnet_deploy.errors import ImageError, TableError
 from chexnet_deploy.files import FileContent, Sha256
@@ -43,7 +44,9 @@ class TableCard(BaseModel):
         bundle: its id.
         preprocessing: the bundle's.
         findings: the bundle's, in its order.
-        operating_points: the bundle's.
+        operating_points: by finding, what is present at and above it: the bundle's, or the site file's.
+        absent_below: the site file's, where that is another; between the two nothing is said, and the field is empty.
+        site: id of the site file that decides; None for the bundle's own operating points.
         backend: what ran the model: openvino, cpu, cuda, tensorrt or tensorrt_rtx; never "auto", which may become another.
             Answers may differ in their last bits between backends,
         threads: between thread counts of one call (None is all cores),
@@ -61,6 +64,8 @@ class TableCard(BaseModel):
     preprocessing: Preprocessing
     findings: tuple[str, ...]
     operating_points: dict[str, float]
+    absent_below: dict[str, float] = Field(default={})
+    site: Sha256 | None = None
     backend: str
     threads: int | None
     batch_size: Annotated[int, Field(ge=1)]
@@ -75,12 +80,14 @@ class TableCard(BaseModel):
         columns: dict[str, ColumnKind] = {"image": "text", "status": "text"}
         columns |= {f"prob_{finding}": "probability" for finding in self.findings}
         columns |= {f"present_{finding}": "decision" for finding in self.decided}
+        columns |= {} if self.site is None else {"site": "text"}
         return columns | {"bundle": "text", "file_bytes": "count", "file_sha256": "text", "reason": "text"}
 
     @property
     def decided(self) -> tuple[str, ...]:
         """The findings that have an operating point, in order."""
-        return tuple(finding for finding in self.findings if finding in self.operating_points)
+        points = {*self.operating_points, *self.absent_below}
+        return tuple(finding for finding in self.findings if finding in points)
 
     @property
     def begun(self) -> "TableCard":
@@ -90,6 +97,18 @@ class TableCard(BaseModel):
     def to_json(self) -> bytes:
         """Return the bytes of the card's file."""
         return (self.model_dump_json(indent=2) + "\n").encode()
+
+    def refuse_other_site(self, points: OperatingPoints) -> None:
+        """Refuse operating points that are not the table's: a site file came, went or changed meanwhile.
+
+        Raises:
+            TableError: they are not.
+        """
+        if points.site != self.site:
+            raise TableError(
+                f"the table is decided by {_whose(self.site)}, and now there is {_whose(points.site)}. Run the same command "
+                f"again with the one, or choose another --out for the other."
+            )
 
     def refuse_other(self, out: Path, stored: "TableCard") -> None:
         """Refuse to go on with a table that was begun with another card.
@@ -136,13 +155,15 @@ def row_of(card: TableCard, name: str, done: FileAnswer) -> Row:
     answer, content = done.answer, ["", ""] if done.content is None else [str(field) for field in done.content]
     if isinstance(answer, ImageError):
         blanks = [""] * (len(card.findings) + len(card.decided))
+        blanks += [] if card.site is None else [card.site]
         reason = one_line(str(answer).removeprefix(f"{done.path}: "))
         return Row(
             row_bytes([one_line(name), QUARANTINED, *blanks, card.bundle, *content, reason]), is_quarantined=True
         )
     # The shortest digits that name this float32 and no other: nothing is lost, and nothing is made up.
     probabilities = [str(np.float32(answer.probabilities[finding])) for finding in card.findings]
-    decisions = [str(int(answer.present[finding])) for finding in card.decided]
+    decisions = ["" if (it := answer.present.get(finding)) is None else str(int(it)) for finding in card.decided]
+    decisions += [] if card.site is None else [card.site]
     line = row_bytes([one_line(name), OK, *probabilities, *decisions, card.bundle, *content, ""])
     return Row(line, is_quarantined=False)
 
@@ -207,6 +228,10 @@ def row_bytes(fields: Iterable[str]) -> bytes:
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerow(fields)
     return text.getvalue().encode()
+
+
+def _whose(site: str | None) -> str:
+    return "the bundle's own operating points" if site is None else f"the site file {site[:12]}…"
 
 
 def _short(value: object) -> str:

@@ -86,6 +86,6 @@ class SignatureFile(StrictRecord):
         return (json.dumps(self.model_dump(mode="json"), indent=2) + "\n").encode()
 
 
-def message_to_sign(manifest: bytes) -> bytes:
-    """Return what is signed for the bytes of a manifest.json."""
-    return b"DSSEv1 %d %b %d %b" % (len(PAYLOAD_TYPE), PAYLOAD_TYPE, len(manifest), manifest)
+def message_to_sign(content: bytes, payload_type: bytes = PAYLOAD_TYPE) -> bytes:
+    """Return what is signed for the bytes of a manifest.json, or of a file of another type."""
+    return b"DSSEv1 %d %b %d %b" % (len(payload_type), payload_type, len(content), content)

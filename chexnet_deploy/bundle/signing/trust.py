@@ -38,7 +38,7 @@ from chexnet_deploy.bundle.signing.releases import (
     read_floor,
     refuse_older,
 )
-from chexnet_deploy.bundle.signing.signatures import Signature, SignatureFile
+from chexnet_deploy.bundle.signing.signatures import PAYLOAD_TYPE, SIGNATURE, Signature, SignatureFile
 from chexnet_deploy.errors import TrustError, require
 from chexnet_deploy.files import PlainFile, sha256_hex
 from chexnet_deploy.inputs import StrictRecord
@@ -144,13 +144,23 @@ class Trust(StrictRecord):
             return trust
         return trust.model_copy(update={"floor_file": path.absolute().parent / trust.floor_file})
 
-    def check_signature(self, manifest: bytes, signatures: bytes, where: str) -> tuple[str, ...]:
-        """Return the names of the trusted keys that signed a manifest.
+    def check_signature(
+        self,
+        manifest: bytes,
+        signatures: bytes,
+        where: str,
+        *,
+        payload_type: bytes = PAYLOAD_TYPE,
+        signed_in: str = SIGNATURE,
+    ) -> tuple[str, ...]:
+        """Return the names of the trusted keys that signed a manifest, or a file of another type.
 
         Args:
-            manifest: the bytes of manifest.json.
-            signatures: the bytes of manifest.sig.
-            where: the bundle, for errors.
+            manifest: the bytes of manifest.json, or of that file.
+            signatures: the bytes of manifest.sig, or of that file's signatures.
+            where: the bundle, or that file, for errors.
+            payload_type: what was signed.
+            signed_in: name of the signatures' file, for errors.
 
         Raises:
             TrustError: no trusted key has signed, or a trusted key's signature is for other bytes.
@@ -159,15 +169,15 @@ class Trust(StrictRecord):
         verify = _import_verify_manifest()
         known = {key.fingerprint: key for key in self.keys}
         signers, others = [], []
-        for signature in SignatureFile.parse(signatures, f"{where}/manifest.sig").signatures:
+        for signature in SignatureFile.parse(signatures, f"{where}: {signed_in}").signatures:
             key = known.get(signature.key)
             if key is None or key.is_revoked:
                 others.append(f"{signature.key[:12]}… (unknown)" if key is None else f"{key.name} (revoked)")
-            elif verify(key.raw, signature, manifest):
+            elif verify(key.raw, signature, manifest, payload_type):
                 signers.append(key.name)
             else:
                 raise TrustError(
-                    f"{where}: the signature by {key.name} is not for this manifest. Don't use it; copy the bundle again."
+                    f"{where}: the signature by {key.name} is not for this {Path(signed_in).stem}. Don't use it; copy it again."
                 )
         if not signers:
             raise TrustError(
@@ -214,7 +224,7 @@ class Trust(StrictRecord):
         return f"a signature by {' or '.join(key.name for key in self.keys if not key.is_revoked)}"
 
 
-def _import_verify_manifest() -> Callable[[bytes, Signature, bytes], bool]:
+def _import_verify_manifest() -> Callable[[bytes, Signature, bytes, bytes], bool]:
     with require("signing", so="no signature can be verified"):
         from chexnet_deploy.bundle.signing.keys import verify_manifest
     return verify_manifest

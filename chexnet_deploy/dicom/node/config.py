@@ -15,6 +15,7 @@ from pydantic import Field, StringConstraints, ValidationError, field_validator,
 
 from chexnet_deploy.errors import NodeError
 from chexnet_deploy.inputs import StrictRecord
+from chexnet_deploy.runtime.sessions.open import SELF_TEST_EVERY_S
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -240,7 +241,7 @@ class Health(StrictRecord):
         max_memory_mib: of node and worker together, for the generated unit.
     """
 
-    self_test_every_s: Seconds = 15.0
+    self_test_every_s: Seconds = SELF_TEST_EVERY_S
     drain_deadline_s: Seconds = 25.0
     max_memory_mib: Annotated[int, Field(ge=512)] = 4096
 

@@ -48,6 +48,7 @@ class RadiographWork:
             "bundle": self._bundle.id,
             "precision": self._bundle.manifest.precision.value,
             "chexnet-deploy": __version__,
+            **({} if self._predictor.points.site is None else {"site": self._predictor.points.site}),
         }
 
     def self_test(self) -> None:

@@ -23,6 +23,7 @@ PRIVATE_SCHEME_NAME: Final = "chexnet-deploy: findings and operating points of C
 PROBABILITY: Final = Code("122157", "DCM", "Probability")
 NO_UNITS: Final = Code("1", "UCUM", "no units")
 OPERATING_POINT: Final = Code("OPERATING_POINT", PRIVATE_SCHEME, "Operating point")
+ABSENT_BELOW: Final = Code("ABSENT_BELOW", PRIVATE_SCHEME, "Lower operating point")
 # CID 240, Present-Absent.
 PRESENT: Final = Code("52101004", "SCT", "Present")
 ABSENT: Final = Code("272519000", "SCT", "Absent")

@@ -82,7 +82,8 @@ class Reporter:
             source = read_source_image(image.header.read_dataset())
         except DicomError as err:
             raise ImageRefusedError(RefusalReason.SOURCE_HEADER, f"{path}: {err}") from err
-        result = Result(source, identity, self._bundle.id, self._device, made_at, prediction, self._bundle.manifest)
+        manifest, points = self._bundle.manifest, self._predictor.points
+        result = Result(source, identity, self._bundle.id, self._device, made_at, prediction, manifest, points)
         present = [finding for finding, is_present in prediction.present.items() if is_present]
         present.sort(key=lambda finding: -prediction.probabilities[finding])
         files = build_files(result, image.gray, present[: self._max_pictures])

@@ -1,7 +1,8 @@
 """What a DICOM object says of one image, a result or why there is none: source, model, device, time and identity.
 
-UIDs are made from the source image, header and pixels, and the bundle alone, so a result that is made again, after a crash or a
-lost acknowledgement, is the same object, and an archive that has it keeps one; a corrected image has results of its own.
+UIDs are made from the source image, header and pixels, the bundle and the site file alone, so a result that is made again, after
+a crash or a lost acknowledgement, is the same object, and an archive that has it keeps one; a corrected image has results of its
+own.
 `LAYOUT` goes into them too: raise it whenever the objects' contents change otherwise. Knows no highdicom; structured_report.py
 and secondary_capture.py build the objects.
 """
@@ -19,6 +20,7 @@ from pydicom.filewriter import dcmwrite
 
 from chexnet_deploy import __version__
 from chexnet_deploy.bundle.manifest import Manifest
+from chexnet_deploy.bundle.site import OperatingPoints
 from chexnet_deploy.dicom.results.identity import ImageIdentity
 from chexnet_deploy.dicom.results.representations import check_value
 from chexnet_deploy.dicom.results.source_header import SourceImage
@@ -123,14 +125,20 @@ class Result(Statement):
     Attributes:
         prediction: of that image, by the bundle.
         manifest: the bundle's.
+        points: that decided.
     """
 
     prediction: Prediction
     manifest: Manifest
+    points: OperatingPoints
+
+    def uid(self, role: str) -> str:
+        """Return as Statement.uid; under other operating points it is another object."""
+        return Statement.uid(self, role if self.points.site is None else f"{role} at site {self.points.site}")
 
     def __post_init__(self) -> None:
         Statement.__post_init__(self)
-        probabilities, points = self.prediction.probabilities, self.manifest.operating_points
+        probabilities = self.prediction.probabilities
         if not set(probabilities) == set(self.manifest.findings) >= set(self.prediction.maps):
             raise DicomError(
                 "The prediction's findings are not the manifest's; needed both of one bundle. Predict with that bundle."
@@ -141,18 +149,15 @@ class Result(Statement):
                     f"The probability of {finding} is {probability}; needed 0 to 1. Don't use this model; run "
                     "`chexnet-deploy bench` on it."
                 )
-        if self.prediction.present != {finding: probabilities[finding] >= point for finding, point in points.items()}:
+        if self.prediction.present != self.points.decide(probabilities):
             raise DicomError(
-                "What the prediction calls present does not follow from the manifest's operating points; needed both of one "
-                "bundle. Predict with that bundle."
+                "What the prediction calls present does not follow from the operating points; needed both of one bundle and site "
+                "file. Predict with them."
             )
 
     def decision(self, finding: str) -> str:
         """Return in words how a finding's probability lies to its operating point."""
-        point = self.manifest.operating_points.get(finding)
-        if point is None:
-            return "no operating point"
-        return f"{'at or above' if self.prediction.present[finding] else 'below'} the operating point {point:.4f}"
+        return self.points.place(finding, self.prediction.probabilities[finding])
 
 
 def finish(built: Dataset, said: Statement) -> None:

@@ -155,7 +155,8 @@ def caption(result: Result, finding: str) -> list[str]:
     return [
         f"{finding.replace('_', ' ')}: probability {result.prediction.probabilities[finding]:.4f}, {result.decision(finding)}.",
         evidence,
-        f"{ALGORITHM} {result.manifest.precision.value}, bundle {result.bundle_id[:12]}.",
+        f"{ALGORITHM} {result.manifest.precision.value}, bundle {result.bundle_id[:12]}"
+        f"{'' if result.points.site is None else f', operating points of site {result.points.site[:12]}'}.",
     ]
 
 

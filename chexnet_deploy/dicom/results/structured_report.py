@@ -6,7 +6,9 @@ One measurement group (TID 1501) a finding, in the manifest's order:
     Algorithm ... (TID 4019)     bundle id as version; precision, preprocessing and hashes as parameters
     (122157, DCM, Probability)   0..1
     Operating point              0..1; absent where the bundle has none for this finding
-    <code of the finding>        Present: at or above the operating point; Absent: below it; Undetermined: there is none
+    Lower operating point        0..1; only where a site file has two for this finding
+    <code of the finding>        Present: at or above the operating point; Absent: below it, or below the lower one;
+                                 Undetermined: between the two, or there is none
 
 The finding's code is the name of an evaluation and not the value of (121071, DCM, Finding): that would assert all 14 findings
 of every patient, and a reader that looks no further would believe it. The evaluation stays in its group, beside the numbers
@@ -39,6 +41,7 @@ from pydicom.sr.coding import Code
 
 from chexnet_deploy.dicom.results.codes import (
     ABSENT,
+    ABSENT_BELOW,
     IMAGING,
     NO_UNITS,
     OPERATING_POINT,
@@ -87,7 +90,9 @@ def build_structured_report(result: Result) -> Dataset:
     )
     # TID 1500 is extensible, and this must stay with the numbers wherever the tree is shown.
     report[0].ContentSequence.append(
-        TextContentItem(Code("121106", "DCM", "Comment"), f"{DISCLAIMER}. {_MEANING}", relationship_type="CONTAINS")
+        TextContentItem(
+            Code("121106", "DCM", "Comment"), f"{DISCLAIMER}. {_MEANING}{_site(result)}", relationship_type="CONTAINS"
+        )
     )
     built = Comprehensive3DSR(
         evidence=[_nameless(result)],
@@ -138,13 +143,13 @@ def _children(parent: Dataset, name: Code) -> list[Dataset]:
 
 
 def _group(result: Result, finding: str, algorithm: AlgorithmIdentification) -> MeasurementsAndQualitativeEvaluations:
-    point = result.manifest.operating_points.get(finding)
+    high, low = result.points.present_at.get(finding), result.points.absent_below.get(finding)
     measurements = [Measurement(PROBABILITY, float(result.prediction.probabilities[finding]), NO_UNITS)]
-    if point is None:
-        decision = UNDETERMINED
-    else:
-        measurements.append(Measurement(OPERATING_POINT, float(point), NO_UNITS))
-        decision = PRESENT if result.prediction.present[finding] else ABSENT
+    if high is not None:
+        measurements.append(Measurement(OPERATING_POINT, float(high), NO_UNITS))
+    if low is not None and low != high:
+        measurements.append(Measurement(ABSENT_BELOW, float(low), NO_UNITS))
+    decision = {True: PRESENT, False: ABSENT, None: UNDETERMINED}[result.prediction.present.get(finding)]
     return MeasurementsAndQualitativeEvaluations(
         tracking_identifier=TrackingIdentifier(uid=result.uid(f"tracking of {finding}"), identifier=finding),
         algorithm_id=algorithm,
@@ -162,12 +167,18 @@ def _algorithm(result: Result) -> AlgorithmIdentification:
         f"{manifest.model_name} sha256 {manifest.files[manifest.model_name]}",
         f"checkpoint sha256 {manifest.checkpoint_sha256}",
     ]
+    if result.points.site is not None:
+        parameters.append(f"operating points site file sha256 {result.points.site}")
     return AlgorithmIdentification(
         name=ALGORITHM,
         version=result.bundle_id,
         parameters=parameters,
         family=Code("123110", "DCM", "Artificial Intelligence"),
     )
+
+
+def _site(result: Result) -> str:
+    return "" if result.points.site is None else f" Operating points of {result.points.source}."
 
 
 def _nameless(result: Result) -> Dataset:

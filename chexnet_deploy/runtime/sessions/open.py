@@ -6,10 +6,12 @@ from typing import get_args
 import numpy as np
 
 from chexnet_deploy.bundle.bundle import Bundle
+from chexnet_deploy.bundle.probe import Probe
 from chexnet_deploy.errors import MissingPackageError, SessionError
 from chexnet_deploy.runtime.sessions.base import Provider, Session, run_in_batches
 
 N_STARTUP_PROBES = 4  # enough to catch a wrong file or backend, few enough for a scanner's start-up
+SELF_TEST_EVERY_S = 15.0  # so often the node and the service ask for them again, unless told otherwise
 # What two machines may differ by beyond the error measured when the bundle was kept: other instruction sets round
 # other ways. Fp32 logits of the same graph differ by about 1e-5 between AVX2 and AVX-512.
 LOGIT_SLACK = 2e-3
@@ -42,7 +44,7 @@ def open_session(
     else:
         session = _open_onnx(bundle, threads, provider)
     try:
-        check_known_answers(session, bundle, n_probes=N_STARTUP_PROBES)
+        check_known_answers(session, bundle)
     except BaseException:
         session.close()
         raise
@@ -78,13 +80,21 @@ def _open_onnx(bundle: Bundle, threads: int | None, provider: Provider) -> Sessi
     return OrtSession.open(bundle, threads=threads, provider=provider)
 
 
-def check_known_answers(session: Session, bundle: Bundle, *, n_probes: int) -> float:
+def check_known_answers(
+    session: Session, bundle: Bundle, *, n_probes: int = N_STARTUP_PROBES, probe: Probe | None = None
+) -> float:
     """Run the first probes and return the largest |logit difference| to the fp32 model's answers.
+
+    Args:
+        session: open.
+        bundle: it was opened from.
+        n_probes: how many.
+        probe: the bundle's, where it was read before; another bundle may lie at its path by now. None reads it.
 
     Raises:
         SessionError: the answers differ by more than when the bundle was kept, or maps and logits disagree.
     """
-    manifest, probe = bundle.manifest, bundle.read_probe()
+    manifest, probe = bundle.manifest, probe or bundle.read_probe()
     logits, maps = run_in_batches(session, probe.pixels[:n_probes])
     if logits.shape != probe.logits[:n_probes].shape or maps.shape != probe.cam[:n_probes].shape:
         raise SessionError(

@@ -1,9 +1,11 @@
 """One inference lane: requests wait in line, those that wait already are run together, each gets what it would get alone.
 
 Knows nothing of HTTP. Requests are joined only where that was seen to change no bit of an answer on this machine, and only to
-batch sizes that were seen to be faster.
+batch sizes that were seen to be faster. The same thread asks for the known answers every so often, between two batches: what
+they pass through is what images pass through. While they are wrong no image is answered.
 """
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -17,6 +19,8 @@ import numpy as np
 from chexnet_deploy.errors import SessionError
 from chexnet_deploy.images.preprocessing import Pixels
 from chexnet_deploy.runtime.sessions.base import Logits, Maps, Session
+
+log = logging.getLogger("chexnet_deploy.serving")
 
 _SIZES = (1, 2, 3, 4, 8, 16, 32, 64, 128, 256)
 _RUNS = 2  # of each size; the quicker counts
@@ -113,7 +117,13 @@ class Lane:
         plan: which batch sizes to join requests to.
         window_s: how long a lane that has just run waits for more images to reach the next size; an idle one never waits.
         on_run: called with the images in each run and its seconds; must not block.
-        check: raises where the session no longer gives its known answers; asked after a run that failed.
+        check: raises where the session no longer gives its known answers; asked every `check_every_s`, after a run that
+            failed, and before each run while they are wrong.
+        check_every_s: infinity for never.
+        on_check: called with whether they were right; must not block.
+
+    Attributes:
+        is_failing: the known answers were wrong when they were last asked for.
     """
 
     def __init__(
@@ -124,9 +134,12 @@ class Lane:
         window_s: float,
         on_run: Callable[[int, float], None],
         check: Callable[[], object],
+        check_every_s: float,
+        on_check: Callable[[bool], None],
     ) -> None:
         self._session, self._plan, self._window_s = session, plan, window_s
-        self._on_run, self._check = on_run, check
+        self._on_run, self._check, self._on_check = on_run, check, on_check
+        self._check_every_s, self._next_check_s = check_every_s, monotonic() + check_every_s
         self._waiting: deque[_Request] = deque()
         self._n_images = 0
         self._changed = threading.Condition()
@@ -166,13 +179,18 @@ class Lane:
     def _work(self) -> None:
         was_busy = False
         while True:
+            if monotonic() >= self._next_check_s:
+                self._test()
             with self._changed:
                 if not self._waiting:
                     was_busy = False
-                while not self._waiting and not self._is_closing:
-                    self._changed.wait()
+                if not self._waiting and not self._is_closing:
+                    left_s = self._next_check_s - monotonic()
+                    self._changed.wait(min(max(left_s, 0.0), threading.TIMEOUT_MAX))
                 if not self._waiting:
-                    return
+                    if self._is_closing:
+                        return
+                    continue
                 if was_busy and self._window_s > 0.0:
                     self._changed.wait_for(
                         lambda: self._is_closing or self._n_images >= self._plan.sizes[-1], timeout=self._window_s
@@ -204,25 +222,34 @@ class Lane:
         return True
 
     def _answer(self, batch: Sequence[_Request]) -> None:
+        if self.is_failing:
+            self._test()
+        if self.is_failing:
+            for request in batch:
+                request.future.set_exception(SessionError("the known answers are wrong. Start the service anew."))
+            return
         try:
             self._run(batch)
-            self.is_failing = False
         except Exception as err:  # noqa: BLE001 - handed to whoever asked
             if len(batch) > 1:
                 # Each on its own: one image's fault must not be another's.
                 for request in batch:
                     self._answer([request])
                 return
-            self.is_failing = not self._is_sound()
+            self._test()
             batch[0].future.set_exception(err)
 
-    def _is_sound(self) -> bool:
+    def _test(self) -> None:
         """Tell a broken session from one image that it can't answer: only the first is a reason to end the process."""
         try:
             self._check()
-        except Exception:  # noqa: BLE001 - whatever it is, the known answers weren't given
-            return False
-        return True
+            self.is_failing = False
+        except Exception as err:  # noqa: BLE001 - whatever it is, the known answers weren't given
+            if not self.is_failing:
+                log.error("known answers: %s", err)
+            self.is_failing = True
+        self._next_check_s = monotonic() + self._check_every_s
+        self._on_check(not self.is_failing)
 
     def _run(self, batch: Sequence[_Request]) -> None:
         parts = [request.pixels for request in batch]

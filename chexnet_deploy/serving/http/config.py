@@ -7,6 +7,7 @@ from typing import Final
 
 from chexnet_deploy.errors import ServeError
 from chexnet_deploy.runtime.sessions.base import Provider
+from chexnet_deploy.runtime.sessions.open import SELF_TEST_EVERY_S
 
 MIB: Final = 2**20
 
@@ -35,6 +36,8 @@ class ServeConfig:
         answer_s: from a request's last byte to its answer's last.
         drain_s: after SIGTERM, for what was admitted.
         saturation_s: between two images whose int8 activations are looked at; 0 for never.
+        self_test_s: between two times that the engine is asked for its known answers, as the node's health.self_test_every_s;
+            0 for never.
         shadow_images: the newest images kept in memory for the comparison before a swap; 0 keeps none.
         swap_tolerance: largest |probability difference| to the running engine that a swap allows.
     """
@@ -58,6 +61,7 @@ class ServeConfig:
     answer_s: float = 30.0
     drain_s: float = 20.0
     saturation_s: float = 10.0
+    self_test_s: float = SELF_TEST_EVERY_S
     shadow_images: int = 16
     swap_tolerance: float = 0.02
 
@@ -78,6 +82,7 @@ class ServeConfig:
             ("answer_s", 0.1, 3600.0),
             ("drain_s", 0.0, 3600.0),
             ("saturation_s", 0.0, 86_400.0),
+            ("self_test_s", 0.0, 86_400.0),
             ("shadow_images", 0, 1000),
             ("swap_tolerance", 0.0, 1.0),
         ):

@@ -24,12 +24,18 @@ _INLINE_BYTES: Final = (
 
 async def live(service: Service, _request: Request) -> Response:
     """Say whether the process can work at all."""
-    return JSONResponse({"live": service.is_live}, 200 if service.is_live else 503)
+    why = {} if service.is_live else {"reason": "known-answers"}
+    return JSONResponse({"live": service.is_live, **why}, 200 if service.is_live else 503)
 
 
 async def ready(service: Service, _request: Request) -> Response:
     """Say whether images are answered now."""
-    return JSONResponse({"ready": service.is_ready}, 200 if service.is_ready else 503)
+    return JSONResponse(_readiness(service), 200 if service.is_ready else 503)
+
+
+def _readiness(service: Service) -> dict[str, object]:
+    why = service.why_not_ready
+    return {"ready": True} if why is None else {"ready": False, "reason": why}
 
 
 async def server(_service: Service, _request: Request) -> Response:
@@ -61,7 +67,7 @@ async def model_ready(service: Service, request: Request) -> Response:
     """Say whether the model answers now."""
     with service.use_engine() as engine:
         _check_model(service, engine, request)
-    answer = {"name": service.config.name, "ready": service.is_ready}
+    answer = {"name": service.config.name, **_readiness(service)}
     return JSONResponse(answer, 200 if service.is_ready else 503)
 
 

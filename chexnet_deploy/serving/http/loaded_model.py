@@ -1,6 +1,7 @@
 """A loaded bundle with its request queue, and the check before another one replaces it."""
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ import numpy as np
 
 from chexnet_deploy.bundle.bundle import Bundle
 from chexnet_deploy.bundle.signing.trust import read_trust
+from chexnet_deploy.bundle.site import OperatingPoints
 from chexnet_deploy.errors import ServeError
 from chexnet_deploy.images.preprocessing import Pixels
 from chexnet_deploy.runtime.sessions.base import Session, run_in_batches, sigmoid
@@ -29,6 +31,7 @@ class Engine:
         bundle: verified.
         backend: what runs it.
         session: open.
+        points: that decide.
         plan: which batch sizes gain here, measured when it was opened.
         lane: the line in front of it.
         saturation: of its int8 activations; None where they can't be looked at, or aren't to be.
@@ -38,6 +41,7 @@ class Engine:
     bundle: Bundle
     backend: str
     session: Session
+    points: OperatingPoints
     plan: BatchPlan
     lane: Lane
     saturation: SaturationWatch | None = None
@@ -79,9 +83,12 @@ class Engine:
 
 
 def open_engine(
-    config: ServeConfig, on_run: Callable[[int, float], None], on_saturation: Callable[[Mapping[str, float]], None]
+    config: ServeConfig,
+    on_run: Callable[[int, float], None],
+    on_check: Callable[[bool], None],
+    on_saturation: Callable[[Mapping[str, float]], None],
 ) -> Engine:
-    """Verify the bundle, load it, check its known answers and measure which batches gain.
+    """Verify the bundle and the site file beside it, load it, check its known answers and measure which batches gain.
 
     The caller calls `bundle.keep_release()` once it takes over: a release refused in a swap must not lock out the running one.
 
@@ -91,9 +98,10 @@ def open_engine(
     trust = read_trust(config.trust)
     # The link is followed once: all files are the same bundle's, whatever it names a moment later.
     bundle = Bundle.open(_follow(config.bundle), trust=trust)
+    points, probe = OperatingPoints.of(bundle.manifest, bundle.read_site()), bundle.read_probe()
     session = open_session(bundle, threads=config.threads, provider=config.provider)
     try:
-        plan = measure_plan(session, bundle.read_probe().pixels[:_PLAN_PROBES], config.max_batch)
+        plan = measure_plan(session, probe.pixels[:_PLAN_PROBES], config.max_batch)
     except BaseException:
         session.close()
         raise
@@ -103,11 +111,13 @@ def open_engine(
         plan,
         window_s=config.window_ms / 1000.0,
         on_run=on_run,
-        check=lambda: check_known_answers(session, bundle, n_probes=1),
+        check=lambda: check_known_answers(session, bundle, probe=probe),
+        check_every_s=config.self_test_s or math.inf,
+        on_check=on_check,
     )
     is_watched = config.saturation_s > 0.0 and can_watch(bundle)
     saturation = SaturationWatch(bundle, config.saturation_s, on_saturation) if is_watched else None
-    return Engine(bundle, backend, session, plan, lane, saturation)
+    return Engine(bundle, backend, session, points, plan, lane, saturation)
 
 
 def refuse_unlike(running: Engine, new: Engine, recent: Sequence[Pixels], tolerance: float) -> float:

@@ -14,6 +14,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from chexnet_deploy.bundle.bundle import Bundle
 from chexnet_deploy.bundle.manifest import Calibration
+from chexnet_deploy.bundle.site import OperatingPoints
 from chexnet_deploy.images.preprocessing import Pixels
 from chexnet_deploy.runtime.sessions.base import Logits, sigmoid
 from chexnet_deploy.serving.http.saturation import BLOCK as SATURATION_BLOCK
@@ -53,7 +54,13 @@ class Metrics:
         self.swaps = Counter("chexnet_swaps", "Attempts to take another bundle", ["result"], registry=registry)
         self.ready = Gauge("chexnet_ready", "1 where images are answered", registry=registry)
         self._engine = Gauge(
-            "chexnet_engine", "1 for the bundle that runs", ["bundle", "precision", "backend"], registry=registry
+            "chexnet_engine",
+            "1 for the bundle that runs, and the site file whose operating points decide, if any",
+            ["bundle", "precision", "backend", "site"],
+            registry=registry,
+        )
+        self._known_answers = Counter(
+            "chexnet_known_answers", "Times the engine was asked for its known answers", ["result"], registry=registry
         )
         self._scores = Histogram(
             "chexnet_score",
@@ -98,13 +105,19 @@ class Metrics:
         self._calibration: Calibration | None = None
         for stage in ("read", "preprocess", "queue", "infer"):
             self.stage.labels(stage)
+        for result in ("right", "wrong"):
+            self._known_answers.labels(result)
 
-    def set_engine(self, bundle: Bundle, backend: str) -> None:
-        """Name the bundle that runs from now on; an unfinished block of the one before is dropped."""
+    def count_known_answers(self, is_right: bool) -> None:  # noqa: FBT001 - a callback's one argument
+        """Count one time that the known answers were asked for."""
+        self._known_answers.labels("right" if is_right else "wrong").inc()
+
+    def set_engine(self, bundle: Bundle, points: OperatingPoints, backend: str) -> None:
+        """Name the bundle that runs and what decides from now on; an unfinished block of the one before is dropped."""
         manifest = bundle.manifest
         self._engine.clear()
-        self._engine.labels(bundle.id, manifest.precision.value, backend).set(1)
-        self._findings, self._points = manifest.findings, dict(manifest.operating_points)
+        self._engine.labels(bundle.id, manifest.precision.value, backend, points.site or "").set(1)
+        self._findings, self._points = manifest.findings, dict(points.present_at)
         self._calibration = manifest.calibration
         self._block.clear()
         self._drift.clear()

@@ -43,6 +43,8 @@ _ANSWERED: Final[_Json] = {
     "probabilities": _PROBABILITIES,
     "present": {"type": "object", "additionalProperties": {"type": "boolean"}},
     "operating_points": _PROBABILITIES,
+    "absent_below": _PROBABILITIES,
+    "operating_points_from": {"type": "string"},
     "model": {"type": "string"},
     "bundle": {"type": "string", "pattern": "^[0-9a-f]{64}$"},
     "precision": {"enum": ["fp32", "fp16", "int8"]},

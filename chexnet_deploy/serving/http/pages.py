@@ -9,6 +9,7 @@ from starlette.responses import JSONResponse, Response
 
 from chexnet_deploy.serving.http import metrics as metrics_room
 from chexnet_deploy.serving.http.openapi import describe_api
+from chexnet_deploy.serving.http.predict import describe_points
 from chexnet_deploy.serving.http.refusals import Fault, RequestError
 from chexnet_deploy.serving.http.service import Service
 
@@ -81,7 +82,8 @@ async def engine(service: Service, _request: Request) -> Response:
             "backend": running.backend,
             "resize_px": manifest.preprocessing.resize_px,
             "findings": list(manifest.findings),
-            "operating_points": dict(manifest.operating_points),
+            **describe_points(running.points),
+            "site": running.points.site,
             "checks": [check.model_dump() for check in manifest.checks],
             "probe_max_abs_logit_error": manifest.probe_max_abs_logit_error,
             "checkpoint_sha256": manifest.checkpoint_sha256,

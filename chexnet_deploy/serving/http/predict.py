@@ -19,6 +19,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 from starlette.responses import Response
 
+from chexnet_deploy.bundle.site import OperatingPoints
 from chexnet_deploy.errors import ImageError, MissingPackageError, RefusalReason
 from chexnet_deploy.images import Gray, Pixels
 from chexnet_deploy.runtime.loading import PixelLoader
@@ -122,16 +123,25 @@ def _take_file(content: bytes, boundary: bytes) -> bytes:
 
 
 def _describe(engine: Engine, logits: NDArray[np.float32], model: str) -> dict[str, object]:
-    manifest = engine.bundle.manifest
-    prediction = Prediction.of(logits, None, manifest)
+    prediction = Prediction.of(logits, None, engine.bundle.manifest.findings, engine.points)
     return {
         "probabilities": prediction.probabilities,
         "present": prediction.present,
-        "operating_points": dict(manifest.operating_points),
+        **describe_points(engine.points),
         "model": model,
         "bundle": engine.bundle.id,
         "precision": engine.precision,
         "backend": engine.backend,
+    }
+
+
+def describe_points(points: OperatingPoints) -> dict[str, object]:
+    """Return what decides, for an answer: absent_below says where something else than `operating_points` does."""
+    below = {name: point for name, point in points.absent_below.items() if points.present_at.get(name) != point}
+    return {
+        "operating_points": dict(points.present_at),
+        "absent_below": below,
+        "operating_points_from": points.source,
     }
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from time import monotonic
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from chexnet_deploy.errors import ChexnetError, SessionError
 from chexnet_deploy.images import ImageReader, Pixels
@@ -80,6 +80,7 @@ class Service:
         self._engine: Engine | None = None
         self._is_draining = False
         self._swapping = asyncio.Lock()
+        self._watchers = (self._count_run, self.metrics.count_known_answers, self.metrics.set_saturation)
 
     @property
     def is_live(self) -> bool:
@@ -89,7 +90,16 @@ class Service:
     @property
     def is_ready(self) -> bool:
         """True while images are answered."""
-        return self._engine is not None and not self._is_draining and not self._engine.lane.is_failing
+        return self.why_not_ready is None
+
+    @property
+    def why_not_ready(self) -> Literal["starting", "known-answers", "draining"] | None:
+        """Why no images are answered; None while they are."""
+        if self._engine is None:
+            return "starting"
+        if self._engine.lane.is_failing:
+            return "known-answers"
+        return "draining" if self._is_draining else None
 
     async def start(self) -> None:
         """Open the bundle and check its known answers; until then nothing is answered.
@@ -97,7 +107,7 @@ class Service:
         Raises:
             BundleError, TrustError, SessionError, MissingPackageError: see open_engine.
         """
-        engine = await asyncio.to_thread(open_engine, self.config, self._count_run, self.metrics.set_saturation)
+        engine = await asyncio.to_thread(open_engine, self.config, *self._watchers)
         try:
             await asyncio.to_thread(engine.bundle.keep_release)
         except BaseException:
@@ -119,8 +129,8 @@ class Service:
                 return False
             new: Engine | None = None
             try:
-                new = await asyncio.to_thread(open_engine, self.config, self._count_run, self.metrics.set_saturation)
-                if new.bundle.id == running.bundle.id:
+                new = await asyncio.to_thread(open_engine, self.config, *self._watchers)
+                if (new.bundle.id, new.points.site) == (running.bundle.id, running.points.site):
                     log.info("swap: %s runs already", running.version)
                     self.metrics.swaps.labels("same").inc()
                     await new.retire()
@@ -212,10 +222,12 @@ class Service:
 
     def _take(self, engine: Engine) -> None:
         self._engine = engine
-        self.metrics.set_engine(engine.bundle, engine.backend)
+        self.metrics.set_engine(engine.bundle, engine.points, engine.backend)
         sizes = ", ".join(map(str, engine.plan.sizes))
         why = "" if engine.plan.is_invariant else " (batches change its answers here, or can't be compared)"
         log.info("ready: %s %s on %s, batches of %s%s", engine.version, engine.precision, engine.backend, sizes, why)
+        if engine.points.site is not None:
+            log.info("operating points of %s", engine.points.source)
 
     def _count_run(self, n_images: int, _infer_s: float) -> None:
         self.metrics.batches.observe(n_images)

@@ -114,7 +114,9 @@ class Worker:
                 f"{job.bundle} is another bundle on a machine of the cluster: {bundle.id[:12]}…, not "
                 f"{job.card.bundle[:12]}…. Copy it there again."
             )
-        return Predictor.of(bundle, threads=job.card.threads, provider=job.provider, flow=job.flow(bundle))
+        predictor = Predictor.of(bundle, threads=job.card.threads, provider=job.provider, flow=job.flow(bundle))
+        job.card.refuse_other_site(predictor.points)
+        return predictor
 
 
 class Attempts:

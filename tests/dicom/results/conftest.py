@@ -20,6 +20,7 @@ from pydicom.dataset import Dataset
 from pydicom.filereader import read_dataset
 
 from chexnet_deploy.bundle.manifest import ONNX_MODEL, PROBE, Manifest, Precision
+from chexnet_deploy.bundle.site import OperatingPoints
 from chexnet_deploy.datasets.findings import FINDINGS
 from chexnet_deploy.dicom.results.attributes import PATIENT_STUDY, PICTURE
 from chexnet_deploy.dicom.results.identity import ImageIdentity
@@ -146,7 +147,8 @@ def result_for(manifest: Manifest, prediction: Prediction) -> Callable[[Dataset]
 
     def make(header: Dataset) -> Result:
         image = ImageIdentity("e" * 64, "f" * 64)
-        return Result(read_source_image(header), image, "d" * 64, Device("SN-1"), MADE_AT, prediction, manifest)
+        points = OperatingPoints.of(manifest, None)
+        return Result(read_source_image(header), image, "d" * 64, Device("SN-1"), MADE_AT, prediction, manifest, points)
 
     return make
 

@@ -9,6 +9,7 @@ import pytest
 from highdicom.sr import CodedConcept
 from pydicom.dataset import Dataset
 
+from chexnet_deploy.bundle.site import OperatingPoints
 from chexnet_deploy.dicom.results.files import REPORT, build_files
 from chexnet_deploy.dicom.results.result import Refusal, Result, encode
 from chexnet_deploy.dicom.results.secondary_capture import build_refusal
@@ -77,6 +78,11 @@ def results(result_for: ResultFor, header_of: HeaderOf) -> dict[str, Result]:
     made["none present"] = answered(plain, dict.fromkeys(probabilities, 0.0))
     made["all present"] = answered(plain, dict.fromkeys(probabilities, 1.0))
     made["no operating points"] = answered(plain, probabilities, operating_points={})
+    at_site = OperatingPoints(
+        {"Mass": 0.9}, {"Mass": 0.1, "Edema": 0.5}, "site aaaaaaaaaaaa: PPV at least 0.9", "a" * 64
+    )
+    decided = Prediction(probabilities, at_site.decide(probabilities), {})
+    made["two operating points"] = dataclasses.replace(plain, prediction=decided, points=at_site)
     other = {"Fracture": 0.5, "Lung Opacity (any)": 0.5}
     made["another model"] = answered(plain, other, findings=tuple(other), operating_points={"Fracture": 0.5})
     return made
@@ -84,8 +90,9 @@ def results(result_for: ResultFor, header_of: HeaderOf) -> dict[str, Result]:
 
 def answered(plain: Result, probabilities: dict[str, float], **of_model: object) -> Result:
     manifest = plain.manifest.model_copy(update=of_model)
-    present = {finding: probabilities[finding] >= point for finding, point in manifest.operating_points.items()}
-    return dataclasses.replace(plain, manifest=manifest, prediction=Prediction(probabilities, present, {}))
+    points = OperatingPoints.of(manifest, None)
+    prediction = Prediction(probabilities, points.decide(probabilities), {})
+    return dataclasses.replace(plain, manifest=manifest, prediction=prediction, points=points)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +116,7 @@ def sent(
 def test_dciodvfy_finds_nothing(sent: dict[str, list[Path]], dciodvfy: Judge) -> None:
     complaints = dciodvfy([path for paths in sent.values() for path in paths])
     assert {path: said for path, said in complaints.items() if said} == {}
-    assert len(complaints) == 3 * len(HEADERS) + 2 * 4
+    assert len(complaints) == 3 * len(HEADERS) + 2 * 5
 
 
 @pytest.mark.slow

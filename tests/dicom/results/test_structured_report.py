@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from pydicom.dataset import Dataset
 
 from chexnet_deploy.bundle.manifest import Manifest
+from chexnet_deploy.bundle.site import OperatingPoints
 from chexnet_deploy.datasets.findings import FINDINGS
 from chexnet_deploy.dicom.results.codes import PRIVATE_SCHEME, finding_code
 from chexnet_deploy.dicom.results.result import Device, Result, encode
@@ -80,6 +81,26 @@ def test_the_other_two_decisions(report: Dataset) -> None:
     assert by_finding["Atelectasis"][-2].ConceptCodeSequence[0].CodeMeaning == "Absent"
     assert by_finding["Hernia"][-2].ConceptCodeSequence[0].CodeMeaning == "Undetermined"
     assert [named(item) for item in by_finding["Hernia"] if item.ValueType == "NUM"] == ["Probability"]
+
+
+def test_a_site_file_s_two_points_are_written_and_named(result: Result, report: Dataset) -> None:
+    words = "site aaaaaaaaaaaa: PPV at least 0.9 and NPV at least 0.95 with confidence 0.95"
+    points = OperatingPoints({"Mass": 0.9}, {"Mass": 0.125, "Hernia": 0.5}, words, "a" * 64)
+    probabilities = result.prediction.probabilities  # Mass 0.33, Hernia 0.95
+    decided = dataclasses.replace(result.prediction, present=points.decide(probabilities))
+    built = reread(build_structured_report(dataclasses.replace(result, prediction=decided, points=points)))
+    by_finding = groups(built)
+    numbers = {named(item): item for item in by_finding["Mass"] if item.ValueType == "NUM"}
+    assert list(numbers) == ["Probability", "Operating point", "Lower operating point"]
+    assert numbers["Operating point"].MeasuredValueSequence[0].NumericValue == 0.9
+    assert numbers["Lower operating point"].MeasuredValueSequence[0].NumericValue == 0.125
+    for finding in ("Mass", "Hernia", "Pneumonia"):  # between, above its only one, without
+        assert by_finding[finding][-2].ConceptCodeSequence[0].CodeMeaning == "Undetermined"
+    (comment,) = [str(item.TextValue) for item in built.ContentSequence if named(item) == "Comment"]
+    assert comment.endswith(f"Operating points of {words}.")
+    parameters = [str(item.TextValue) for item in by_finding["Mass"] if named(item) == "Algorithm Parameters"]
+    assert f"operating points site file sha256 {'a' * 64}" in parameters
+    assert built.SOPInstanceUID != report.SOPInstanceUID  # what says something else is another object
 
 
 def test_no_finding_is_asserted(report: Dataset) -> None:

@@ -24,6 +24,7 @@ class SumSession:
     def __init__(self, *, lowest: int = 1, slot_noise: float = 0.0, image_s: float = 0.0, batch_s: float = 0.0) -> None:
         self.batch_range = (lowest, 64)
         self.sizes: list[int] = []
+        self.checks: list[bool] = []
         self.probe = 0
         self.may_run = threading.Event()
         self.may_run.set()
@@ -53,13 +54,17 @@ def images(*values: int) -> Pixels:
     return np.array(values, np.uint8)[:, None, None, None] * np.ones((1, 1, 2, 2), np.uint8)
 
 
-def open_lane(session: SumSession, plan: BatchPlan = PLAN, window_s: float = 0.0) -> Lane:
+def open_lane(
+    session: SumSession, plan: BatchPlan = PLAN, window_s: float = 0.0, check_every_s: float = FOREVER_S
+) -> Lane:
     return Lane(
         session,
         plan,
         window_s=window_s,
         on_run=lambda n, infer_s: None,
         check=lambda: session.run(images(session.probe)),
+        check_every_s=check_every_s,
+        on_check=session.checks.append,
     )
 
 
@@ -119,6 +124,37 @@ def test_one_images_fault_stays_its_own() -> None:
     lane.close()
 
 
+def test_known_answers_are_asked_for_on_a_timer_and_while_they_are_wrong_nobody_is_answered() -> None:
+    session = SumSession()
+    lane = open_lane(session, check_every_s=0.02)
+
+    def wait_for(check: bool) -> None:
+        end_s = monotonic() + 30.0
+        while not session.checks or session.checks[-1] is not check:
+            assert monotonic() < end_s
+            sleep(0.005)
+
+    wait_for(True)  # nobody has asked for anything yet
+    session.probe = 255
+    wait_for(False)
+    assert lane.is_failing
+    with pytest.raises(SessionError, match="known answers are wrong"):
+        lane.submit(images(1), FOREVER_S).result(10)  # though this one would run
+    session.probe = 0
+    wait_for(True)
+    assert lane.submit(images(1), FOREVER_S).result(10).logits.tolist() == [[4.0]]
+    lane.close()
+
+
+def test_a_busy_lane_asks_for_them_too() -> None:
+    session = SumSession(image_s=0.01)
+    lane = open_lane(session, BatchPlan((1,), (1.0,), is_invariant=True), check_every_s=0.05)
+    for future in [lane.submit(images(1), FOREVER_S) for _ in range(30)]:
+        future.result(30)
+    assert len(session.checks) >= 3
+    lane.close()
+
+
 def test_a_session_that_takes_no_small_batch_gets_copies_and_their_answers_are_dropped() -> None:
     session = SumSession(lowest=4)
     lane = open_lane(session, measure_plan(session, images(1, 2), 16))
@@ -174,6 +210,7 @@ def test_admission_is_exact() -> None:
         {"max_batch": 65},
         {"max_held_mib": 1},
         {"deadline_s": 0.0},
+        {"self_test_s": -1.0},
     ],
 )
 def test_wrong_options_are_refused(wrong: dict, tmp_path) -> None:

@@ -3,6 +3,7 @@
 import numpy as np
 
 from chexnet_deploy.bundle.bundle import Bundle
+from chexnet_deploy.bundle.site import OperatingPoints
 from chexnet_deploy.serving.http.metrics import BLOCK, Metrics
 
 
@@ -13,7 +14,7 @@ def value(metrics: Metrics, line: str) -> float:
 
 def test_scores_appear_in_whole_blocks(served: Bundle) -> None:
     metrics = Metrics()
-    metrics.set_engine(served, "openvino")
+    metrics.set_engine(served, OperatingPoints.of(served.manifest, None), "openvino")
     findings = served.manifest.findings
     pixels = np.full((1, 1, 32, 32), 255, np.uint8)
     logits = np.full((1, len(findings)), 5.0, np.float32)  # probability 0.9933, over every operating point
@@ -33,7 +34,7 @@ def test_drift_is_told_in_the_calibration_images_own_spread(bundles: dict[str, B
     calibration = bundles["int8"].manifest.calibration
     assert calibration is not None
     metrics, findings = Metrics(), bundles["int8"].manifest.findings
-    metrics.set_engine(bundles["int8"], "openvino")
+    metrics.set_engine(bundles["int8"], OperatingPoints.of(bundles["int8"].manifest, None), "openvino")
     moved = np.add(calibration.logit_mean, np.multiply(2.0, calibration.logit_sd)).astype(np.float32)[None]
     for _ in range(BLOCK - 1):
         metrics.count_images(np.zeros((1, 1, 32, 32), np.uint8), moved, findings)
@@ -41,5 +42,7 @@ def test_drift_is_told_in_the_calibration_images_own_spread(bundles: dict[str, B
     metrics.count_images(np.zeros((1, 1, 32, 32), np.uint8), moved, findings)
     for finding in findings:
         assert abs(value(metrics, f'chexnet_logit_drift{{finding="{finding}"}}') - 2.0) < 1e-3
-    metrics.set_engine(bundles["fp32"], "openvino")  # has no calibration
+    metrics.set_engine(
+        bundles["fp32"], OperatingPoints.of(bundles["fp32"].manifest, None), "openvino"
+    )  # has no calibration
     assert "chexnet_logit_drift{" not in metrics.to_text().decode()

@@ -63,8 +63,9 @@ function showFindings(answer) {
   const names = Object.keys(answer.probabilities).sort((a, b) => answer.probabilities[b] - answer.probabilities[a]);
   at("findings").replaceChildren(...names.map((name) => {
     const probability = answer.probabilities[name];
-    const point = answer.operating_points[name];
-    const verdict = point === undefined ? "no operating point" : `${answer.present[name] ? "at or above" : "below"} ${point.toFixed(3)}`;
+    const high = answer.operating_points[name], low = answer.absent_below[name] ?? high;
+    let verdict = high === undefined && low === undefined ? "no operating point" : "undetermined";
+    if (name in answer.present) verdict = answer.present[name] ? `at or above ${high.toFixed(3)}` : `below ${low.toFixed(3)}`;
     const button = make("button", answer.present[name] ? "present" : "");
     button.type = "button";
     button.dataset.finding = name;
@@ -76,7 +77,7 @@ function showFindings(answer) {
     const bar = make("div", "bar");
     bar.style.width = `${100 * probability}%`;
     track.append(bar);
-    if (point !== undefined) {
+    for (const point of new Set([low, high].filter((end) => end !== undefined))) {
       const mark = make("div", "point");
       mark.style.left = `${100 * point}%`;
       track.append(mark);
@@ -115,7 +116,8 @@ async function take(chosen) {
     if (mine !== turn) return;
     showFindings(answer);
     const n = Object.values(answer.present).filter(Boolean).length;
-    say(`${n} of ${Object.keys(answer.probabilities).length} findings at or above their operating points.`);
+    const site = answer.operating_points_from === "bundle" ? "" : `, of ${answer.operating_points_from}`;
+    say(`${n} of ${Object.keys(answer.probabilities).length} findings at or above their operating points${site}.`);
     const top = Object.keys(answer.probabilities).reduce((a, b) => (answer.probabilities[a] >= answer.probabilities[b] ? a : b));
     await showMap(top);
   } catch (err) {
