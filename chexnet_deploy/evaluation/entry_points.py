@@ -11,14 +11,15 @@ from chexnet_deploy.bundle import Bundle, Trust, find_reference
 from chexnet_deploy.datasets.chestxray14 import ChestXray14, Split
 from chexnet_deploy.datasets.labelled import LabelledImages
 from chexnet_deploy.errors import OnPhase, SpecError, require
+from chexnet_deploy.evaluation.attest import attest
 from chexnet_deploy.evaluation.bench_report import BenchReport, write_predictions
 from chexnet_deploy.evaluation.engines import Effort, run_bench
 from chexnet_deploy.evaluation.records import Evaluation
 from chexnet_deploy.evaluation.request import EvaluationRequest
 from chexnet_deploy.evaluation.run import run_evaluation
 from chexnet_deploy.evaluation.sources import choose_images, say_who_is_known
-from chexnet_deploy.evaluation.spec import read_spec
-from chexnet_deploy.files import new_folder
+from chexnet_deploy.evaluation.spec import find_spec, read_spec
+from chexnet_deploy.files import new_folder, sha256_of_file
 from chexnet_deploy.runtime import Predictor, open_session
 from chexnet_deploy.runtime.sessions.base import Provider
 
@@ -39,7 +40,7 @@ def bench(
     with_html: bool,
     on_phase: OnPhase,
 ) -> BenchReport:
-    """Measure bundles, write report.json, report.html and the logits into `out`, return the report.
+    """Measure bundles, write report.json, report.html, attestations and the logits into `out`, return the report.
 
     `image_list` narrows the split to the images it names. Every readable image is measured, also one that `predict` refuses by the
     model's scope or the content check.
@@ -50,11 +51,13 @@ def bench(
     pages = _open_pages("bench_page") if with_html else None
     if image_list is not None and data_root is None:
         raise SpecError("a list of images needs the data they are in. Give ChestX-ray14 by --data.")
+    trust = None if trust is None else trust.without_pass()  # it is `bench` that gives one
     bundles = [Bundle.open(path, trust=trust) for path in engine_paths]
     reference = (
         find_reference(bundles[0], trust=trust) if reference_path is None else Bundle.open(reference_path, trust=trust)
     )
-    specs = [read_spec(bundle.manifest.precision.value if spec is None else spec) for bundle in bundles]
+    spec_files = [find_spec(bundle.manifest.precision.value if spec is None else spec) for bundle in bundles]
+    specs, specs_sha256 = [read_spec(str(file)) for file in spec_files], [sha256_of_file(file) for file in spec_files]
     images, data, patients_note = None, "no labelled images", ""
     if data_root is not None:
         radiographs, data = choose_images(ChestXray14.open(data_root), split, image_list)
@@ -77,6 +80,8 @@ def bench(
         if images is not None:
             for name, logits in run.logits.items():
                 write_predictions(partial / f"logits-{name}.csv", images, reference.manifest.findings, logits)
+        for file, attestation in attest(run, bundles, reference, specs_sha256, on_phase).items():
+            (partial / file).write_bytes(attestation.to_bytes())
         if pages is not None:
             session = open_session(bundles[-1], threads=threads, provider=provider)
             with Predictor(session, bundles[-1].manifest, checks=False) as predictor:

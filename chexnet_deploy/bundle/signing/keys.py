@@ -92,22 +92,23 @@ def load_private_key(pem: bytes, passphrase: bytes | None, where: str) -> Ed2551
     return key
 
 
-def sign_manifest(key: Ed25519PrivateKey, manifest: bytes) -> Signature:
-    """Sign the bytes of a manifest.json. Ed25519 takes no random numbers: the same key gives the same signature again."""
-    return Signature(key=fingerprint(public_der(key)), ed25519=key.sign(message_to_sign(manifest)).hex())
+def sign_content(key: Ed25519PrivateKey, content: bytes, payload_type: bytes) -> Signature:
+    """Sign the bytes of a file of that type. Ed25519 takes no random numbers: the same key gives the same signature again."""
+    return Signature(key=fingerprint(public_der(key)), ed25519=key.sign(message_to_sign(content, payload_type)).hex())
 
 
-def verify_manifest(public_raw: bytes, signature: Signature, manifest: bytes) -> bool:
+def verify_content(public_raw: bytes, signature: Signature, content: bytes, payload_type: bytes) -> bool:
     """Say whether a signature is this key's for these bytes.
 
     Args:
         public_raw: the public key's 32 bytes.
         signature: whose fingerprint has been matched already.
-        manifest: the bytes of manifest.json.
+        content: the bytes of the file.
+        payload_type: what the file is.
     """
     try:
         Ed25519PublicKey.from_public_bytes(public_raw).verify(
-            bytes.fromhex(signature.ed25519), message_to_sign(manifest)
+            bytes.fromhex(signature.ed25519), message_to_sign(content, payload_type)
         )
     except InvalidSignature:
         return False
