@@ -197,9 +197,9 @@ Not in {{ engine.precision.type_name }}: {{ engine.card.fallbacks|join(", ") or 
 <td></td><td></td><td>{{ "left out: " ~ engine.parity.left_out|join(", ") if engine.parity.left_out }}</td></tr></table>
 {% if forests[loop.index0] %}<img alt="AUROC differences with margins" src="{{ forests[loop.index0] }}">{% endif %}
 <h3>Limits</h3>
-<table><tr><th>gate</th><th>measured (95 % interval)</th><th>worst finding</th><th>limit</th><th>verdict</th></tr>
+<table><tr><th>gate, and the worst finding</th><th>measured (95 % interval)</th><th>limit</th><th>verdict</th></tr>
 {% for g in engine.parity.gates %}
-<tr><td>{{ g.gate }}</td><td>{{ g.measured }}</td><td>{{ g.finding or "" }}</td>
+<tr><td>{{ g.gate }}{% if g.finding %}, {{ g.finding }}{% endif %}</td><td>{{ g.measured }}</td>
 <td>{{ "none" if g.limit is none else g.limit }}</td><td class="{{ g.verdict }}">{{ g.verdict }}</td></tr>
 {% endfor %}</table>
 <h3>Image by image</h3>
