@@ -19,7 +19,7 @@
     ├── SessionError          a backend refused a model or its input
     ├── SpecError             an engine spec or a recipe is wrong
     ├── TableError            a table of findings is of another run, was changed, or can't be written
-    └── TrustError            nobody trusted has signed a bundle, it is too old, or a key or trust file can't be used
+    └── TrustError            a bundle isn't signed by a trusted key, is too old or has no PASS, or a key can't be used
 
 A message says what was found, what was needed, and the next step. Errors of other libraries are translated in
 the module that uses them, `from err`. Anything else that escapes is a bug: the command line exits 70.
@@ -166,7 +166,7 @@ class TableError(ChexnetError):
 
 
 class TrustError(ChexnetError):
-    """Nobody trusted has signed a bundle, it is too old, or a key or trust file can't be used."""
+    """Nobody trusted has signed a bundle, it is too old or has no PASS here, or a key or trust file can't be used."""
 
 
 OnPhase: TypeAlias = Callable[[str, int, int], None]

@@ -17,9 +17,9 @@ from typing import Any, TypeAlias
 
 from benchmarks.robustness.workbench import Workbench
 from chexnet_deploy.bundle.manifest import MANIFEST, MANIFEST_SHA256, Manifest, hash_files
-from chexnet_deploy.bundle.signing.keys import fingerprint, public_der, sign_manifest
+from chexnet_deploy.bundle.signing.keys import fingerprint, public_der, sign_content
 from chexnet_deploy.bundle.signing.releases import Release
-from chexnet_deploy.bundle.signing.signatures import SIGNATURE, Signature, SignatureFile, message_to_sign
+from chexnet_deploy.bundle.signing.signatures import MANIFEST_TYPE, SIGNATURE, Signature, SignatureFile, message_to_sign
 from chexnet_deploy.files import sha256_hex
 
 PAGE_BYTES = 4096
@@ -112,11 +112,13 @@ def signatures(bench: Workbench) -> Iterator[Mutation]:
     wrong = {
         "of the bare manifest": key.sign(manifest),
         "of its hash": key.sign(sha256_hex(manifest).encode()),
-        "of another type": key.sign(message_to_sign(manifest).replace(b"manifest.v1", b"manifest.v2", 1)),
-        "of a longer manifest": key.sign(message_to_sign(manifest + b"\n")),
-        "of another bundle": key.sign(message_to_sign(edited)),
-        "of a stranger under a trusted name": bench.keys["stranger"].sign(message_to_sign(manifest)),
-        "of the former key under a trusted name": bench.keys["former"].sign(message_to_sign(manifest)),
+        "of another type": key.sign(
+            message_to_sign(manifest, MANIFEST_TYPE).replace(b"manifest.v1", b"manifest.v2", 1)
+        ),
+        "of a longer manifest": key.sign(message_to_sign(manifest + b"\n", MANIFEST_TYPE)),
+        "of another bundle": key.sign(message_to_sign(edited, MANIFEST_TYPE)),
+        "of a stranger under a trusted name": bench.keys["stranger"].sign(message_to_sign(manifest, MANIFEST_TYPE)),
+        "of the former key under a trusted name": bench.keys["former"].sign(message_to_sign(manifest, MANIFEST_TYPE)),
         "of zeros": bytes(64),
         "of ones": b"\xff" * 64,
         "with R of the identity": bytes([1]) + bytes(63),
@@ -126,7 +128,7 @@ def signatures(bench: Workbench) -> Iterator[Mutation]:
     for name, content in wrong.items():
         broken = Signature(key=own, ed25519=content.hex())
         yield _sig(name, SignatureFile.of((broken,)).to_bytes())
-        beside = SignatureFile.of((broken, sign_manifest(bench.keys["next"], manifest)))
+        beside = SignatureFile.of((broken, sign_content(bench.keys["next"], manifest, MANIFEST_TYPE)))
         yield _sig(f"{name}, beside a right one", beside.to_bytes())
     for name, content in _other_forms(bench.pristine[SIGNATURE], right):
         yield _sig(name, content)

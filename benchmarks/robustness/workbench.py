@@ -9,8 +9,8 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from chexnet_deploy.bundle.manifest import MANIFEST, MANIFEST_SHA256
-from chexnet_deploy.bundle.signing.keys import sign_manifest
-from chexnet_deploy.bundle.signing.signatures import SIGNATURE, SignatureFile
+from chexnet_deploy.bundle.signing.keys import sign_content
+from chexnet_deploy.bundle.signing.signatures import MANIFEST_TYPE, SIGNATURE, SignatureFile
 from chexnet_deploy.files import sha256_hex
 
 
@@ -82,7 +82,7 @@ class Workbench:
 
     def sign(self, *roles: str, manifest: bytes | None = None) -> None:
         """Put the signatures of these keys."""
-        signed = tuple(sign_manifest(self.keys[role], manifest or self.manifest) for role in roles)
+        signed = tuple(sign_content(self.keys[role], manifest or self.manifest, MANIFEST_TYPE) for role in roles)
         self.put(SIGNATURE, SignatureFile.of(signed).to_bytes())
 
     def set_floor(self, make: Callable[[Path], object]) -> None:

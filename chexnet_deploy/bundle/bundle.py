@@ -5,6 +5,7 @@
     probe.npz         32 pixel arrays with the fp32 model's answers
     manifest.sha256   guards against accident
     manifest.sig      optional; guards against intent where a bundle is opened with trust, see signing/
+    attestation.json  optional, with attestation.sig: what `bench` found of it, see signing/attestation.py
 
 A site file may lie beside the directory, see site.py.
 
@@ -28,6 +29,12 @@ from chexnet_deploy.bundle.manifest import (
     parse_manifest,
 )
 from chexnet_deploy.bundle.probe import Probe
+from chexnet_deploy.bundle.signing.attestation import (
+    ATTESTATION,
+    ATTESTATION_SIGNATURE,
+    MAX_ATTESTATION_BYTES,
+    Attestation,
+)
 from chexnet_deploy.bundle.signing.signatures import MAX_SIGNATURE_BYTES, SIGNATURE
 from chexnet_deploy.bundle.signing.trust import Trust
 from chexnet_deploy.bundle.site import Site, read_site
@@ -39,6 +46,8 @@ MAX_MODEL_BYTES = (
     2**29
 )  # DenseNet-121 has 28 MB in fp32; a hostile file must not fill the memory before its hash is known
 MAX_PROBE_BYTES = 2**27  # 32 images of 1024 px with their maps, uncompressed
+_BESIDE = {MANIFEST, MANIFEST_SHA256, SIGNATURE, ATTESTATION, ATTESTATION_SIGNATURE}
+"""What no manifest names."""
 _MAX_NAMED = 5  # entries that an error names
 _AGAIN = "Copy the bundle again or export it again."
 
@@ -51,6 +60,7 @@ class Bundle:
         manifest: what it says.
         id: SHA-256 of manifest.json; names this bundle in its descendants.
         signers: names of the trusted keys that signed it; empty where it was opened without trust.
+        attestation: the PASS that trust asked for; None where it asked for none. open_session holds it to this machine.
     """
 
     def __init__(
@@ -61,11 +71,13 @@ class Bundle:
         *,
         trust: Trust | None = None,
         signers: tuple[str, ...] = (),
+        attestation: Attestation | None = None,
     ) -> None:
         self.path = path
         self.manifest = manifest
         self.id = bundle_id
         self.signers = signers
+        self.attestation = attestation
         self._trust = trust
 
     @property
@@ -94,13 +106,13 @@ class Bundle:
 
         Args:
             path: its directory.
-            trust: whose signature it needs, and which release at the least; None checks hashes alone, which who can write
-                the bundle can make anew.
+            trust: whose signature it needs, which release at the least, and whose PASS; None checks hashes alone, which
+                who can write the bundle can make anew.
 
         Raises:
             BundleError: a file is missing, extra, not a plain file, linked, or doesn't match its hash; or the manifest is
                 not one this version understands.
-            TrustError: it isn't signed by a trusted key, or it is older than trust allows.
+            TrustError: it isn't signed by a trusted key, is older than trust allows, or has no PASS that trust asks for.
             MissingPackageError: trust is given and cryptography is not installed.
         """
         _refuse_no_bundle(path)
@@ -115,17 +127,24 @@ class Bundle:
                 )
             entries = _list_known(path, folder)
             signers: tuple[str, ...] = ()
+            attestation: Attestation | None = None
             if trust is not None:
                 # Before it is parsed: what nobody vouches for gets to no parser.
                 if SIGNATURE not in entries:
                     raise trust.refuse_unsigned(str(path))
                 signatures = _file(path, SIGNATURE, MAX_SIGNATURE_BYTES, folder, error=TrustError).read()
-                signers = trust.check_signature(raw, signatures, str(path))
+                signers = trust.check_manifest(raw, signatures, str(path))
             manifest = parse_manifest(path / MANIFEST, raw)
             if trust is not None:
                 trust.check_release(manifest.release, str(path))
-            _refuse_extra(path, entries - {MANIFEST, MANIFEST_SHA256, SIGNATURE, *manifest.files})
-            bundle = cls(path, manifest, actual, trust=trust, signers=signers)
+                if trust.passing_specs is not None:
+                    if not {ATTESTATION, ATTESTATION_SIGNATURE} <= entries:
+                        raise trust.refuse_unattested(str(path))
+                    said = _file(path, ATTESTATION, MAX_ATTESTATION_BYTES, folder, error=TrustError).read()
+                    signed = _file(path, ATTESTATION_SIGNATURE, MAX_SIGNATURE_BYTES, folder, error=TrustError).read()
+                    attestation = trust.check_attestation(said, signed, actual, str(path))
+            _refuse_extra(path, entries - {*_BESIDE, *manifest.files})
+            bundle = cls(path, manifest, actual, trust=trust, signers=signers, attestation=attestation)
             for name in manifest.files:
                 bundle._check_hash(name, bundle._listed_file(name, folder).sha256())
         return bundle
@@ -262,7 +281,7 @@ def _file(
 
 def _list_known(path: Path, folder: int) -> set[str]:
     """Return the names in a bundle; of a folder with many others, enough to refuse it."""
-    known = {MANIFEST, MANIFEST_SHA256, SIGNATURE, ONNX_MODEL, PLAN_MODEL, PROBE}
+    known = {*_BESIDE, ONNX_MODEL, PLAN_MODEL, PROBE}
     entries: set[str] = set()
     try:
         with os.scandir(folder) as listing:

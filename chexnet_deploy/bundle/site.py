@@ -25,7 +25,6 @@ from chexnet_deploy.inputs import Record, name_some
 Rate: TypeAlias = Literal["sensitivity", "specificity", "ppv", "npv"]
 
 SITE_SUFFIX: Final = ".site.json"
-SITE_PAYLOAD_TYPE: Final = b"application/vnd.chexnet-deploy.site.v1+json"
 MAX_SITE_BYTES: Final = 2**20  # 256 findings with long names take less
 _AGAIN: Final = "Calibrate again, or delete it to go back to the bundle's own operating points."
 
@@ -227,7 +226,7 @@ def read_site(bundle: Path, bundle_id: str, manifest: Manifest, trust: Trust | N
         if not (signed.exists() or signed.is_symlink()):
             raise trust.refuse_unsigned(str(path))
         signatures = _plain(signed, MAX_SIGNATURE_BYTES, TrustError).read()
-        trust.check_signature(raw, signatures, str(path), payload_type=SITE_PAYLOAD_TYPE, signed_in=signed.name)
+        trust.check_site(raw, signatures, str(path), str(signed))
     try:
         file = _SiteFile.model_validate_json(raw, strict=True)
     except ValidationError as err:

@@ -18,7 +18,7 @@ from chexnet_deploy.cli.options import (
     read_trust,
 )
 from chexnet_deploy.cli.printing import print_evaluation, print_record
-from chexnet_deploy.terminal import progress
+from chexnet_deploy.terminal import cancellation, progress
 
 app = typer.Typer()
 
@@ -49,7 +49,11 @@ def bench(
     split: Annotated[SplitName, typer.Option(help="Whose images.")] = SplitName.TEST,
     images: ImagesOption = None,
     spec: Annotated[str | None, typer.Option(help="A spec's name or .toml; default: that of the precision.")] = None,
-    out: Annotated[Path, typer.Option(help="New folder for report.json, report.html and the logits.")] = Path("bench"),
+    builds: Annotated[
+        int | None,
+        typer.Option(min=1, help="Build so many plans of each engine here, into OUT-plans; the worst decides."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="New folder for reports, attestations and the logits.")] = Path("bench"),
     html: Annotated[bool, typer.Option(help="Write report.html too.")] = True,
     min_runs: Annotated[int, typer.Option(min=1, help="Rounds at the least.")] = 100,
     min_duration_s: Annotated[float, typer.Option(min=0.0, help="Seconds for each engine and scenario.")] = 3.0,
@@ -63,9 +67,29 @@ def bench(
     from chexnet_deploy.evaluation.engines import Effort
     from chexnet_deploy.evaluation.parity import EXIT_CODES
 
+    trusted = read_trust(trust)
+    engines = engine
     with progress() as on_phase:
+        if builds is not None:
+            from chexnet_deploy.bundle import Bundle, find_reference
+            from chexnet_deploy.export.chain import build_plans
+
+            before_pass = None if trusted is None else trusted.without_pass()
+            if reference is None:
+                first = Bundle.open(Path(engine[0]), trust=before_pass)
+                reference = str(find_reference(first, trust=before_pass).path)
+            folder = out.parent / f"{out.name}-plans"
+            with cancellation() as cancelled:
+                engines = [
+                    str(plan.path)
+                    for path in engine
+                    for plan in build_plans(
+                        Path(path), folder, builds, spec, trust=trusted, cancelled=cancelled, on_phase=on_phase
+                    )
+                ]
+            trusted = None  # what they are built of has shown it, and plans are signed after `bench`
         report = bench(
-            engine,
+            engines,
             reference,
             data,
             split.value,
@@ -75,7 +99,7 @@ def bench(
             effort=Effort(min_runs, min_duration_s),
             contract=contract,
             reference_contract=reference_contract,
-            trust=read_trust(trust),
+            trust=trusted,
             threads=threads,
             provider=provider.value,
             with_html=html,

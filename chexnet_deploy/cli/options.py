@@ -29,7 +29,9 @@ ContractOption = Annotated[
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 TrustOption = Annotated[
     Path | None,
-    typer.Option("--trust", help="Trust file: open only bundles signed by a key in it, of a release not too old."),
+    typer.Option(
+        "--trust", help="Trust file: open only bundles signed by a key in it, not too old, with the PASS it needs."
+    ),
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads for one call; default: all cores.")]
 OnProvider = Annotated[

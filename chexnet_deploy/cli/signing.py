@@ -43,6 +43,9 @@ def keygen(
 def sign(
     bundle: Annotated[Path, typer.Argument(help="A bundle, or the site file beside one.")],
     key: Annotated[Path, typer.Option(help="Private key: Ed25519, PEM, mode 600.")],
+    attestation: Annotated[
+        Path | None, typer.Option(help="What bench wrote of this bundle: put into it, and signed too.")
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Verify a bundle and sign its manifest, or a site file; its id stays, and so do signatures by other keys."""
@@ -54,8 +57,13 @@ def sign(
     passphrase = None
     if keys.is_encrypted(pem):
         passphrase = typer.prompt(f"passphrase of {key}", hide_input=True, err=True).encode()
-    sign_it = sign_site if bundle.name.endswith(SITE_SUFFIX) else sign_bundle
-    signed = sign_it(bundle, keys.load_private_key(pem, passphrase, str(key)))
+    private = keys.load_private_key(pem, passphrase, str(key))
+    if bundle.name.endswith(SITE_SUFFIX):
+        if attestation is not None:
+            raise typer.BadParameter(f"found {bundle}, a site file; an attestation is a bundle's. Omit --attestation.")
+        signed = sign_site(bundle, private)
+    else:
+        signed = sign_bundle(bundle, private, attestation)
     release = signed.bundle.manifest.release
     if release is None:
         typer.echo("warning: this bundle names no release; a trust file with a line will refuse it", err=True)
@@ -87,6 +95,8 @@ def verify(
         typer.echo(json.dumps({"path": str(bundle), "id": opened.id, "signers": opened.signers, **_release_of(opened)}))
         return
     named = ", ".join(f"{name} {value}" for name, value in _release_of(opened).items())
+    if opened.attestation is not None:
+        named += f"  {opened.attestation.summary} on {opened.attestation.runs_on.processor}"
     typer.echo(f"{bundle}  id {opened.id[:12]}  signed by {', '.join(opened.signers)}{named and f'  {named}'}")
 
 

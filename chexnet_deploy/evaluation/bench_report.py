@@ -21,12 +21,14 @@ from chexnet_deploy.runtime.sessions.base import Logits, Provider
 
 
 def print_bench(report: "BenchReport", page: Path) -> None:
-    """Print the table, every reason why not PASS, and where the whole report lies."""
+    """Print the tables, every reason why not PASS, and where the whole report lies."""
     import typer
 
     from chexnet_deploy.terminal import print_table
 
     print_table(summary_rows(report))
+    if limits := limit_rows(report):
+        print_table(limits)
     for note in report.notes:
         typer.echo(note)
     for result in report.engines:
@@ -151,6 +153,23 @@ def summary_rows(report: BenchReport) -> list[dict[str, str]]:
             }
         )
     return rows
+
+
+def limit_rows(report: BenchReport) -> list[dict[str, str]]:
+    """Return one row a limit and engine, as text; none where accuracy was not measured."""
+    return [
+        {
+            "engine": engine.name,
+            "limit": each.gate,
+            "measured (95 %)": each.measured,
+            "worst finding": each.finding or "",
+            "at": "not gated" if each.limit is None else f"{each.limit:g}",
+            "verdict": "" if each.limit is None else each.verdict,
+        }
+        for engine in report.engines
+        if engine.parity is not None
+        for each in engine.parity.gates
+    ]
 
 
 def write_predictions(path: Path, images: LabelledImages, findings: Sequence[str], logits: Logits) -> None:

@@ -11,14 +11,15 @@ from chexnet_deploy.bundle import Bundle, Trust, find_reference
 from chexnet_deploy.datasets.chestxray14 import Split
 from chexnet_deploy.datasets.data_set import open_data
 from chexnet_deploy.errors import OnPhase, SpecError, require
+from chexnet_deploy.evaluation.attest import attest
 from chexnet_deploy.evaluation.bench_report import BenchReport, write_predictions
 from chexnet_deploy.evaluation.engines import Effort, run_bench
 from chexnet_deploy.evaluation.records import Evaluation
 from chexnet_deploy.evaluation.request import EvaluationRequest
 from chexnet_deploy.evaluation.run import run_evaluation
 from chexnet_deploy.evaluation.sources import choose_images, say_who_is_known
-from chexnet_deploy.evaluation.spec import EngineSpec, read_spec
-from chexnet_deploy.files import new_folder
+from chexnet_deploy.evaluation.spec import find_spec, read_spec
+from chexnet_deploy.files import new_folder, sha256_of_file
 from chexnet_deploy.runtime import Predictor, open_session
 from chexnet_deploy.runtime.contract import read_contract
 from chexnet_deploy.runtime.engine import Engine, find_engine, refuse_idle_contract
@@ -43,7 +44,7 @@ def bench(
     with_html: bool,
     on_phase: OnPhase,
 ) -> BenchReport:
-    """Measure engines, write report.json, report.html and the logits into `out`, return the report.
+    """Measure engines, write report.json, report.html, bundles' attestations and the logits into `out`, return the report.
 
     An engine is a bundle, an ONNX file or an endpoint; `contract` describes those that are no bundle, the reference too where
     it has no `reference_contract`. `image_list` narrows the split to the images it names. Every readable image is measured, also
@@ -55,6 +56,7 @@ def bench(
     pages = _open_pages("bench_page") if with_html else None
     if image_list is not None and data_root is None:
         raise SpecError("a list of images needs the data they are in. Give them by --data.")
+    trust = None if trust is None else trust.without_pass()  # it is `bench` that gives one
     contracts = [None if path is None else read_contract(path) for path in (contract, reference_contract)]
     engines = [find_engine(place, contracts[0], trust=trust) for place in engine_places]
     if reference_place is None:
@@ -63,7 +65,8 @@ def bench(
         reference = find_engine(reference_place, contracts[1] or contracts[0], trust=trust)
     refuse_idle_contract(contract, [*engines, *([] if reference_contract else [reference])])
     refuse_idle_contract(reference_contract, [reference])
-    specs = [_read_spec(spec, engine) for engine in engines]
+    spec_files = [_find_spec(spec, engine) for engine in engines]
+    specs, specs_sha256 = [read_spec(str(file)) for file in spec_files], [sha256_of_file(file) for file in spec_files]
     images, data, patients_note = None, "no labelled images", ""
     if data_root is not None:
         labelled, data = choose_images(open_data(data_root), split, image_list)
@@ -86,6 +89,8 @@ def bench(
         if run.images is not None:
             for name, logits in run.logits.items():
                 write_predictions(partial / f"logits-{name}.csv", run.images, run.report.findings, logits)
+        for file, attestation in attest(run, engines, reference, specs_sha256, on_phase).items():
+            (partial / file).write_bytes(attestation.to_bytes())
         if pages is not None:
             shown = engines[-1]
             if isinstance(shown, Bundle):
@@ -105,11 +110,11 @@ def _first_bundle(engines: Sequence[Engine]) -> Bundle:
     )
 
 
-def _read_spec(spec: str | None, engine: Engine) -> EngineSpec:
+def _find_spec(spec: str | None, engine: Engine) -> Path:
     if spec is not None:
-        return read_spec(spec)
+        return find_spec(spec)
     if isinstance(engine, Bundle):
-        return read_spec(engine.manifest.precision.value)
+        return find_spec(engine.manifest.precision.value)
     raise SpecError(
         f"found no --spec; {engine.place} is no bundle, and does not say what it must pass. Give it, e.g. int8."
     )

@@ -105,10 +105,11 @@ class Gatekeeper:
         if losses:
             name = f"largest AUROC loss as a share of its margin, {report.n_assessable} assessable findings {images}"
             checks.append(Check(name=name, value=max(losses), limit=1.0))
-        noise = [f.noise_share for f in report.findings if f.noise_share is not None]
-        if noise and self._gate.logit_noise_share is not None:
-            name = f"largest RMS logit difference as a share of the logits' standard deviation {images}"
-            checks.append(Check(name=name, value=max(noise), limit=self._gate.logit_noise_share))
+        checks += [
+            Check(name=f"{each.gate} {images}", value=each.value, limit=each.limit)
+            for each in report.gates
+            if each.value is not None and each.limit is not None and "probability" not in each.gate
+        ]
         return checks, report.reasons if report.verdict == "FAIL" else ()
 
 

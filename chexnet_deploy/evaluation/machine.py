@@ -3,9 +3,9 @@
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 from chexnet_deploy.inputs import ReportRecord
+from chexnet_deploy.runtime.sessions.here import processor_name
 
 
 class Machine(ReportRecord):
@@ -19,13 +19,6 @@ class Machine(ReportRecord):
 
 def describe_machine() -> Machine:
     """Return what this machine is, without anything that names its owner."""
-    processor = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        models = [
-            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-        ]
-        processor = models[0] if models else processor
     packages = {}
     for name in ("chexnet-deploy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "numpy", "pillow"):
         try:
@@ -33,7 +26,7 @@ def describe_machine() -> Machine:
         except PackageNotFoundError:
             continue
     return Machine(
-        processor=processor,
+        processor=processor_name(),
         cores=os.cpu_count() or 1,
         system=f"{platform.system()} {platform.machine()}",
         packages=packages,

@@ -13,9 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chexnet_deploy.errors import MetricError
+from chexnet_deploy.evaluation.gates import GateResult, judge_limits
 from chexnet_deploy.evaluation.spec import Gate
 from chexnet_deploy.inputs import Record
 from chexnet_deploy.metrics.agreement import flips, noise_share, observed_quantile, rank_churn
+from chexnet_deploy.metrics.calibration import CalibrationGrowth, calibration_growth
 from chexnet_deploy.metrics.delong import compare_all
 from chexnet_deploy.metrics.intervals import ALPHA, PairedDifference, patients_needed
 from chexnet_deploy.metrics.probabilities import expected_calibration_error, mcnemar_exact_p
@@ -44,6 +46,8 @@ class FindingParity(_Measured):
         mcnemar_p: exact, two-sided, of their balance; takes images as independent, so it is too small where flips share
             patients.
         ece_reference, ece_candidate: expected calibration error, 15 bins of equal mass.
+        calibration_growth: of the root mean square calibration error, in probability; see metrics.calibration.
+        calibration_growth_low, calibration_growth_high: its 95 % interval, clustered by patient.
         rank_churn: mean change of place in a worklist, as a share of its length.
         noise_share: root mean square logit difference over the reference logits' standard deviation.
         map_correlation_median, map_correlation_p01: of the activation maps over images.
@@ -67,6 +71,9 @@ class FindingParity(_Measured):
     mcnemar_p: float | None
     ece_reference: float | None
     ece_candidate: float | None
+    calibration_growth: float | None = None
+    calibration_growth_low: float | None = None
+    calibration_growth_high: float | None = None
     rank_churn: float | None
     noise_share: float | None
     map_correlation_median: float | None
@@ -78,6 +85,14 @@ class FindingParity(_Measured):
         if self.auroc_reference is None or self.auroc_candidate is None:
             return None
         return self.auroc_candidate - self.auroc_reference
+
+    @property
+    def growth(self) -> CalibrationGrowth | None:
+        """The growth of the calibration error with its interval."""
+        if self.calibration_growth is None:
+            return None
+        ends = _nan(self.calibration_growth_low), _nan(self.calibration_growth_high)
+        return CalibrationGrowth(self.calibration_growth, *ends)
 
     @property
     def n_flips(self) -> int | None:
@@ -115,6 +130,7 @@ class ParityReport(_Measured):
         mean_difference_low, mean_difference_high: 95 % interval, with the covariance between findings; None where one of
             the counted findings has no variance.
         n_flips: decisions that differ at the operating points, of `n_decisions`.
+        gates: the limits beside the AUROC margins, each with what was measured for it; none in reports of before.
         verdict: PASS needs every assessable finding non-inferior, at least one of them, and every other limit kept.
         reasons: why not PASS; empty for PASS.
     """
@@ -134,6 +150,7 @@ class ParityReport(_Measured):
     p999_abs_probability_difference: float
     n_flips: int
     n_decisions: int
+    gates: tuple[GateResult, ...] = ()
     subgroups: tuple[SubgroupParity, ...]
     verdict: Verdict
     reasons: tuple[str, ...]
@@ -145,14 +162,13 @@ class ParityReport(_Measured):
 
     @property
     def summary(self) -> str:
-        """The verdict with how much of the model it covers, e.g. `PASS on 12 of 14` or `FAIL, 1 of 12 findings`."""
-        if self.verdict == "FAIL":
-            n_failed = sum(finding.verdict == "fail" for finding in self.findings)
-            return f"FAIL, {n_failed} of {self.n_assessable} findings"
+        """The verdict with how much of the model it covers or what decided it, e.g. `PASS on 12 of 14`, `FAIL by flip_share`."""
         if self.verdict == "PASS" or not self.n_assessable:
             return f"{self.verdict} on {self.n_assessable} of {len(self.findings)}"
-        n_open = sum(finding.verdict == "inconclusive" for finding in self.findings)
-        return f"INCONCLUSIVE, {n_open} of {self.n_assessable} findings"
+        wanted = "fail" if self.verdict == "FAIL" else "inconclusive"
+        if n := sum(finding.verdict == wanted for finding in self.findings):
+            return f"{self.verdict}, {n} of {self.n_assessable} findings"
+        return f"{self.verdict} by {next((g.gate for g in self.gates if g.verdict == wanted), 'answers that are not finite')}"
 
 
 def compare(
@@ -210,6 +226,7 @@ def compare(
             (p_reference[:, c], p_candidate[:, c]),
             truth[:, c],
             known[:, c],
+            patients,
             areas.findings[c],
             operating_points.get(name),
             gate,
@@ -225,8 +242,24 @@ def compare(
         "max_abs_probability_difference": float(gap.max()) if is_finite else 1.0,
         "p999_abs_probability_difference": observed_quantile(gap, 0.999) if is_finite else 1.0,
     }
-    failures = _failures(rows, numbers, gate, is_finite=is_finite)
-    doubts = _doubts(rows, gate)
+    decided = [c for c, name in enumerate(findings) if name in operating_points]
+    points = np.array([operating_points[findings[c]] for c in decided], np.float32)
+    limits = judge_limits(
+        gate,
+        probability_differences={name: numbers[name] for name in numbers if "probability" in name},
+        # Of a finding that nobody can assess, what the reference's logits spread over may be noise too.
+        noise={
+            row.finding: row.noise_share
+            for row in rows
+            if row.noise_share is not None and row.verdict != "not assessable"
+        },
+        flips=(p_reference[:, decided] >= points) != (p_candidate[:, decided] >= points),
+        is_same_likeliest=_is_same_likeliest(reference, candidate) if len(findings) > 1 else None,
+        growth={row.finding: growth for row in rows if (growth := row.growth) is not None},
+        patients=patients,
+    )
+    failures = _failures(rows, limits, is_finite=is_finite)
+    doubts = _doubts(rows, limits, gate)
     mean_reference = mean_auroc({row.finding: _nan(row.auroc_reference) for row in rows})
     mean_candidate = mean_auroc({row.finding: _nan(row.auroc_candidate) for row in rows})
     low, high = math.nan, math.nan
@@ -243,7 +276,8 @@ def compare(
         n_counted=mean_candidate.n_counted,
         left_out=tuple(row.finding for row in rows if row.difference is None),
         n_flips=sum(row.n_flips or 0 for row in rows),
-        n_decisions=len(patients) * sum(row.n_flips is not None for row in rows),
+        n_decisions=len(patients) * len(decided),
+        gates=limits,
         subgroups=tuple(
             _compare_group(
                 name, chosen, (reference, candidate), truth, known, patients, findings, operating_points, gate
@@ -263,6 +297,7 @@ def _compare_finding(
     probabilities: tuple[NDArray[np.float32], NDArray[np.float32]],
     truth: NDArray[np.bool_],
     known: NDArray[np.bool_],
+    patients: NDArray[np.int64],
     areas: PairedDifference,
     operating_point: float | None,
     gate: Gate,
@@ -283,6 +318,7 @@ def _compare_finding(
     else:
         verdict = "pass" if areas.non_inferiority_p(margin) < ALPHA else "inconclusive"
     changed = None if operating_point is None else flips(*probabilities, operating_point)
+    growth = calibration_growth(*probabilities, truth, patients) if is_finite else None
     maps = None if map_correlation is None or np.isnan(map_correlation).all() else map_correlation
     return FindingParity(
         finding=name,
@@ -303,6 +339,9 @@ def _compare_finding(
         mcnemar_p=None if changed is None else mcnemar_exact_p(changed.gained, changed.lost),
         ece_reference=_none(expected_calibration_error(probabilities[0][known], truth[known])),
         ece_candidate=_none(expected_calibration_error(probabilities[1][known], truth[known])) if is_finite else None,
+        calibration_growth=None if growth is None else growth.value,
+        calibration_growth_low=None if growth is None else _none(growth.low),
+        calibration_growth_high=None if growth is None else _none(growth.high),
         rank_churn=rank_churn(reference, candidate) if is_finite else None,
         noise_share=_none(noise_share(reference, candidate)) if is_finite else None,
         map_correlation_median=None if maps is None else float(np.nanmedian(maps)),
@@ -367,40 +406,36 @@ def _compare_group(
     )
 
 
-def _failures(
-    rows: tuple[FindingParity, ...], numbers: dict[str, float], gate: Gate, *, is_finite: bool
-) -> tuple[str, ...]:
+def _is_same_likeliest(reference: Logits, candidate: Logits) -> NDArray[np.bool_]:
+    """Say for each image whether both find the same finding likeliest; an answer that isn't finite finds none."""
+    is_same: NDArray[np.bool_] = reference.argmax(axis=1) == candidate.argmax(axis=1)
+    return is_same & np.isfinite(candidate).all(axis=1)
+
+
+def _failures(rows: tuple[FindingParity, ...], limits: tuple[GateResult, ...], *, is_finite: bool) -> tuple[str, ...]:
     reasons = [] if is_finite else ["the candidate answered with NaN or infinity"]
     for row in rows:
         if row.verdict == "fail":
             lost = "undefined" if row.difference is None else f"{row.difference:+.4f}"
             reasons.append(f"{row.finding}: AUROC difference {lost}, margin -{row.margin}")
-    for name, limit in (
-        ("max_abs_probability_difference", gate.max_abs_probability_difference),
-        ("p999_abs_probability_difference", gate.p999_abs_probability_difference),
-    ):
-        if not numbers[name] <= limit:
-            reasons.append(f"{name} {numbers[name]:.4f}, limit {limit}")
-    noisy = [row for row in rows if (row.noise_share or 0.0) > (gate.logit_noise_share or math.inf)]
-    if noisy:
-        worst = max(noisy, key=lambda row: row.noise_share or 0.0)
-        reasons.append(
-            f"logit_noise_share {worst.noise_share:.4f} of {worst.finding}, limit {gate.logit_noise_share}, "
-            f"exceeded by {len(noisy)} of {len(rows)} findings"
-        )
-    return tuple(reasons)
+    return (*reasons, *(each.reason for each in limits if each.verdict == "fail" and each.reason is not None))
 
 
-def _doubts(rows: tuple[FindingParity, ...], gate: Gate) -> tuple[str, ...]:
+def _doubts(rows: tuple[FindingParity, ...], limits: tuple[GateResult, ...], gate: Gate) -> tuple[str, ...]:
+    of_limits = tuple(each.reason for each in limits if each.verdict == "inconclusive" and each.reason is not None)
     if all(row.verdict == "not assessable" for row in rows):
         n = gate.min_positive_patients
-        return (f"no finding has {n} positive patients, so AUROC parity is not shown; use more labelled images",)
-    return tuple(
+        return (
+            f"no finding has {n} positive patients, so AUROC parity is not shown; use more labelled images",
+            *of_limits,
+        )
+    of_areas = (
         f"{row.finding}: AUROC difference {row.difference:+.4f} ({row.difference_low:+.4f} to {row.difference_high:+.4f}) does "
         f"not rule out a loss of {row.margin}; about {row.n_more_patients} more positive patients would decide it"
         for row in rows
         if row.verdict == "inconclusive"
     )
+    return (*of_areas, *of_limits)
 
 
 def _none(value: float) -> float | None:

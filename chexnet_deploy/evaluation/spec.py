@@ -19,6 +19,7 @@ _PACKAGE = Path(__file__).parents[1]
 SPEC_FOLDERS = (_PACKAGE / "engines", _PACKAGE.parent / "engines")
 
 Positive = Annotated[float, Field(gt=0.0)]
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
 
 
 class BatchProfile(Record):
@@ -43,15 +44,19 @@ class LatencyGate(Record):
 
 
 class Gate(Record):
-    """What a candidate must pass beside the fp32 model it came from.
+    """What a candidate must pass beside the fp32 model it came from; a limit of None is measured and not gated.
 
     Attributes:
         auroc_margin: how much AUROC a finding may lose; per finding, `default` for the rest.
         min_positive_patients: a finding with fewer is not assessable.
         max_abs_probability_difference: on every image and finding.
         p999_abs_probability_difference: 99.9 % quantile over images and findings.
-        logit_noise_share: root mean square logit difference of each finding as a share of the reference logits' standard
-            deviation; None does not gate it. A model that answers everyone alike can't pass by differing little.
+        logit_noise_share: root mean square logit difference of each assessable finding as a share of the reference logits' standard
+            deviation. A model that answers everyone alike can't pass by differing little.
+        flip_share: share of the decisions at operating points that differ, over all findings that have one.
+        likeliest_finding_agreement: share of images on which both find the same finding likeliest, at the least.
+        calibration_error_growth: of the root mean square calibration error of each finding, in probability; see
+            metrics.calibration.
         invariance_abs_probability_difference: between an image's answers in any slot, batch size or thread.
         latency: limits, "unproven" where nobody has measured this target yet (the verdict is then INCONCLUSIVE), or
             "not gated" for specs that promise no speed.
@@ -59,10 +64,13 @@ class Gate(Record):
 
     auroc_margin: dict[str, Annotated[float, Field(gt=0.0, le=0.5)]]
     min_positive_patients: Annotated[int, Field(ge=1)] = 20
-    max_abs_probability_difference: Annotated[float, Field(gt=0.0, le=1.0)]
-    p999_abs_probability_difference: Annotated[float, Field(gt=0.0, le=1.0)]
-    logit_noise_share: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    invariance_abs_probability_difference: Annotated[float, Field(gt=0.0, le=1.0)] = 0.02
+    max_abs_probability_difference: Share
+    p999_abs_probability_difference: Share
+    logit_noise_share: Share | None = None
+    flip_share: Share | None = None
+    likeliest_finding_agreement: Share | None = None
+    calibration_error_growth: Share | None = None
+    invariance_abs_probability_difference: Share = 0.02
     latency: LatencyGate | Literal["unproven", "not gated"]
 
     @model_validator(mode="after")
@@ -129,11 +137,20 @@ def read_spec(name_or_path: str) -> EngineSpec:
     Raises:
         SpecError: no such spec, not TOML, or a field is unknown, missing or out of range.
     """
+    return _parse(find_spec(name_or_path))
+
+
+def find_spec(name_or_path: str) -> Path:
+    """Return a spec's file.
+
+    Raises:
+        SpecError: no such spec.
+    """
     if name_or_path.endswith(".toml"):
-        return _parse(Path(name_or_path))
+        return Path(name_or_path)
     for folder in SPEC_FOLDERS:
         if (folder / f"{name_or_path}.toml").is_file():
-            return _parse(folder / f"{name_or_path}.toml")
+            return folder / f"{name_or_path}.toml"
     raise SpecError(f"no spec named {name_or_path!r}. There are {', '.join(spec_names())}; or give a path to a .toml.")
 
 

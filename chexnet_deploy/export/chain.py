@@ -190,7 +190,7 @@ def build_plan(
     """
     from chexnet_deploy.export.tensorrt.build import build_tensorrt_plan
 
-    bundle = Bundle.open(path, trust=trust)
+    bundle = Bundle.open(path, trust=None if trust is None else trust.without_pass())
     chosen = read_spec(bundle.manifest.precision.value if spec is None else spec)
     return build_tensorrt_plan(
         bundle,
@@ -202,6 +202,36 @@ def build_plan(
         cancelled=cancelled,
         on_phase=on_phase,
     )
+
+
+def build_plans(
+    path: Path,
+    folder: Path,
+    n_builds: int,
+    spec: str | None,
+    *,
+    trust: Trust | None = None,
+    cancelled: threading.Event | None = None,
+    on_phase: OnPhase,
+) -> list[Bundle]:
+    """Build plans of one bundle into a folder, numbered from 1: no two builds of TensorRT need be the same.
+
+    Without a timing cache, which would make them alike.
+
+    Raises:
+        ChexnetError: as build_plan; the plans before it stay.
+    """
+    return [
+        build_plan(
+            path,
+            folder / f"{path.resolve().name}-{i}",
+            spec,
+            trust=trust,
+            cancelled=cancelled,
+            on_phase=lambda phase, done, total, i=i: on_phase(f"build {i}: {phase}", done, total),  # type: ignore[misc]
+        )
+        for i in range(1, n_builds + 1)
+    ]
 
 
 def _calibration_names(dataset: DataSet, given: Path | None, n_images: int) -> tuple[str, ...]:

@@ -94,22 +94,35 @@ def reliability_curve(
     Raises:
         MetricError: a probability is not in 0..1, the lengths differ, or n_bins is below 1.
     """
-    _check_probabilities(probabilities, truth)
-    if n_bins < 1:
-        raise MetricError(f"Found {n_bins} bins; needed at least 1. Next: give a larger number.")
-    if not truth.size:
-        return ()
-    values, inverse, counts = np.unique(probabilities.astype(np.float64), return_inverse=True, return_counts=True)
-    # Twice the middle of each run, so that all of this is in whole numbers.
-    twice_middle = 2 * np.cumsum(counts) - counts
-    bin_of_value = n_bins * twice_middle // (2 * truth.size)
-    n_images = np.bincount(bin_of_value, counts, n_bins)
-    sums = np.bincount(bin_of_value, counts * values, n_bins)
-    n_present = np.bincount(bin_of_value[inverse], truth, n_bins)
+    bins = equal_mass_bins(probabilities, truth, n_bins=n_bins)
+    n_images = np.bincount(bins, minlength=n_bins)
+    sums = np.bincount(bins, probabilities.astype(np.float64), n_bins)
+    n_present = np.bincount(bins, truth, n_bins)
     return tuple(
         ReliabilityBin(float(sums[b] / n_images[b]), float(n_present[b] / n_images[b]), int(n_images[b]))
         for b in np.flatnonzero(n_images)
     )
+
+
+def equal_mass_bins(probabilities: Scores, truth: NDArray[np.bool_], *, n_bins: int = N_BINS) -> NDArray[np.int64]:
+    """Return which of reliability_curve's bins each image falls into, [N] of 0..n_bins - 1.
+
+    Args:
+        probabilities: [N] 0..1.
+        truth: [N] True where the finding is present; only its length counts.
+        n_bins: at least 1.
+
+    Raises:
+        MetricError: as reliability_curve.
+    """
+    _check_probabilities(probabilities, truth)
+    if n_bins < 1:
+        raise MetricError(f"Found {n_bins} bins; needed at least 1. Next: give a larger number.")
+    _, inverse, counts = np.unique(probabilities.astype(np.float64), return_inverse=True, return_counts=True)
+    # Twice the middle of each run, so that all of this is in whole numbers.
+    twice_middle = 2 * np.cumsum(counts) - counts
+    bin_of_value: NDArray[np.int64] = n_bins * twice_middle // max(2 * truth.size, 1)
+    return bin_of_value[inverse]
 
 
 def expected_calibration_error(probabilities: Scores, truth: NDArray[np.bool_], n_bins: int = N_BINS) -> float:

@@ -21,6 +21,7 @@ from typing import Final, Literal, TypeAlias
 
 from chexnet_deploy.bundle import Bundle, Trust
 from chexnet_deploy.bundle.manifest import FLOAT16_DIALECTS, MANIFEST, MANIFEST_SHA256, PROBE, Manifest
+from chexnet_deploy.bundle.signing.attestation import ATTESTATION, ATTESTATION_SIGNATURE
 from chexnet_deploy.bundle.signing.signatures import SIGNATURE
 from chexnet_deploy.errors import BundleError
 from chexnet_deploy.files import PlainFile, new_directory
@@ -226,8 +227,9 @@ def _bundle_files(bundle: Bundle) -> dict[str, bytes]:
         MANIFEST: bundle.read_manifest_bytes(),
         MANIFEST_SHA256: f"{bundle.id}\n".encode(),
     }
-    if (bundle.path / SIGNATURE).exists():
-        files[SIGNATURE] = _read(bundle.path / SIGNATURE)
+    for name in (SIGNATURE, ATTESTATION, ATTESTATION_SIGNATURE):
+        if (bundle.path / name).exists():
+            files[name] = _read(bundle.path / name)
     return files
 
 

@@ -29,12 +29,12 @@ from chexnet_deploy.bundle.signing.keys import (
     make_private_key,
     public_der,
     read_key_file,
-    sign_manifest,
-    verify_manifest,
+    sign_content,
+    verify_content,
 )
 from chexnet_deploy.bundle.signing.releases import Release, raise_floor, read_floor, start_floor
 from chexnet_deploy.bundle.signing.sign import admit_first, sign_bundle
-from chexnet_deploy.bundle.signing.signatures import SIGNATURE, Signature, SignatureFile, message_to_sign
+from chexnet_deploy.bundle.signing.signatures import MANIFEST_TYPE, SIGNATURE, Signature, SignatureFile, message_to_sign
 from chexnet_deploy.bundle.signing.trust import Trust, TrustedKey
 from chexnet_deploy.errors import BundleError, ChexnetError, MissingPackageError, SessionError, TrustError
 from chexnet_deploy.files import sha256_hex
@@ -103,8 +103,8 @@ def test_known_answer() -> None:
     assert public_der(key)[-32:].hex() == PUBLIC
     assert base64.b64encode(public_der(key)).decode() == PUBLIC_BASE64
     assert fingerprint(public_der(key)) == FINGERPRINT
-    assert message_to_sign(MANIFEST_BYTES) == MESSAGE
-    assert sign_manifest(key, MANIFEST_BYTES) == Signature(key=FINGERPRINT, ed25519=SIGNED)
+    assert message_to_sign(MANIFEST_BYTES, MANIFEST_TYPE) == MESSAGE
+    assert sign_content(key, MANIFEST_BYTES, MANIFEST_TYPE) == Signature(key=FINGERPRINT, ed25519=SIGNED)
     trusted = TrustedKey(name="RFC 8032", public_key=PUBLIC_BASE64)
     assert (trusted.raw.hex(), trusted.fingerprint) == (PUBLIC, FINGERPRINT)
 
@@ -125,7 +125,7 @@ def test_openssl_agrees(keys: dict[str, Ed25519PrivateKey], tmp_path: Path) -> N
     bundle = write_tiny(tmp_path / "bundle")
     sign_bundle(bundle.path, keys["release"])
     (signature,) = SignatureFile.parse((bundle.path / SIGNATURE).read_bytes(), "").signatures
-    (tmp_path / "message").write_bytes(message_to_sign((bundle.path / MANIFEST).read_bytes()))
+    (tmp_path / "message").write_bytes(message_to_sign((bundle.path / MANIFEST).read_bytes(), MANIFEST_TYPE))
     (tmp_path / "signature").write_bytes(bytes.fromhex(signature.ed25519))
     (tmp_path / "public.der").write_bytes(public_der(keys["release"]))
     command = ["openssl", "pkeyutl", "-verify", "-pubin", "-keyform", "DER", "-inkey", "public.der", "-rawin"]
@@ -135,13 +135,13 @@ def test_openssl_agrees(keys: dict[str, Ed25519PrivateKey], tmp_path: Path) -> N
 
 def test_every_bit_of_a_signature_counts(keys: dict[str, Ed25519PrivateKey]) -> None:
     key = keys["release"]
-    right = sign_manifest(key, MANIFEST_BYTES)
+    right = sign_content(key, MANIFEST_BYTES, MANIFEST_TYPE)
     raw = public_der(key)[-32:]
-    assert verify_manifest(raw, right, MANIFEST_BYTES)
+    assert verify_content(raw, right, MANIFEST_BYTES, MANIFEST_TYPE)
     for bit in range(512):
         content = bytearray(bytes.fromhex(right.ed25519))
         content[bit // 8] ^= 1 << bit % 8
-        assert not verify_manifest(raw, Signature(key=right.key, ed25519=content.hex()), MANIFEST_BYTES)
+        assert not verify_content(raw, Signature(key=right.key, ed25519=content.hex()), MANIFEST_BYTES, MANIFEST_TYPE)
 
 
 # --- Whose signature opens a bundle ------------------------------------------------------------------------------------
@@ -210,8 +210,10 @@ def test_one_wrong_signature_by_a_trusted_key_is_not_made_good_by_a_right_one(
 ) -> None:
     path = write_tiny(tmp_path / "bundle").path
     raw = (path / MANIFEST).read_bytes()
-    wrong = sign_manifest(keys["next"], raw + b" ")
-    (path / SIGNATURE).write_bytes(SignatureFile.of((sign_manifest(keys["release"], raw), wrong)).to_bytes())
+    wrong = sign_content(keys["next"], raw + b" ", MANIFEST_TYPE)
+    (path / SIGNATURE).write_bytes(
+        SignatureFile.of((sign_content(keys["release"], raw, MANIFEST_TYPE), wrong)).to_bytes()
+    )
     assert_refused(path, trust, "next is not for this manifest")
 
 
@@ -268,7 +270,7 @@ def test_what_is_not_trusted_never_reaches_onnx_runtime(
         pass
     sign_bundle(path, keys["stranger"])
     (path / SIGNATURE).write_bytes(
-        SignatureFile.of((sign_manifest(keys["stranger"], (path / MANIFEST).read_bytes()),)).to_bytes()
+        SignatureFile.of((sign_content(keys["stranger"], (path / MANIFEST).read_bytes()),)).to_bytes()
     )
     monkeypatch.setattr(ort_room.ort, "InferenceSession", lambda *_a, **_k: pytest.fail("reached ONNX Runtime"))
     with pytest.raises(TrustError):

@@ -10,9 +10,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from chexnet_deploy.bundle.bundle import Bundle
 from chexnet_deploy.bundle.manifest import ONNX_MODEL, PROBE
-from chexnet_deploy.bundle.signing.keys import public_der, sign_manifest
+from chexnet_deploy.bundle.signing.keys import public_der, sign_content
 from chexnet_deploy.bundle.signing.sign import sign_bundle, sign_site
-from chexnet_deploy.bundle.signing.signatures import SignatureFile
+from chexnet_deploy.bundle.signing.signatures import MANIFEST_TYPE, SignatureFile
 from chexnet_deploy.bundle.signing.trust import Trust, TrustedKey
 from chexnet_deploy.bundle.site import Evidence, OperatingPoints, Site, SitePoint, signature_path, site_path
 from chexnet_deploy.errors import BundleError, ChexnetError, TrustError
@@ -151,7 +151,7 @@ def test_trust_asks_for_its_signature_too(
     site.write_bytes(site_for(bundle.id, Mass=point(0.1, 0.1)).to_json())
     refused(bundle, "not for this bundle.site.json", trust=trust, error=TrustError)
     # A signature of a manifest is none of a site file, though the same key made it over the same bytes.
-    as_manifest = sign_manifest(keys["release"], site.read_bytes())
+    as_manifest = sign_content(keys["release"], site.read_bytes(), MANIFEST_TYPE)
     signature_path(site).write_bytes(SignatureFile.of((as_manifest,)).to_bytes())
     refused(bundle, "not for this", trust=trust, error=TrustError)
 

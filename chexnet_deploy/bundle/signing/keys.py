@@ -10,7 +10,7 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from chexnet_deploy.bundle.signing.signatures import PAYLOAD_TYPE, Signature, message_to_sign
+from chexnet_deploy.bundle.signing.signatures import Signature, message_to_sign
 from chexnet_deploy.errors import TrustError
 from chexnet_deploy.files import PlainFile, sha256_hex
 
@@ -92,24 +92,19 @@ def load_private_key(pem: bytes, passphrase: bytes | None, where: str) -> Ed2551
     return key
 
 
-def sign_manifest(key: Ed25519PrivateKey, content: bytes, payload_type: bytes = PAYLOAD_TYPE) -> Signature:
-    """Sign the bytes of a manifest.json, or of a file of another type.
-
-    Ed25519 takes no random numbers: the same key gives the same signature again.
-    """
+def sign_content(key: Ed25519PrivateKey, content: bytes, payload_type: bytes) -> Signature:
+    """Sign the bytes of a file of that type. Ed25519 takes no random numbers: the same key gives the same signature again."""
     return Signature(key=fingerprint(public_der(key)), ed25519=key.sign(message_to_sign(content, payload_type)).hex())
 
 
-def verify_manifest(
-    public_raw: bytes, signature: Signature, content: bytes, payload_type: bytes = PAYLOAD_TYPE
-) -> bool:
-    """Say whether a signature is this key's for these bytes as a file of this type.
+def verify_content(public_raw: bytes, signature: Signature, content: bytes, payload_type: bytes) -> bool:
+    """Say whether a signature is this key's for these bytes.
 
     Args:
         public_raw: the public key's 32 bytes.
         signature: whose fingerprint has been matched already.
-        content: the bytes of manifest.json, or of another file.
-        payload_type: what file it is.
+        content: the bytes of the file.
+        payload_type: what the file is.
     """
     try:
         Ed25519PublicKey.from_public_bytes(public_raw).verify(

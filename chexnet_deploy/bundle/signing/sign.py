@@ -9,17 +9,25 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from chexnet_deploy.bundle.bundle import Bundle
-from chexnet_deploy.bundle.signing.keys import fingerprint, public_der, sign_manifest, verify_manifest
+from chexnet_deploy.bundle.signing.attestation import (
+    ATTESTATION,
+    ATTESTATION_SIGNATURE,
+    MAX_ATTESTATION_BYTES,
+    Attestation,
+)
+from chexnet_deploy.bundle.signing.keys import fingerprint, public_der, sign_content, verify_content
 from chexnet_deploy.bundle.signing.releases import start_floor
 from chexnet_deploy.bundle.signing.signatures import (
+    ATTESTATION_TYPE,
+    MANIFEST_TYPE,
     MAX_SIGNATURE_BYTES,
-    PAYLOAD_TYPE,
     SIGNATURE,
+    SITE_TYPE,
     Signature,
     SignatureFile,
 )
 from chexnet_deploy.bundle.signing.trust import Trust
-from chexnet_deploy.bundle.site import SITE_PAYLOAD_TYPE, SITE_SUFFIX, signature_path, site_path
+from chexnet_deploy.bundle.site import SITE_SUFFIX, signature_path, site_path
 from chexnet_deploy.errors import BundleError, TrustError
 from chexnet_deploy.files import PlainFile, write_file
 
@@ -41,17 +49,23 @@ class SignedBundle:
     n_signatures: int
 
 
-def sign_bundle(path: Path, key: Ed25519PrivateKey) -> SignedBundle:
+def sign_bundle(path: Path, key: Ed25519PrivateKey, attestation: Path | None = None) -> SignedBundle:
     """Add a key's signature to a bundle's manifest.sig; signatures by other keys stay.
+
+    Args:
+        path: the bundle.
+        key: signs.
+        attestation: what `bench` wrote of this bundle; it is put into the bundle, and signed too. Never signed is what lies in
+            the bundle already: who brought the bundle may have put it there.
 
     Raises:
         BundleError: the bundle is damaged: nobody should vouch for it.
-        TrustError: manifest.sig is damaged, full, or can't be written.
+        TrustError: a .sig file is damaged, full, or can't be written; or the attestation is of another bundle.
     """
     bundle = Bundle.open(path)
-    folder = path.resolve()
-    # The unfinished file lies beside the bundle: in it, whoever opens the bundle meanwhile would refuse it.
-    n = _add_signature(folder / SIGNATURE, key, bundle.read_manifest_bytes(), PAYLOAD_TYPE, partial_in=folder.parent)
+    if attestation is not None:
+        _attest(bundle, key, attestation)
+    n = _sign(bundle.path, SIGNATURE, key, bundle.read_manifest_bytes(), MANIFEST_TYPE)
     return SignedBundle(bundle, bundle.id, fingerprint(public_der(key)), n)
 
 
@@ -70,24 +84,42 @@ def sign_site(path: Path, key: Ed25519PrivateKey) -> SignedBundle:
     site = bundle.read_site()
     if site is None or site_path(bundle.path) != path.resolve():
         raise BundleError(f"{path} is not the site file of {bundle.path}. Give the one beside the bundle itself.")
-    n = _add_signature(signature_path(path.resolve()), key, site.to_json(), SITE_PAYLOAD_TYPE)
+    signed = signature_path(path.resolve())
+    n = _sign(signed.parent, signed.name, key, site.to_json(), SITE_TYPE)
     return SignedBundle(bundle, site.id, fingerprint(public_der(key)), n)
 
 
-def _add_signature(
-    file: Path, key: Ed25519PrivateKey, content: bytes, payload_type: bytes, *, partial_in: Path | None = None
-) -> int:
-    """Sign some bytes and write the signature beside others in a file; return how many there are now."""
-    signature = sign_manifest(key, content, payload_type)
+def _attest(bundle: Bundle, key: Ed25519PrivateKey, file: Path) -> None:
+    content = _file(file, MAX_ATTESTATION_BYTES, "Give the file that `bench` wrote.", follows_links=True).read()
+    Attestation.parse(content, str(file)).refuse_other(bundle.id, str(bundle.path))
+    place = bundle.path / ATTESTATION
+    if not place.exists() or place.read_bytes() != content:
+        # The signatures go first: cut short here, the bundle has none, and is refused.
+        (bundle.path / ATTESTATION_SIGNATURE).unlink(missing_ok=True)
+        _write(place, content)
+    _sign(bundle.path, ATTESTATION_SIGNATURE, key, content, ATTESTATION_TYPE)
+
+
+def _sign(folder: Path, name: str, key: Ed25519PrivateKey, content: bytes, payload_type: bytes) -> int:
+    """Add a key's signature to a file of signatures; return how many it holds now."""
+    signature = sign_content(key, content, payload_type)
     # A fault while a key is used can give a signature that betrays it (Boneh, DeMillo & Lipton 1997): none is let out unverified.
-    if not verify_manifest(public_der(key)[-32:], signature, content, payload_type):
-        raise TrustError(f"{file}: the signature just made is wrong. This machine can't be trusted with a key.")
-    signed = SignatureFile.of((*_signatures_in(file), signature))
+    if not verify_content(public_der(key)[-32:], signature, content, payload_type):
+        raise TrustError(
+            f"{folder / name}: the signature just made is wrong. This machine can't be trusted with a key."
+        )
+    signed = SignatureFile.of((*_signatures_in(folder / name), signature))
+    _write(folder / name, signed.to_bytes())
+    return len(signed.signatures)
+
+
+def _write(file: Path, content: bytes) -> None:
+    folder = file.parent.resolve()
     try:
-        write_file(file, signed.to_bytes(), partial_in=partial_in)
+        # The unfinished file lies beside the bundle: in it, whoever opens the bundle meanwhile would refuse it.
+        write_file(folder / file.name, content, partial_in=folder.parent)
     except OSError as err:
         raise TrustError(f"{file} can't be written: {err.strerror}. Check the disk and its permissions.") from err
-    return len(signed.signatures)
 
 
 def admit_first(path: Path, trust: Trust) -> Bundle:
@@ -107,7 +139,11 @@ def admit_first(path: Path, trust: Trust) -> Bundle:
 def _signatures_in(file: Path) -> tuple[Signature, ...]:
     if not file.exists() and not file.is_symlink():
         return ()
-    content = PlainFile(
-        path=file, limit_bytes=MAX_SIGNATURE_BYTES, error=TrustError, next_step="Delete it and sign again."
-    ).read()
+    content = _file(file, MAX_SIGNATURE_BYTES, "Delete it and sign again.").read()
     return SignatureFile.parse(content, str(file)).signatures
+
+
+def _file(path: Path, limit_bytes: int, next_step: str, *, follows_links: bool = False) -> PlainFile:
+    return PlainFile(
+        path=path, limit_bytes=limit_bytes, error=TrustError, next_step=next_step, follows_links=follows_links
+    )

@@ -1,9 +1,9 @@
-"""manifest.sig: who signed a manifest, in the one form that is accepted. Knows no keys; see keys.py.
+"""manifest.sig and attestation.sig: who signed the file beside, in the one form that is accepted. Knows no keys; see keys.py.
 
 A signature is Ed25519 (RFC 8032) over the pre-authentication encoding of DSSE 1.0 (secure-systems-lab/dsse, protocol.md),
 a standard's way of saying what is signed, so that no signature made for anything else fits here:
 
-    DSSEv1 <bytes of the type> <type> <bytes of manifest.json> <manifest.json>
+    DSSEv1 <bytes of the type> <type> <bytes of the file> <the file>
 """
 
 import json
@@ -16,7 +16,9 @@ from chexnet_deploy.files import Sha256
 from chexnet_deploy.inputs import StrictRecord
 
 SIGNATURE = "manifest.sig"
-PAYLOAD_TYPE = b"application/vnd.chexnet-deploy.manifest.v1+json"
+MANIFEST_TYPE = b"application/vnd.chexnet-deploy.manifest.v1+json"
+SITE_TYPE = b"application/vnd.chexnet-deploy.site.v1+json"
+ATTESTATION_TYPE = b"application/vnd.chexnet-deploy.attestation.v1+json"
 MAX_SIGNATURES = 8  # a key and its successor are two; more is for several parties
 MAX_SIGNATURE_BYTES = 4096
 
@@ -25,7 +27,7 @@ Ed25519Hex = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{128}$")]
 
 
 class Signature(StrictRecord):
-    """A signature over the manifest by one key.
+    """A signature over one file by one key.
 
     Attributes:
         key: the key's fingerprint, see keys.fingerprint.
@@ -37,7 +39,7 @@ class Signature(StrictRecord):
 
 
 class SignatureFile(StrictRecord):
-    """All signatures of one manifest; more than one while a fleet changes from a key to its successor."""
+    """All signatures of one file; more than one while a fleet changes from a key to its successor."""
 
     format: Literal[1] = 1
     signatures: Annotated[tuple[Signature, ...], Field(min_length=1, max_length=MAX_SIGNATURES)]
@@ -59,7 +61,7 @@ class SignatureFile(StrictRecord):
 
     @classmethod
     def parse(cls, content: bytes, where: str) -> "SignatureFile":
-        """Read manifest.sig; only the bytes that to_bytes would write are accepted, so none of them is without meaning.
+        """Read such a file; only the bytes that to_bytes would write are accepted, so none of them is without meaning.
 
         Args:
             content: at most MAX_SIGNATURE_BYTES.
@@ -82,10 +84,10 @@ class SignatureFile(StrictRecord):
         return parsed
 
     def to_bytes(self) -> bytes:
-        """Return the bytes of manifest.sig."""
+        """Return the bytes of the file."""
         return (json.dumps(self.model_dump(mode="json"), indent=2) + "\n").encode()
 
 
-def message_to_sign(content: bytes, payload_type: bytes = PAYLOAD_TYPE) -> bytes:
-    """Return what is signed for the bytes of a manifest.json, or of a file of another type."""
+def message_to_sign(content: bytes, payload_type: bytes) -> bytes:
+    """Return what is signed for the bytes of a file of that type."""
     return b"DSSEv1 %d %b %d %b" % (len(payload_type), payload_type, len(content), content)

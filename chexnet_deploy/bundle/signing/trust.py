@@ -1,4 +1,4 @@
-"""Trust: whose signature a bundle needs on this machine, and which releases are too old.
+"""Trust: whose signature a bundle needs on this machine, which releases are too old, and which verdict it needs.
 
 A trust file is TOML, laid down when the machine is set up, where those who deliver bundles can't write:
 
@@ -6,6 +6,7 @@ A trust file is TOML, laid down when the machine is set up, where those who deli
     line = "chexnet-adult"                 # the model line that may run; optional
     min_release = 3                        # nothing older, whatever has run here; optional, needs line
     floor_file = "release-floor.json"      # raised by each release that has run here; optional, needs line
+    passing_specs = ["3f0a..."]            # specs whose PASS a bundle needs to run, each by its file's SHA-256; optional
 
     [[keys]]
     name = "release key 2026"
@@ -15,9 +16,14 @@ A trust file is TOML, laid down when the machine is set up, where those who deli
 A bundle opens if at least one key that isn't revoked has signed its manifest.json, and no such key's signature in it is
 wrong. Signatures by other keys are left aside, so that a bundle can carry its signer's next key before machines know it.
 
+With passing_specs it also needs an attestation: that `bench` passed this very bundle by one of these specs, signed in the same
+way. It runs only on what the attestation names: the same model of GPU or CPU, backend and driver (runtime/sessions/open.py).
+`bench` and `build` alone ask for none, as they come before it.
+
 What this can't do. Who can write the trust file or the floor file decides what runs. It can't tell that a newer release is
 kept back, nor see that a key is stolen until it is marked revoked here. A disk put back to an older state brings its floor
-along. All bundles of one release are equal: fp32 for int8 is no rollback. Nothing expires, as clocks of scanners are wrong.
+along. All bundles of one release are equal: fp32 for int8 is no rollback. Nothing expires, as clocks of scanners are wrong: a
+PASS counts after a later FAIL, too.
 """
 
 import base64
@@ -30,6 +36,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, ValidationError, field_validator, model_validator
 
+from chexnet_deploy.bundle.signing.attestation import ATTESTATION, ATTESTATION_SIGNATURE, Attestation
 from chexnet_deploy.bundle.signing.releases import (
     LineName,
     Release,
@@ -38,9 +45,16 @@ from chexnet_deploy.bundle.signing.releases import (
     read_floor,
     refuse_older,
 )
-from chexnet_deploy.bundle.signing.signatures import PAYLOAD_TYPE, SIGNATURE, Signature, SignatureFile
+from chexnet_deploy.bundle.signing.signatures import (
+    ATTESTATION_TYPE,
+    MANIFEST_TYPE,
+    SIGNATURE,
+    SITE_TYPE,
+    Signature,
+    SignatureFile,
+)
 from chexnet_deploy.errors import TrustError, require
-from chexnet_deploy.files import PlainFile, sha256_hex
+from chexnet_deploy.files import PlainFile, Sha256, sha256_hex
 from chexnet_deploy.inputs import StrictRecord
 
 if sys.version_info >= (3, 11):
@@ -98,6 +112,7 @@ class Trust(StrictRecord):
         line: the model line that may run; None for any.
         min_release: the oldest release that may run.
         floor_file: remembers the newest release that has run; must exist, see releases.start_floor.
+        passing_specs: SHA-256 of the spec files whose PASS counts; None asks for no PASS.
     """
 
     format: Literal[1] = 1
@@ -105,6 +120,7 @@ class Trust(StrictRecord):
     line: LineName | None = None
     min_release: ReleaseNumber | None = None
     floor_file: Path | None = None
+    passing_specs: Annotated[tuple[Sha256, ...], Field(min_length=1, max_length=64)] | None = None
 
     @model_validator(mode="after")
     def _is_consistent(self) -> "Trust":
@@ -144,44 +160,89 @@ class Trust(StrictRecord):
             return trust
         return trust.model_copy(update={"floor_file": path.absolute().parent / trust.floor_file})
 
-    def check_signature(
-        self,
-        manifest: bytes,
-        signatures: bytes,
-        where: str,
-        *,
-        payload_type: bytes = PAYLOAD_TYPE,
-        signed_in: str = SIGNATURE,
-    ) -> tuple[str, ...]:
-        """Return the names of the trusted keys that signed a manifest, or a file of another type.
+    def check_manifest(self, manifest: bytes, signatures: bytes, where: str) -> tuple[str, ...]:
+        """Return the names of the trusted keys that signed a manifest.
 
         Args:
-            manifest: the bytes of manifest.json, or of that file.
-            signatures: the bytes of manifest.sig, or of that file's signatures.
-            where: the bundle, or that file, for errors.
-            payload_type: what was signed.
-            signed_in: name of the signatures' file, for errors.
+            manifest: the bytes of manifest.json.
+            signatures: the bytes of manifest.sig.
+            where: the bundle, for errors.
 
         Raises:
             TrustError: no trusted key has signed, or a trusted key's signature is for other bytes.
             MissingPackageError: cryptography is not installed.
         """
-        verify = _import_verify_manifest()
+        return self._check_signature(manifest, MANIFEST_TYPE, "manifest", signatures, where, f"{where}/{SIGNATURE}")
+
+    def check_site(self, site: bytes, signatures: bytes, where: str, signed_in: str) -> None:
+        """Refuse a site file that no trusted key has signed; arguments and errors as check_manifest."""
+        self._check_signature(site, SITE_TYPE, "site", signatures, where, signed_in)
+
+    def check_attestation(self, attestation: bytes, signatures: bytes, bundle_id: Sha256, where: str) -> Attestation:
+        """Return a bundle's attestation, where it is a PASS that counts here.
+
+        Args:
+            attestation: the bytes of attestation.json.
+            signatures: the bytes of attestation.sig.
+            bundle_id: of the bundle it lies in.
+            where: the bundle, for errors.
+
+        Raises:
+            TrustError: no trusted key has signed it, it was changed, is of another bundle, no PASS, or by another spec.
+            MissingPackageError: cryptography is not installed.
+        """
+        assert self.passing_specs is not None  # else none is asked for
+        # Before it is parsed: what nobody vouches for gets to no parser.
+        signed_in = f"{where}/{ATTESTATION_SIGNATURE}"
+        self._check_signature(attestation, ATTESTATION_TYPE, "attestation", signatures, where, signed_in)
+        found = Attestation.parse(attestation, f"{where}/{ATTESTATION}")
+        found.refuse_other(bundle_id, where)
+        if found.verdict != "PASS":
+            raise TrustError(f"{where} is attested as {found.summary}; needed a PASS. Don't use it.")
+        if found.spec_sha256 not in self.passing_specs:
+            raise TrustError(
+                f"{where} has its PASS by the spec {found.spec_sha256[:12]}…, needed one by "
+                f"{' or '.join(f'{spec[:12]}…' for spec in self.passing_specs)}. "
+                f"Run: chexnet-deploy bench --engine {where} --spec FILE, with that spec."
+            )
+        return found
+
+    def refuse_unattested(self, where: str) -> TrustError:
+        """Return the error for a bundle without a signed attestation."""
+        return TrustError(
+            f"{where} holds no signed attestation, and the trust file's passing_specs need a PASS. "
+            f"Run: chexnet-deploy bench --engine {where}, then chexnet-deploy sign {where} --attestation FILE --key KEY.pem"
+        )
+
+    def without_pass(self) -> "Trust":
+        """Return this trust for what comes before a PASS: building a plan, and `bench` itself."""
+        return self.model_copy(update={"passing_specs": None})
+
+    def _check_signature(
+        self, content: bytes, payload_type: bytes, what: str, signatures: bytes, where: str, signed_in: str
+    ) -> tuple[str, ...]:
+        """Return the names of the trusted keys that signed a file of a bundle.
+
+        Raises:
+            TrustError: no trusted key has signed, or a trusted key's signature is for other bytes.
+            MissingPackageError: cryptography is not installed.
+        """
+        verify = _import_verify_content()
         known = {key.fingerprint: key for key in self.keys}
         signers, others = [], []
-        for signature in SignatureFile.parse(signatures, f"{where}: {signed_in}").signatures:
+        for signature in SignatureFile.parse(signatures, signed_in).signatures:
             key = known.get(signature.key)
             if key is None or key.is_revoked:
                 others.append(f"{signature.key[:12]}… (unknown)" if key is None else f"{key.name} (revoked)")
-            elif verify(key.raw, signature, manifest, payload_type):
+            elif verify(key.raw, signature, content, payload_type):
                 signers.append(key.name)
             else:
                 raise TrustError(
-                    f"{where}: the signature by {key.name} is not for this {Path(signed_in).stem}. Don't use it; copy it again."
+                    f"{where}: the signature by {key.name} is not for this {what}. Don't use it; copy it again."
                 )
         if not signers:
             raise TrustError(
-                f"{where} is signed by {', '.join(others)}; needed {self._wanted()}. Don't use it; ask who delivered it."
+                f"{where}: the {what} is signed by {', '.join(others)}; needed {self._wanted()}. Ask who delivered it."
             )
         return tuple(signers)
 
@@ -224,10 +285,10 @@ class Trust(StrictRecord):
         return f"a signature by {' or '.join(key.name for key in self.keys if not key.is_revoked)}"
 
 
-def _import_verify_manifest() -> Callable[[bytes, Signature, bytes, bytes], bool]:
+def _import_verify_content() -> Callable[[bytes, Signature, bytes, bytes], bool]:
     with require("signing", so="no signature can be verified"):
-        from chexnet_deploy.bundle.signing.keys import verify_manifest
-    return verify_manifest
+        from chexnet_deploy.bundle.signing.keys import verify_content
+    return verify_content
 
 
 def read_trust(path: Path | None) -> Trust | None:

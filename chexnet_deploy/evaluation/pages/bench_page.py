@@ -161,8 +161,7 @@ difference to the reference over all images and findings. flips: decisions that 
 convolutions run in {% for type, n in engine.conv_types.items() %}{{ type }}: {{ n }} {% else %}unknown types{% endfor %}
 {%- if engine.known_answer_error is not none %};
 known answers within {{ "%.2g"|format(engine.known_answer_error) }} logits{% endif %}.
-Had to pass: {{ engine.spec.description }} max |Δp| at most {{ engine.spec.gate.max_abs_probability_difference }}, 99.9 % of
-|Δp| at most {{ engine.spec.gate.p999_abs_probability_difference }}, findings with at least
+Had to pass: {{ engine.spec.description }} The limits below, findings with at least
 {{ engine.spec.gate.min_positive_patients }} positive patients within their margins; latency: {{ engine.spec.gate.latency }}.
 {% if not engine.contract %}A convolution count above 121 holds BatchNorms that the backend runs as convolutions.{% endif %}</p>
 {% if engine.card and engine.target %}
@@ -204,9 +203,16 @@ Not in {{ engine.precision.type_name }}: {{ engine.card.fallbacks|join(", ") or 
 {% else %}<td>undefined</td><td>undefined</td><td></td>{% endif %}
 <td></td><td></td><td>{{ "left out: " ~ engine.parity.left_out|join(", ") if engine.parity.left_out }}</td></tr></table>
 {% if forests[loop.index0] %}<img alt="AUROC differences with margins" src="{{ forests[loop.index0] }}">{% endif %}
+<h3>Limits</h3>
+<table><tr><th>gate, and the worst finding</th><th>measured (95 % interval)</th><th>limit</th><th>verdict</th></tr>
+{% for g in engine.parity.gates %}
+<tr><td>{{ g.gate }}{% if g.finding %}, {{ g.finding }}{% endif %}</td><td>{{ g.measured }}</td>
+<td>{{ "none" if g.limit is none else g.limit }}</td><td class="{{ g.verdict }}">{{ g.verdict }}</td></tr>
+{% endfor %}</table>
 <h3>Image by image</h3>
 <table><tr><th>finding</th><th>operating point</th><th>flips: to present / to absent</th><th>McNemar p</th>
-<th>ECE reference</th><th>ECE {{ engine.name }}</th><th>worklist churn</th><th>logit noise / spread</th>
+<th>ECE reference</th><th>ECE {{ engine.name }}</th><th>calibration error growth
+(95 % interval)</th><th>worklist churn</th><th>logit noise / spread</th>
 <th>map correlation: median, worst 1 %</th></tr>
 {% for f in engine.parity.findings %}
 <tr><td>{{ f.finding }}</td>
@@ -214,6 +220,9 @@ Not in {{ engine.precision.type_name }}: {{ engine.card.fallbacks|join(", ") or 
 <td>{{ f.n_gained }} / {{ f.n_lost }}</td><td>{{ "%.2g"|format(f.mcnemar_p) }}</td>{% endif %}
 <td>{{ "undefined" if f.ece_reference is none else "%.4f"|format(f.ece_reference) }}</td>
 <td>{{ "undefined" if f.ece_candidate is none else "%.4f"|format(f.ece_candidate) }}</td>
+<td>{% if f.calibration_growth is none %}undefined{% else %}{{ "%+.4f"|format(f.calibration_growth) }}
+{% if f.calibration_growth_low is not none %}({{ "%+.4f"|format(f.calibration_growth_low) }} to
+{{ "%+.4f"|format(f.calibration_growth_high) }}){% endif %}{% endif %}</td>
 <td>{{ "undefined" if f.rank_churn is none else "%.2f %%"|format(100 * f.rank_churn) }}</td>
 <td>{{ "undefined" if f.noise_share is none else "%.2f %%"|format(100 * f.noise_share) }}</td>
 <td>{% if f.map_correlation_median is none %}undefined{% else %}
@@ -249,8 +258,11 @@ margin). Variances and the covariance of the two models are DeLong's (DeLong et 
 clustered by patient (Obuchowski 1997), with Student's t and a correction for few patients that decide an area near 1. All
 assessable findings must pass (intersection-union test, Berger 1982), so no correction for multiplicity is made. Findings with
 fewer positive patients are not assessable and named. ECE: expected calibration error, 15 bins of equal mass (Nixon et al.
-2019). McNemar's test of the balance of flips is exact and takes images as independent. Worklist churn: mean change of place as a
-share of the list. Logit noise / spread: root mean square logit difference over the standard deviation of the reference's.</p>
+2019). Calibration error growth: of the root mean square calibration error without its bias (Kumar et al. 2019), in bins made
+by the reference. Flips and the likeliest finding are shares with Wilson's interval at the effective number of patients (Rao and
+Scott 1992). A limit is kept where the whole interval lies within it. McNemar's test of the balance of flips is exact and takes
+images as independent. Worklist churn: mean change of place as a share of the list. Logit noise / spread: root mean square logit
+difference over the standard deviation of the reference's.</p>
 {% endif %}
 <h2>Latency</h2><img alt="latency histogram" src="{{ latency }}">
 {% if roc %}<h2>ROC curves</h2><img alt="ROC curves" src="{{ roc }}">{% endif %}

@@ -9,6 +9,7 @@ from chexnet_deploy.bundle.bundle import Bundle
 from chexnet_deploy.bundle.probe import Probe
 from chexnet_deploy.errors import MissingPackageError, SessionError
 from chexnet_deploy.runtime.sessions.base import Provider, Session, run_in_batches
+from chexnet_deploy.runtime.sessions.here import what_it_runs_on
 
 N_STARTUP_PROBES = 4  # enough to catch a wrong file or backend, few enough for a scanner's start-up
 SELF_TEST_EVERY_S = 15.0  # so often the node and the service ask for them again, unless told otherwise
@@ -32,10 +33,13 @@ def open_session(
 
     Raises:
         MissingPackageError: the backend is not installed.
+        TrustError: the bundle was opened with a trust that asks for a PASS, and has it on another machine.
         SessionError: no provider has that name or it can't be had here, the plan is for another machine, the backend refuses
             the model, or it answers otherwise than when the bundle was made.
     """
     provider = resolve_provider(provider)
+    if bundle.attestation is not None:
+        bundle.attestation.refuse_elsewhere(what_it_runs_on(bundle, provider, device), str(bundle.path))
     session: Session
     if bundle.manifest.target is not None:
         from chexnet_deploy.runtime.sessions.trt import TrtSession
