@@ -270,7 +270,7 @@ def test_what_is_not_trusted_never_reaches_onnx_runtime(
         pass
     sign_bundle(path, keys["stranger"])
     (path / SIGNATURE).write_bytes(
-        SignatureFile.of((sign_content(keys["stranger"], (path / MANIFEST).read_bytes()),)).to_bytes()
+        SignatureFile.of((sign_content(keys["stranger"], (path / MANIFEST).read_bytes(), MANIFEST_TYPE),)).to_bytes()
     )
     monkeypatch.setattr(ort_room.ort, "InferenceSession", lambda *_a, **_k: pytest.fail("reached ONNX Runtime"))
     with pytest.raises(TrustError):
