@@ -277,8 +277,8 @@ def test_the_commands_on_your_own_data_run(
         else:
             more = {"export": ["--calibration-images", "64"], "bench": ["--min-runs", "1", "--min-duration-s", "0"]}
             done = chexnet(*words[1:], *more.get(words[1], []))
-        # 3: a tenth of the phantom patients is too few to prove parity.
-        assert done.returncode == (3 if words[1] == "bench" else 0), f"{line}\n{done.stderr}"
+        # Forty patients at most can't prove parity, and the untrained model may not have it.
+        assert done.returncode in ((1, 3) if words[1] == "bench" else (0,)), f"{line}\n{done.stderr}"
         printed[words[1], words[2]] = done.stdout + done.stderr
     assert "note: 1 rows of hospital.csv are of other views" in printed["export", "best.safetensors"]
     assert "Not predicted: Cardiomegaly." in printed["evaluate", "--predictions"]
