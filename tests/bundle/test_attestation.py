@@ -222,7 +222,7 @@ def _by_predictor(bundle: Path, trust: Path, folder: Path) -> None:
 
 
 def _by_service(bundle: Path, trust: Path, folder: Path) -> None:
-    open_engine(ServeConfig(bundle, trust=trust, provider="cpu"), lambda *_: None, lambda *_: None)
+    open_engine(ServeConfig(bundle, trust=trust, provider="cpu"), *([lambda *_: None] * 3))
 
 
 def _by_node(bundle: Path, trust: Path, folder: Path) -> None:

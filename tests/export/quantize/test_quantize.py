@@ -573,7 +573,8 @@ def test_a_planted_bad_layer_is_found_and_left_in_floating_point(
     kept = to_int8(bundles["fp32"], calibration, tmp_path / "int8", gate, validation)
     assert BAD in kept.manifest.float_convolutions
     assert next(iter(kept.manifest.weakest_convolutions)) == BAD
-    assert len(kept.manifest.float_convolutions) < 2 + 8
+    # The first, and the 33 of the last transition and block, are so anyway.
+    assert len(kept.manifest.float_convolutions) < 1 + 33 + 8
 
 
 BAD = "/features/transition1/conv/Conv"
