@@ -63,7 +63,7 @@ class EvaluationRequest:
             ),
             (
                 runs and self.data is None,
-                "a bundle is evaluated on labelled images. Give them by --data.",
+                "a bundle is evaluated on labelled images. Give them by --data ROOT.",
             ),
             (
                 not runs and self.labels is None and self.data is None,

@@ -233,7 +233,7 @@ def test_columns_are_found_by_name(tmp_path: Path) -> None:
         (",Mass,0", ',"Mass,0', "row 7: found a broken row"),
         (HEADER, HEADER.replace("Finding Labels", "Labels"), "row 1: found the columns 'Image Index', 'Labels', "),
         (HEADER, HEADER.replace("Patient Gender", "Sex"), "needed a column Patient Gender or Patient Sex"),
-        (HEADER, HEADER.replace(",", ";"), "needed a column Image Index"),
+        (HEADER, HEADER.replace(",", ";"), "row 2: found 1 fields; needed 11"),
         (HEADER, "", "row 1: found no column names"),
         (lines(*ROWS), "", "found a header and no row"),
         (lines(HEADER, *ROWS), "", "row 1: found no column names"),
