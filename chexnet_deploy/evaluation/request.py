@@ -66,7 +66,7 @@ class EvaluationRequest:
             ),
             (
                 runs and self.data is None,
-                "an engine is evaluated on labelled images. Give them by --data.",
+                "an engine is evaluated on labelled images. Give them by --data ROOT.",
             ),
             (
                 not runs and self.labels is None and self.data is None,

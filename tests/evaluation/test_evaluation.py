@@ -374,7 +374,8 @@ def test_maps_against_boxes_by_hand(tmp_path: Path) -> None:
         "00000001_000.png": (Box("Mass", 40.0, 40.0, 16.0, 16.0), Box("Nodule", 0.0, 0.0, 9.0, 9.0)),
         "00000003_000.png": (Box("Mass", 0.0, 0.0, 9.0, 9.0),),
     }
-    record, maps = localize(FixedMap(), radiographs, boxes, ("Mass", "Hernia"), on_images=lambda done, total: None)  # type: ignore[arg-type]
+    images = LabelledImages.of(radiographs)
+    record, maps = localize(FixedMap(), images, boxes, ("Mass", "Hernia"), on_images=lambda done, total: None)  # type: ignore[arg-type]
     assert (record.n_images, record.n_left_out, record.width_px) == (2, 1, 64)
     (mass,) = record.summary.findings
     assert (mass.finding, mass.n_images, mass.n_boxes, mass.pointing_accuracy) == ("Mass", 2, 2, 0.5)
@@ -391,9 +392,9 @@ def test_boxes_of_another_size_are_refused(tmp_path: Path) -> None:
     radiograph = make_radiograph("00000000_000.png", draw_gray(tmp_path / "0.png", 64))
     shrunken = {radiograph.image: (Box("Mass", 500.0, 500.0, 100.0, 100.0),)}
     with pytest.raises(DatasetError, match="1024 x 1024 px as NIH ships them"):
-        localize(FixedMap(), [radiograph], shrunken, ("Mass",), on_images=lambda done, total: None)  # type: ignore[arg-type]
+        localize(FixedMap(), LabelledImages.of([radiograph]), shrunken, ("Mass",), on_images=lambda done, total: None)  # type: ignore[arg-type]
     with pytest.raises(DatasetError, match="none of the 1 images has a box"):
-        localize(FixedMap(), [radiograph], {}, ("Mass",), on_images=lambda done, total: None)  # type: ignore[arg-type]
+        localize(FixedMap(), LabelledImages.of([radiograph]), {}, ("Mass",), on_images=lambda done, total: None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
