@@ -1578,13 +1578,14 @@ struct chexnet {
 
 enum { HAS_SIGNATURE = 1, HAS_ONNX = 2, HAS_PLAN = 4 };
 
-/* Refuse what no bundle holds, and note in `found` what some do. */
+/* Refuse what no bundle holds, and note in `found` what some do. Attestations are for Python's trust files; here nobody asks for one. */
 static int list_files(int folder, const char *where, int *found, char *message) {
   static const struct {
     const char *name;
     int bit;
   } KNOWN[] = {{"manifest.json", 0}, {"manifest.sha256", 0}, {"manifest.sig", HAS_SIGNATURE},
-               {"model.onnx", HAS_ONNX}, {"model.plan", HAS_PLAN}, {"probe.npz", 0}};
+               {"model.onnx", HAS_ONNX}, {"model.plan", HAS_PLAN}, {"probe.npz", 0},
+               {"attestation.json", 0}, {"attestation.sig", 0}};
   const size_t n = sizeof KNOWN / sizeof *KNOWN;
   int copy = openat(folder, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC), status = CHEXNET_OK;
   DIR *listing = copy < 0 ? NULL : fdopendir(copy);
@@ -1624,6 +1625,17 @@ static int read_listed(int folder, const char *where, const char *name, size_t l
   free(out->bytes);
   out->bytes = NULL;
   return fail(message, CHEXNET_BUNDLE_ERROR, "%s/%s does not match its manifest: expected sha256 %.12s. " AGAIN, where, name, stated);
+}
+
+/* A site's own operating points stand in for the bundle's, and only Python reads them: to decide by others would be wrong unseen. */
+static int refuse_site(const char *where, char *message) {
+  char folder[PATH_MAX], site[PATH_MAX + sizeof ".site.json"];
+  struct stat ignored;
+  if (!realpath(where, folder)) return fail(message, CHEXNET_BUNDLE_ERROR, "%s can't be read: %s. Check the disk.", where, strerror(errno));
+  snprintf(site, sizeof site, "%s.site.json", folder);
+  if (lstat(site, &ignored) != 0) return CHEXNET_OK;
+  return fail(message, CHEXNET_BUNDLE_ERROR, "%s is there, and this runtime reads no site files. Use Python's, or a copy of the bundle without it.",
+              site);
 }
 
 static bool keep_fields(chexnet *bundle) {
@@ -1683,6 +1695,7 @@ static int verify(chexnet *bundle, int folder, const char *where, const chexnet_
     return fail(message, CHEXNET_BUNDLE_ERROR, "%s/manifest.json was changed after it was written: its sha256 is %.12s. " AGAIN, where,
                 bundle->model.id);
   if ((status = list_files(folder, where, &found, message))) return status;
+  if ((status = refuse_site(where, message))) return status;
   if (trust) { /* before it is parsed: what nobody vouches for gets to no parser */
     if (!(found & HAS_SIGNATURE))
       return fail(message, CHEXNET_TRUST_ERROR, "%s is not signed; needed a signature by a trusted key. Take the signed bundle.", where);

@@ -1,4 +1,4 @@
-"""The chain on real radiographs, in small: a real CheXNet, its int8 beside it, every planted fault; wherever they are at hand."""
+"""The chain on real radiographs, in small: a real CheXNet, proven with its int8, wherever they are at hand."""
 
 from pathlib import Path
 

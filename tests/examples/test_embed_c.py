@@ -24,6 +24,7 @@ from chexnet_deploy.bundle.signing.keys import public_der
 from chexnet_deploy.bundle.signing.releases import Release
 from chexnet_deploy.bundle.signing.sign import admit_first, sign_bundle
 from chexnet_deploy.bundle.signing.trust import Trust, TrustedKey
+from chexnet_deploy.bundle.site import site_path
 from chexnet_deploy.datasets.chestxray14 import ChestXray14
 from chexnet_deploy.errors import BundleError, ChexnetError, ImageError, SessionError, TrustError
 from chexnet_deploy.files import sha256_hex
@@ -219,6 +220,22 @@ def test_pictures_that_are_none_are_refused(library: EmbeddedC, bundles: dict[st
             embedded.predict(np.full((64, 64), 9, np.uint8))
         with pytest.raises(ImageError, match=r"^shape: found 0 x 5 px"):
             embedded.predict(np.zeros((5, 0), np.uint8))
+
+
+def test_a_site_file_is_refused_and_an_attestation_passed_over(
+    library: EmbeddedC, bundles: dict[str, Bundle], tmp_path: Path
+) -> None:
+    bundle = Path(shutil.copytree(bundles["int8-cpu"].path, tmp_path / "bundle"))
+    for name in ("attestation.json", "attestation.sig"):
+        (bundle / name).write_text("for Python's trust files")
+    with library.open(bundle, "onnxruntime"):
+        pass
+    site_path(bundle).write_text("{}")
+    with (
+        pytest.raises(BundleError, match="this runtime reads no site files"),
+        library.open(bundle, "onnxruntime"),
+    ):
+        pass
 
 
 def test_a_missing_folder_and_too_many_threads_are_named(
