@@ -149,7 +149,7 @@ def test_trust_asks_for_its_signature_too(
     assert Bundle.open(bundle.path, trust=trust).read_site() == site_for(bundle.id)
     # Resealed: whole, and by nobody.
     site.write_bytes(site_for(bundle.id, Mass=point(0.1, 0.1)).to_json())
-    refused(bundle, "not for this bundle.site.json", trust=trust, error=TrustError)
+    refused(bundle, "not for this site", trust=trust, error=TrustError)
     # A signature of a manifest is none of a site file, though the same key made it over the same bytes.
     as_manifest = sign_content(keys["release"], site.read_bytes(), MANIFEST_TYPE)
     signature_path(site).write_bytes(SignatureFile.of((as_manifest,)).to_bytes())

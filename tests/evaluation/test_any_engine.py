@@ -60,7 +60,8 @@ def test_the_same_model_with_another_layout_range_and_score_passes(bench: Bench,
     changed = write_contract(tmp_path / "c.toml", findings, layout='"NHWC"', range="[0, 255]", values='"sigmoids"')
     changed.write_text(changed.read_text().replace('score = "logit"\n', ""))
     report = bench(other, one, "--contract", changed, "--reference-contract", contract)
-    assert (report["verdict"], report["findings"]) == ("PASS", list(findings))
+    # Forty patients are too few for a PASS.
+    assert (report["verdict"], report["findings"]) == ("INCONCLUSIVE", list(findings))
     (engine,) = report["engines"]
     assert engine["parity"]["max_abs_probability_difference"] < 1e-5
     assert engine["contract"]["input"]["layout"] == "NHWC"
@@ -105,7 +106,7 @@ def test_an_endpoint_gives_the_figures_of_the_file_behind_it(bench: Bench, phant
             json.loads(chexnet("evaluate", place, "--contract", contract, "--data", phantom_root, "--json").stdout)
             for place in (file, server.url)
         ]
-    assert report["verdict"] == "PASS"
+    assert report["verdict"] == "INCONCLUSIVE"  # forty patients are too few
     assert (report["engines"][0]["model_sha256"], report["engines"][0]["conv_types"]) == (None, {})
     np.testing.assert_array_equal(logits(report, "net"), logits(report, "reference"))
     assert evaluated[0]["findings"] == evaluated[1]["findings"]
@@ -242,7 +243,7 @@ def test_refusals_say_what_is_missing(bundles: dict[str, Bundle], phantom: Chest
         (("--engine", file, "--contract", contract), "found no --reference"),
         (("--engine", file, "--contract", contract, "--reference", fp32), "found no --spec"),
         (("--engine", fp32, "--contract", contract), "for bundles, which say what they take themselves"),
-        ((*as_bundle, "--reference-contract", strange, *data), "none of which|in common"),
+        ((*as_bundle, "--reference-contract", strange, *data), "needed at least one image labelled for a finding"),
         ((*as_bundle, "--contract", contract, "--trust", tmp_path / "t"), "t is missing"),
         (("--engine", tmp_path / "no.onnx", "--reference", fp32, "--contract", contract, "--spec", "fp32"), "no.onnx"),
         (("--engine", file, "--reference", fp32, "--contract", contract, "--spec", "l4-int8"), "runs on ONNX Runtime"),

@@ -399,7 +399,10 @@ def test_predict_writes_a_folder_to_a_table(bundles: dict[str, Bundle], folder: 
     labels = folder.parent / "labels.csv"  # one in three has each finding
     labels.write_text(
         "image,patient,Mass\n"
-        + "".join(f"{row['image']},{place},{int(place % 3 == 0)}\n" for place, row in enumerate(rows))
+        + "".join(
+            f"{row['image']},{int(Path(row['image']).name[:8])},{int(place % 3 == 0)}\n"
+            for place, row in enumerate(rows)
+        )
     )
     evaluated = chexnet("evaluate", "--predictions", out, "--labels", labels)
     assert evaluated.returncode == 0, evaluated.stderr

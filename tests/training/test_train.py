@@ -249,7 +249,7 @@ def test_a_start_that_does_not_fit_is_refused(finished: Path, phantom_root: Path
     other = edit(finished / BEST, tmp_path / "other.safetensors", preprocessing=Preprocessing(mean=(0.5, 0.5, 0.5)))
     refuse(SpecError, "another mean and deviation", recipe, other, new)
     refuse(CheckpointError, "can't be read", recipe, tmp_path / "none.safetensors", new)
-    refuse(CheckpointError, "or checkpoint to start from", recipe, finished / BEST, finished)
+    refuse(CheckpointError, "checkpoint to start from or teacher", recipe, finished / BEST, finished)
 
 
 @pytest.mark.parametrize(

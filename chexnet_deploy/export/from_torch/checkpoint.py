@@ -20,7 +20,10 @@ from chexnet_deploy.files import Sha256, sha256_hex, write_file
 from chexnet_deploy.images.preprocessing import Preprocessing
 
 _METADATA_KEY = "chexnet_deploy"
-_PICKLE_STARTS = (b"\x80", b"PK\x03\x04")  # a bare pickle; torch.save's zip of pickles
+_PICKLE_STARTS = (
+    *(bytes([0x80, protocol]) for protocol in range(2, 6)),
+    b"PK\x03\x04",
+)  # bare; torch.save's zip of them
 _NAMED_IN_ERRORS = 4
 
 

@@ -204,7 +204,7 @@ def test_int8_graph(
     convs = [node for node in model.graph.node if node.op_type == "Conv"]
     assert len(convs) == 121
     for conv in convs:
-        if is_left_float(conv):
+        if conv.name in bundle.manifest.float_convolutions:
             assert weights[conv.input[1]].dtype in (np.float16, np.float32)
             assert producer[conv.input[0]].op_type != "DequantizeLinear"
             continue
@@ -284,7 +284,7 @@ def test_int8_records_its_calibration(bundles: dict[str, Bundle], calibration: C
     assert (manifest.calibration.list_sha256, manifest.calibration.n_images) == (calibration.sha256, 100)
     assert manifest.ancestors == (bundles["fp32"].id,)
     left = [node.name for node in convolutions(graph_of(bundles["fp32"])) if is_left_float(node)]
-    assert manifest.float_convolutions == (*left, "/Conv")
+    assert {*left, "/Conv"} <= set(manifest.float_convolutions)  # and what the gate asked for
     assert len(left) == 1 + 1 + 32
     assert bundles["int8"].read_probe_bytes() == bundles["fp32"].read_probe_bytes()
     assert all(check.value <= check.limit for check in manifest.checks)
