@@ -287,7 +287,8 @@ def test_int8_records_its_calibration(bundles: dict[str, Bundle], calibration: C
     assert {*left, "/Conv"} <= set(manifest.float_convolutions)  # and what the gate asked for
     assert len(left) == 1 + 1 + 32
     assert bundles["int8"].read_probe_bytes() == bundles["fp32"].read_probe_bytes()
-    assert all(check.value <= check.limit for check in manifest.checks)
+    at_least = "likeliest_finding_agreement"
+    assert all(c.value >= c.limit if c.name.startswith(at_least) else c.value <= c.limit for c in manifest.checks)
 
 
 @pytest.mark.parametrize("name", ["int8", "int8-cpu"])
