@@ -88,7 +88,7 @@ def run_all(
     chexnet("bench", *engines, "--data", data, *only, "--out", out / "bench", is_right=_IS_NO_PASS)
     experts = [] if readers is None else ["--readers", readers]
     evaluated = out / "evaluation"
-    chexnet("evaluate", bundles / "fp32", "--data", data, *only, "--localization", *experts, "--out", evaluated)
+    chexnet("evaluate", bundles / "fp32", "--data", data, *only, *experts, "--out", evaluated)
     gained = None
     if before is not None:
         chexnet("export", before, "--out", out / "before", "--precision", "fp32")

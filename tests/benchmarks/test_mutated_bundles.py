@@ -45,7 +45,7 @@ def test_a_sample_of_all_mutants_is_refused(bundles: dict[str, Bundle], tmp_path
 @pytest.mark.parametrize(
     ("weakness", "family"),
     [
-        ("check_signature", "signature"),
+        ("check_manifest", "signature"),
         ("check_release", "rollback"),
     ],
 )

@@ -42,9 +42,9 @@ def fault(name: str) -> Fault:
         ("logits sharpened", -0.75, "max_abs_probability_difference"),
         ("one finding shifted", 1.0, "calibration_error_growth"),
         ("sigmoid twice", 1.0, "flip_share"),
-        ("the answer of the image before", 0.5, "likeliest_finding_agreement"),
+        ("the answer of the image before", 0.5, "max_abs_probability_difference"),
         ("answers depend on the slot", 0.05, "invariance"),
-        ("scale of an activation, late", 3.0, "max_abs_probability_difference"),
+        ("scale of an activation, late", 3.0, "logit_noise_share"),
         ("BGR for RGB", 1.0, "p999_abs_probability_difference"),
         ("display function", 1.0, "max_abs_probability_difference"),
     ],
@@ -58,7 +58,7 @@ def test_a_planted_fault_fails_and_the_gate_is_named(judge: Judge, name: str, si
 @pytest.mark.slow
 def test_the_smallest_size_is_searched_by_halves(judge: Judge) -> None:
     # Alone the slot moves a probability near one half by a quarter of 15 slots' logits: 0.02 is reached at 0.0053.
-    outcome = search(judge, Fault("slot", "logits a slot", 0.02, in_graph=slot_noise))
+    outcome = search(judge, Fault("slot", "logits a slot", 0.02, "fp16", in_graph=slot_noise))
     assert [each.size for each in outcome.tried] == [0.02 / 2**i for i in range(len(outcome.tried))]
     assert all(each.verdict == "FAIL" for each in outcome.tried[:-1])
     assert outcome.smallest_found is not None

