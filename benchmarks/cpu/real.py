@@ -134,9 +134,10 @@ def markdown_table(results: Mapping[str, Any]) -> str:
     lines = ["| " + " | ".join(name.replace("|", "\\|") for name in rows[0]) + " |", "|" + "---|" * len(rows[0])]
     lines += ["| " + " | ".join(row.values()) + " |" for row in rows]
     assert evaluation.mean_auroc is not None
-    assert evaluation.mean_auroc_interval is not None
-    low, high = evaluation.mean_auroc_interval
-    lines += ["", f"{report.data}. fp32: mean AUROC {evaluation.mean_auroc:.4f} ({low:.4f} to {high:.4f})"]
+    lines += ["", f"{report.data}. fp32: mean AUROC {evaluation.mean_auroc:.4f}"]
+    if evaluation.mean_auroc_interval is not None:  # few images have none
+        low, high = evaluation.mean_auroc_interval
+        lines[-1] += f" ({low:.4f} to {high:.4f})"
     if results["gained"] is not None:
         (engine,) = _read(BenchReport, results["gained"]).engines
         assert engine.parity is not None

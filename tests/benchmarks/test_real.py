@@ -31,7 +31,7 @@ def test_a_real_checkpoint_is_proven_on_official_test_images(real_small: tuple[P
         assert engine["verdict"] != "FAIL", engine["reasons"]
         assert engine["parity"]["n_images"] == N_IMAGES
     # Trained on real radiographs: better than chance by far, on patients that nothing has seen.
-    assert results["evaluation"]["mean_auroc_interval"][0] > 0.55
+    assert results["evaluation"]["mean_auroc"] > 0.6
     # Calibration images are of training patients.
     calibration = (tmp_path / "real" / "bundles" / "calibration.txt").read_text().split()
     train_patients = {radiograph.patient for radiograph in dataset.split("train")}
