@@ -11,9 +11,11 @@ import numpy as np
 from chexnet_deploy.datasets.labelled import LabelledImages
 from chexnet_deploy.evaluation.parity import ParityReport, compare
 from chexnet_deploy.evaluation.spec import read_spec
+from chexnet_deploy.images.preprocessing import Pixels
 from chexnet_deploy.inputs import Record
 from chexnet_deploy.metrics.delong import compare_all
-from chexnet_deploy.runtime.sessions.base import Logits
+from chexnet_deploy.runtime.sessions.base import Logits, run_in_batches
+from chexnet_deploy.runtime.sessions.ort import OrtSession
 
 MIN_POSITIVES = 30  # images; a finding with fewer moves by whole hundredths when one image changes place
 _PACKAGES = ("torch", "onnx", "onnxruntime", "openvino", "nncf")
@@ -133,6 +135,15 @@ def signal_db(reference: Logits, candidate: Logits) -> float | None:
     noise = float(np.mean((candidate - single) ** 2))
     signal = float(np.mean((single - single.mean(axis=0)) ** 2))
     return None if noise == 0.0 else 10.0 * math.log10(signal / noise)
+
+
+def answers_of(model: bytes, pixels: Pixels) -> Logits:
+    """Return logits [N, C] of an ONNX model in ONNX Runtime."""
+    session = OrtSession(model, pixels.shape[-1])
+    try:
+        return run_in_batches(session, pixels)[0]
+    finally:
+        session.close()
 
 
 def cores() -> int:

@@ -18,7 +18,7 @@ import typer
 from PIL import Image
 
 from benchmarks.common import RESULTS
-from benchmarks.int8.accuracy import Accuracy, Judge, packages
+from benchmarks.int8.accuracy import Accuracy, Judge, answers_of, packages
 from chexnet_deploy.bundle.manifest import Dialect
 from chexnet_deploy.datasets.data_set import DataSet, open_data
 from chexnet_deploy.datasets.labelled import LabelledImages
@@ -32,8 +32,6 @@ from chexnet_deploy.export.quantize.variants import prepare
 from chexnet_deploy.images.preprocessing import Pixels
 from chexnet_deploy.inputs import Record
 from chexnet_deploy.runtime.score import iter_pixels
-from chexnet_deploy.runtime.sessions.base import Logits, run_in_batches
-from chexnet_deploy.runtime.sessions.ort import OrtSession
 from chexnet_deploy.terminal import run_program
 
 N_CALIBRATION_IMAGES = 256
@@ -119,7 +117,7 @@ def read_sets(
     for name, labelled in chosen.items():
         images = labelled.for_findings(manifest.findings)
         pixels = np.concatenate(list(iter_pixels(images.paths, manifest.preprocessing)))
-        sets[name] = pixels, Judge(_answer(model, pixels), images, manifest.findings, manifest.operating_points)
+        sets[name] = pixels, Judge(answers_of(model, pixels), images, manifest.findings, manifest.operating_points)
     return sets
 
 
@@ -138,7 +136,7 @@ def judge(form: str, content: bytes, sets: Mapping[str, tuple[Pixels, Judge]]) -
     """Yield what one model keeps on each set."""
     share = int8_share(content)
     for name, (pixels, judge) in sets.items():
-        answers = _answer(content, pixels)
+        answers = answers_of(content, pixels)
         yield Row(
             form=form,
             images=name,
@@ -168,18 +166,10 @@ def int8_share(content: bytes) -> float:
 
 def _make_forms(model: bytes, calibration: Pixels) -> Iterator[tuple[str, bytes]]:
     single = onnx.load_from_string(model)
-    reference = _answer(model, calibration)
+    reference = answers_of(model, calibration)
     for dialect in get_args(Dialect):
         made = correct_head_bias(prepare(single, dialect, calibration).build(), reference, calibration)
         yield dialect, made.SerializeToString()
-
-
-def _answer(model: bytes, pixels: Pixels) -> Logits:
-    session = OrtSession(model, pixels.shape[-1])
-    try:
-        return run_in_batches(session, pixels)[0]
-    finally:
-        session.close()
 
 
 def markdown_table(results: Results) -> str:

@@ -19,7 +19,7 @@ import onnx
 import typer
 
 from benchmarks.common import RESULTS
-from benchmarks.int8.accuracy import Accuracy, Judge, packages
+from benchmarks.int8.accuracy import Accuracy, Judge, answers_of, packages
 from chexnet_deploy.bundle.manifest import FLOAT16_DIALECTS, Dialect
 from chexnet_deploy.datasets import DataSet, open_data
 from chexnet_deploy.evaluation.machine import Machine, describe_machine
@@ -35,8 +35,6 @@ from chexnet_deploy.export.tensorrt.layers import bytes_per_image, count_kernels
 from chexnet_deploy.images.preprocessing import Pixels
 from chexnet_deploy.inputs import Record
 from chexnet_deploy.runtime.score import iter_pixels
-from chexnet_deploy.runtime.sessions.base import Logits, run_in_batches
-from chexnet_deploy.runtime.sessions.ort import OrtSession
 from chexnet_deploy.runtime.sessions.trt_versions import open_tensorrt
 from chexnet_deploy.terminal import run_program
 
@@ -107,10 +105,10 @@ def measure(checkpoint: Path, dataset: DataSet, *, n_calibration_images: int = 2
     pixels = np.concatenate(list(iter_pixels(images.paths, manifest.preprocessing)))
     names = choose_calibration(dataset, n_calibration_images)
     calibration = CalibrationSet.read(dataset, names, manifest.preprocessing).pixels
-    judge = Judge(_answer(model, pixels), images, manifest.findings, manifest.operating_points)
+    judge = Judge(answers_of(model, pixels), images, manifest.findings, manifest.operating_points)
     judged = []
     for name, content in _make_forms(model, calibration):
-        answers = _answer(content, pixels)
+        answers = answers_of(content, pixels)
         report = judge.compare(judge.reference, answers)
         traffic = _compile(content) if name in (FP16, *FLOAT16_DIALECTS) else None
         found = Form(
@@ -133,7 +131,7 @@ def measure(checkpoint: Path, dataset: DataSet, *, n_calibration_images: int = 2
 def _make_forms(model: bytes, calibration: Pixels) -> Iterator[tuple[str, bytes]]:
     single = onnx.load_from_string(model)
     yield FP16, to_float16(single).SerializeToString()
-    reference = _answer(model, calibration)
+    reference = answers_of(model, calibration)
 
     def finish(prepared: forms.Prepared) -> bytes:
         content: bytes = correct_head_bias(prepared.build(), reference, calibration).SerializeToString()
@@ -156,14 +154,6 @@ def _uncentred(prepared: forms.Prepared) -> forms.Prepared:
         for name, how in prepared.activations.items()
     }
     return replace(prepared, activations=activations)
-
-
-def _answer(model: bytes, pixels: Pixels) -> Logits:
-    session = OrtSession(model, pixels.shape[-1])
-    try:
-        return run_in_batches(session, pixels)[0]
-    finally:
-        session.close()
 
 
 def _compile(model: bytes) -> Traffic:

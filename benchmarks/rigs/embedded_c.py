@@ -37,11 +37,12 @@ class NotBuiltError(Exception):
 def find_libraries() -> dict[Library, Path]:
     """Return the libraries of the installed packages that the C file can be linked with."""
     found: dict[Library, Path] = {}
-    for name, pattern in (("openvino", "libs/libopenvino_c.so.*"), ("onnxruntime", "capi/libonnxruntime.so.*")):
+    patterns: dict[Library, str] = {"openvino": "libs/libopenvino_c.so.*", "onnxruntime": "capi/libonnxruntime.so.*"}
+    for name, pattern in patterns.items():
         spec = importlib.util.find_spec(name)
         files = sorted(Path(spec.origin).parent.glob(pattern)) if spec and spec.origin else []
         if files:
-            found[name] = files[0]  # type: ignore[index]
+            found[name] = files[0]
     return found
 
 

@@ -202,7 +202,7 @@ def wrap(
         field.extend(copies)
     try:
         onnx.checker.check_model(model, full_check=True)
-    except Exception as err:
+    except Exception as err:  # the checker and the shape inference under it share no class of error
         raise ExportError(f"{path}: found a graph that ONNX refuses ({err}), needed a sound one; {_INSTEAD}.") from err
     wrapped: bytes = model.SerializeToString()
     return wrapped, bias.astype(np.float64)
