@@ -64,14 +64,19 @@ def roc_curve(scores: Scores, truth: NDArray[np.bool_]) -> tuple[NDArray[np.floa
 
 
 def youden_threshold(scores: Scores, truth: NDArray[np.bool_]) -> float:
-    """Return the lowest score with the largest sensitivity + specificity - 1 (Youden 1950); NaN with one class only."""
+    """Return a threshold with the largest sensitivity + specificity - 1 (Youden 1950); NaN with one class only.
+
+    Of several it is the lowest, and it lies halfway to the next lower score: on a score itself, rounding alone would turn
+    that image's decision.
+    """
     if truth.all() or not truth.any():
         return math.nan
     thresholds = np.unique(scores)
     positives, negatives = np.sort(scores[truth]), np.sort(scores[~truth])
     sensitivity = 1.0 - np.searchsorted(positives, thresholds, side="left") / positives.size
     specificity = np.searchsorted(negatives, thresholds, side="left") / negatives.size
-    return float(thresholds[int(np.argmax(sensitivity + specificity))])
+    best = int(np.argmax(sensitivity + specificity))
+    return float(thresholds[max(best - 1, 0) : best + 1].astype(np.float64).mean())
 
 
 N_RESAMPLES: Final = 500

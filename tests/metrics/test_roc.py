@@ -45,7 +45,11 @@ def test_roc_curve_of_four_images() -> None:
 
 
 def test_youden_threshold_separates_a_separable_finding() -> None:
-    assert youden_threshold(np.array([0.1, 0.2, 0.7, 0.9]), np.array([False, False, True, True])) == 0.7
+    assert youden_threshold(np.array([0.1, 0.2, 0.7, 0.9]), np.array([False, False, True, True])) == pytest.approx(0.45)
+    # Neighbours in float32 have a number between them in float64.
+    low = np.float32(0.7)
+    high = np.nextafter(low, np.float32(1))
+    assert float(low) < youden_threshold(np.array([low, high]), np.array([False, True])) < float(high)
     assert math.isnan(youden_threshold(np.array([0.1, 0.2]), np.array([True, True])))
 
 
