@@ -21,7 +21,7 @@ from chexnet_deploy.export.quantize.observe import Observed
 # A channel's range is not stretched more than this: where it is nearly always zero, chance decides what was seen, and where
 # its weights are nearly zero, what it is stretched to must still fit into float16.
 _LARGEST_STRETCH = 50.0
-_CHANNELWISE = ("Relu", "MaxPool", "AveragePool", "Concat")  # a channel times d > 0 comes out times d
+_CHANNELWISE = ("Relu", "MaxPool", "AveragePool", "Identity", "Concat")  # a channel times d > 0 comes out times d
 
 
 def equalise_inputs(

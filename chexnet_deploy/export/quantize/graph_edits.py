@@ -1,10 +1,10 @@
-"""Edits of ONNX graphs that the quantiser's modules share: reading and replacing nodes, the gray first convolution.
+"""Edits of ONNX graphs that the quantiser's modules share: reading and replacing nodes, the first layers of the cpu form.
 
 The gray first convolution is for CPUs: exact, with a third of the arithmetic, from uint8 pixels. The graph repeats the gray
 channel three times and normalises each with its own mean and deviation; the convolution sums them. That is one channel with
 the weighted sum of the weights, plus a constant that holds inside the picture but not in the zeros around it: a second
-channel, 255 inside and 0 around, carries it. Both are written twice, each with half the weight, so that the products of two
-neighbours fit into 16 bits (gptq.py); int8 kernels read channels in fours anyway.
+channel, 255 inside and 0 around, carries it. Int8 kernels read channels in fours, so each of the two is followed by a
+fifteenth of itself: its weights are 0 until gptq.py rounds, and then take up what the steps of the other are too coarse for.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 
 def weights_of(model: onnx.ModelProto) -> dict[str, NDArray[np.generic]]:
@@ -75,6 +75,7 @@ def quantised_activations(model: onnx.ModelProto) -> tuple[str, ...]:
 
 
 _INSIDE = 255
+_FINE = 15  # odd, so that no gray level lies halfway between two steps; 255 is a multiple
 
 
 def to_gray_stem(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -96,13 +97,21 @@ def to_gray_stem(model: onnx.ModelProto) -> onnx.ModelProto:
     weight = arrays[conv.input[1]].astype(np.float64)
     on_gray = (weight * factor).sum(axis=1, keepdims=True)
     on_inside = (-weight * offset).sum(axis=1, keepdims=True) / _INSIDE
-    arrays[conv.input[1]] = np.concatenate([on_gray, on_gray, on_inside, on_inside], axis=1).astype(np.float32) / 2
-    arrays["stem_pads"] = np.array([0, 0, 0, 0, 0, 2, 0, 0], np.int64)
+    none = np.zeros_like(on_gray)
+    arrays[conv.input[1]] = np.concatenate([on_gray, none, on_inside, none], axis=1).astype(np.float32)
+    arrays["stem_pads"] = np.array([0, 0, 0, 0, 0, 1, 0, 0], np.int64)
     arrays["stem_inside"] = np.array(_INSIDE, np.uint8)
+    arrays["stem_inside_fine"] = np.array(_INSIDE // _FINE, np.uint8)
     arrays["stem_scale"], arrays["stem_zero_point"] = np.array(1.0, np.float32), np.array(0, np.uint8)
+    arrays["stem_fine_scale"] = np.array(_FINE, np.float32)
     stem = [
-        helper.make_node("Concat", ["pixels", "pixels"], ["stem_twice"], "stem/Concat", axis=1),
-        helper.make_node("Pad", ["stem_twice", "stem_pads", "stem_inside"], ["stem_channels"], "stem/Pad"),
+        helper.make_node("Cast", ["pixels"], ["stem_float"], "stem/Cast", to=TensorProto.FLOAT),
+        helper.make_node(
+            "QuantizeLinear", ["stem_float", "stem_fine_scale", "stem_zero_point"], ["stem_fine"], "stem/Fine"
+        ),
+        helper.make_node("Concat", ["pixels", "stem_fine"], ["stem_gray"], "stem/Concat", axis=1),
+        helper.make_node("Pad", ["stem_gray", "stem_pads", "stem_inside"], ["stem_three"], "stem/Pad"),
+        helper.make_node("Pad", ["stem_three", "stem_pads", "stem_inside_fine"], ["stem_channels"], "stem/PadFine"),
         helper.make_node(
             "DequantizeLinear", ["stem_channels", "stem_scale", "stem_zero_point"], ["stem_dq"], "stem/Dequantise"
         ),
@@ -114,6 +123,25 @@ def to_gray_stem(model: onnx.ModelProto) -> onnx.ModelProto:
     set_nodes(graph, [*stem, *kept])
     set_weights(gray, arrays)
     return gray
+
+
+FIRST_PART = "first_part"
+
+
+def branch_first_part(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the graph with a name of its own, FIRST_PART, for what the first concat reads of the first pooling.
+
+    So it can be quantised for the concats alone. The first dense layer reads the same tensor and rounds it again; in flat
+    areas, black or white, every place has the same value, so two roundings there add up over a third of the picture.
+    """
+    branched = copy_of(model)
+    concat = next(node for node in branched.graph.node if node.op_type == "Concat" and node.input[0] != "pixels")
+    pooled, concat.input[0] = concat.input[0], FIRST_PART
+    nodes = list(branched.graph.node)
+    at = next(i for i, node in enumerate(nodes) if node is concat)
+    nodes.insert(at, helper.make_node("Identity", [pooled], [FIRST_PART], FIRST_PART))
+    set_nodes(branched.graph, nodes)
+    return branched
 
 
 def _constant(node: onnx.NodeProto) -> np.ndarray:

@@ -23,7 +23,13 @@ from numpy.typing import NDArray
 from chexnet_deploy.bundle.manifest import FLOAT16_DIALECTS, Dialect
 from chexnet_deploy.export.quantize.equalise import ConcatParts, equalise_inputs, equalise_outputs, normalise_parts
 from chexnet_deploy.export.quantize.gptq import INT8_MAX, PAIR_MAX, largest_pairs, round_weights
-from chexnet_deploy.export.quantize.graph_edits import integers, to_gray_stem, weights_of
+from chexnet_deploy.export.quantize.graph_edits import (
+    FIRST_PART,
+    branch_first_part,
+    integers,
+    to_gray_stem,
+    weights_of,
+)
 from chexnet_deploy.export.quantize.observe import Observed, observe
 from chexnet_deploy.export.quantize.qdq import (
     Quantised,
@@ -40,6 +46,9 @@ ESTIMATOR = "largest value of each channel in three contrasts, equalised; weight
 # Brighter and darker, for the ranges: other sources differ most in contrast, and what a dark image does to a channel is beyond
 # what any of thousands of ordinary ones does.
 _GAMMAS = (0.8, 1.3)
+# Of the ranges from the third block on. Rare findings go beyond what calibration images reach there, all channels together;
+# up to there every picture has the same edges and gray levels.
+_MARGIN = 1.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +130,11 @@ def calibrate(
 ) -> Calibrated:
     """Run the calibration images; arguments and errors as `prepare`."""
     is_for_cpu = dialect == "cpu"
-    graph = fold_batch_norms(to_gray_stem(model) if is_for_cpu else model)
+    graph = fold_batch_norms(branch_first_part(to_gray_stem(model)) if is_for_cpu else model)
     convs = convolutions(graph)
     if not is_for_cpu:
         # TensorRT's forms leave the first convolution alone: its input is already an eighth of its output.
-        last = _of_last_block(graph)
+        last = _behind_pooling(graph, -1)
         convs = [conv for conv in convs[1:] if conv.output[0] not in last]
     if dialect == "mixed":
         convs = [conv for conv in convs if integers(conv, "kernel_shape", ()) == (1, 1)]
@@ -135,6 +144,8 @@ def calibrate(
     tensors |= {conv.input[0] for conv in body} | set(parts.others)
     done = None if on_images is None else lambda n_copies: on_images(n_copies // 2)
     seen = observe(graph, sorted(tensors), convs, in_contrasts(pixels), on_images=done)
+    for name in sorted(tensors & _behind_pooling(graph, -2)):
+        seen = seen.scaled(name, np.float64(_MARGIN))
     return Calibrated(dialect, graph, _outputs(convs), _outputs(body), parts, seen)
 
 
@@ -150,8 +161,8 @@ def choose_integers(calibrated: Calibrated) -> Prepared:
     activations = {conv.input[0]: _of_input(seen, conv.input[0], calibrated.dialect) for conv in body}
     if is_for_cpu:
         graph = normalise_parts(graph, calibrated.parts, seen)
-        last = _of_last_block(graph)
-        activations |= _of_parts(calibrated.parts, [name for name in calibrated.parts.others if name not in last])
+        last = _behind_pooling(graph, -1)
+        activations |= _of_parts(name for name in calibrated.parts.others if name not in last)
     if calibrated.dialect == "mixed":
         graph = equalise_outputs(graph, body, calibrated.parts)
     convs = [node for node in convolutions(graph) if node.output[0] in calibrated.convs]
@@ -169,15 +180,19 @@ def _outputs(nodes: Iterable[onnx.NodeProto]) -> tuple[str, ...]:
     return tuple(node.output[0] for node in nodes)
 
 
-def _of_last_block(graph: onnx.ModelProto) -> frozenset[str]:
-    """Return what the convolutions behind the last average pooling write: of the last transition and the last dense block.
+def _behind_pooling(graph: onnx.ModelProto, which: int) -> frozenset[str]:
+    """Return what is computed from an average pooling on: -1 for the last transition and the last dense block.
 
-    Its maps are the smallest, so that rounding is averaged over the fewest places, and its values reach furthest beyond
-    the ordinary ones: most of what int8 does to the logits it does here, with a twentieth of the multiplications.
+    The last block's maps are the smallest, so that rounding is averaged over the fewest places, and its values reach furthest
+    beyond the ordinary ones: most of what int8 does to the logits it does here, with a twentieth of the multiplications.
     """
     nodes = list(graph.graph.node)
     pools = [i for i, node in enumerate(nodes) if node.op_type == "AveragePool"]
-    return frozenset(node.output[0] for node in nodes[pools[-1] :] if node.op_type == "Conv") if pools else frozenset()
+    return (
+        frozenset(name for node in nodes[pools[which] :] for name in node.output)
+        if len(pools) >= -which
+        else frozenset()
+    )
 
 
 def _of_input(seen: Observed, tensor: str, dialect: Dialect) -> Quantised:
@@ -188,11 +203,11 @@ def _of_input(seen: Observed, tensor: str, dialect: Dialect) -> Quantised:
     return Quantised(scale, is_unsigned=is_unsigned, is_centred=is_centred)
 
 
-def _of_parts(parts: ConcatParts, others: Iterable[str]) -> dict[str, Quantised]:
+def _of_parts(others: Iterable[str]) -> dict[str, Quantised]:
     """Every part has been brought to -1..1, the first one to 0..1."""
     signed = Quantised(np.float16(round_up_to_half(np.float64(1.0 / INT8_MAX))))
     unsigned = Quantised(np.float16(round_up_to_half(np.float64(1.0 / UINT8_MAX))), is_unsigned=True)
-    return {**dict.fromkeys(others, signed), parts.first: unsigned}
+    return {**dict.fromkeys(others, signed), FIRST_PART: unsigned}
 
 
 def _round(weight: NDArray[np.float64], moments: NDArray[np.float64], dialect: Dialect) -> Quantised:
