@@ -10,7 +10,7 @@ PIP_FLAGS ?=
 TEST_PROCESSES ?= 2
 PYTEST := $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all lint soak real clean
+.PHONY: demo test test-all lint docs soak real clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +33,9 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: $(STAMP)  ## the documentation as a site that needs no network, in site/
+	$(BIN)/python -m mkdocs build --strict
+
 soak: $(STAMP)  ## the long checks in full, about a quarter of an hour
 	$(BIN)/python -m benchmarks.robustness.soak
 	$(BIN)/python -m benchmarks.robustness.hostile_images
@@ -42,4 +45,4 @@ real: $(STAMP)  ## make real CHECKPOINT=FILE: everything on real radiographs; CH
 	$(BIN)/python -m benchmarks.cpu.real $(CHECKPOINT)
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) demo site

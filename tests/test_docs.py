@@ -229,6 +229,49 @@ def test_the_embedding_guides_program_runs(bundles: dict[str, Bundle], phantom_r
         assert said in done.stdout
 
 
+@pytest.mark.slow
+def test_the_tutorial_runs_on_smaller_bundles(bundles: dict[str, Bundle], phantom_root: Path, tmp_path: Path) -> None:
+    for name in ("fp32", "int8"):
+        shutil.copytree(bundles[name].path, tmp_path / "demo" / "bundles" / name)
+    (tmp_path / "demo" / "phantom").symlink_to(phantom_root)
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
+    made, *steps = blocks("sh", "docs/tutorial.md")
+    assert made == "make demo\n"
+    for line in "".join(steps).strip().split("\n"):
+        command, _, exits = line.partition(" # exits with ")
+        command = command.replace("chexnet-deploy", f"{sys.executable} -m chexnet_deploy")
+        # Forty phantom patients decide nothing.
+        is_bench, more = " bench " in command, " --min-runs 1 --min-duration-s 0"
+        done = subprocess.run(
+            command + more * is_bench, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == (3 if is_bench else int(exits or 0)), f"{line}\n{done.stderr}"
+        if exits:
+            assert re.match("error: broken/model.onnx does not match its manifest: sha256 [0-9a-f]{12}…", done.stderr)
+    assert (tmp_path / "proof" / "report.html").is_file()
+    program = blocks("python", "docs/tutorial.md")[0]
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert "Pneumothorax" in done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_the_documentation_site_builds_without_a_warning(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)],
+        cwd=CHECKOUT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    pages = {path.relative_to(tmp_path).as_posix(): path.read_text() for path in tmp_path.rglob("*.html")}
+    assert "sensitivity" in pages["commands.html"]
+    assert "Predictor.open" in pages["reference.html"]
+    for name, page in pages.items():  # it opens where there is no network
+        assert not re.search(r"""<(?:script|img|link rel="stylesheet")[^>]*(?:src|href)="https?:""", page), name
+
+
 OWN_DATA = (CHECKOUT / "docs" / "own-data.md").read_text()
 
 
