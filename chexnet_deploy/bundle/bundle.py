@@ -261,10 +261,16 @@ def _refuse_no_bundle(path: Path) -> None:
 
 
 @contextmanager
-def _open_folder(path: Path) -> Iterator[int]:
-    """Yield an open directory: all files are taken from this one, whatever its path names by then."""
+def _open_folder(path: Path) -> Iterator[int | None]:
+    """Yield an open directory: all files are taken from this one, whatever its path names by then.
+
+    Windows opens no directory; files are then taken by their paths.
+    """
+    if not hasattr(os, "O_DIRECTORY"):
+        yield None
+        return
     try:
-        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as err:
         raise BundleError(f"{path} can't be read: {err.strerror}. Check the disk and its permissions.") from err
     try:
@@ -279,12 +285,12 @@ def _file(
     return PlainFile(path=path / name, folder=folder, limit_bytes=limit_bytes, error=error, next_step=_AGAIN)
 
 
-def _list_known(path: Path, folder: int) -> set[str]:
+def _list_known(path: Path, folder: int | None) -> set[str]:
     """Return the names in a bundle; of a folder with many others, enough to refuse it."""
     known = {*_BESIDE, ONNX_MODEL, PLAN_MODEL, PROBE}
     entries: set[str] = set()
     try:
-        with os.scandir(folder) as listing:
+        with os.scandir(path if folder is None else folder) as listing:
             for entry in listing:
                 entries.add(entry.name)
                 if len(entries - known) > _MAX_NAMED:

@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from chexnet_deploy.cli.options import BundleArgument, JsonFlag, OnProvider, ProviderName, Threads, TrustOption
-from chexnet_deploy.errors import require
+from chexnet_deploy.errors import require, require_linux
 from chexnet_deploy.terminal import print_json
 
 app = typer.Typer()
@@ -50,6 +50,7 @@ def serve(
     ] = 0.02,
 ) -> None:
     """Serve a bundle over HTTP until SIGTERM; SIGHUP takes the bundle that lies at its path then, if it proves itself."""
+    require_linux("serve")
     with require("serve"):
         from chexnet_deploy.serving.http import program
     from chexnet_deploy.serving.http.config import ServeConfig
@@ -96,6 +97,13 @@ node_app = typer.Typer(
     help="Run a DICOM node (`node CONFIG`), or ask one that runs.",
     epilog="Example: chexnet-deploy node node.toml",
 )
+
+
+@node_app.callback()
+def _needs_linux() -> None:
+    require_linux("the DICOM node")
+
+
 ConfigArgument = Annotated[Path, typer.Argument(help="The node's TOML file.")]
 
 
