@@ -101,7 +101,7 @@ class Bundle:
         return self.manifest.operating_points
 
     @classmethod
-    def open(cls, path: Path, *, trust: Trust | None = None) -> "Bundle":
+    def open(cls, path: Path | str, *, trust: Trust | None = None) -> "Bundle":
         """Verify every byte of a bundle and return it.
 
         Args:
@@ -115,6 +115,7 @@ class Bundle:
             TrustError: it isn't signed by a trusted key, is older than trust allows, or has no PASS that trust asks for.
             MissingPackageError: trust is given and cryptography is not installed.
         """
+        path = Path(path)
         _refuse_no_bundle(path)
         with _open_folder(path) as folder:
             raw = _file(path, MANIFEST, MAX_MANIFEST_BYTES, folder).read()
@@ -150,7 +151,7 @@ class Bundle:
         return bundle
 
     @classmethod
-    def write(cls, path: Path, manifest: Manifest, model: bytes, probe: bytes) -> "Bundle":
+    def write(cls, path: Path | str, manifest: Manifest, model: bytes, probe: bytes) -> "Bundle":
         """Write a new bundle in one step: afterwards it is there and complete, or not there.
 
         Args:
@@ -162,7 +163,7 @@ class Bundle:
         Raises:
             BundleError: something is at `path` already, or the disk is full or read-only.
         """
-        raw = manifest.to_json()
+        path, raw = Path(path), manifest.to_json()
         files = {
             manifest.model_name: model,
             PROBE: probe,
