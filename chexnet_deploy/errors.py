@@ -19,15 +19,19 @@
     ├── SessionError          a backend refused a model or its input
     ├── SpecError             an engine spec or a recipe is wrong
     ├── TableError            a table of findings is of another run, was changed, or can't be written
-    └── TrustError            a bundle isn't signed by a trusted key, is too old or has no PASS, or a key can't be used
+    ├── TrustError            a bundle isn't signed by a trusted key, is too old or has no PASS, or a key can't be used
+    └── UnsupportedSystemError
+                              this needs Linux, and the system is another
 
 A message says what was found, what was needed, and the next step. Errors of other libraries are translated in
 the module that uses them, `from err`. Anything else that escapes is a bug: the command line exits 70.
 
 OnPhase is how long work reports progress: one signature for all, and no progress bar below the command line.
-require() wraps the import of an optional package.
+require() wraps the import of an optional package; require_linux() says what rests on Linux.
 """
 
+import os
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -169,6 +173,10 @@ class TrustError(ChexnetError):
     """Nobody trusted has signed a bundle, it is too old or has no PASS here, or a key or trust file can't be used."""
 
 
+class UnsupportedSystemError(ChexnetError):
+    """This needs Linux, and the system is another."""
+
+
 OnPhase: TypeAlias = Callable[[str, int, int], None]
 """Called with the phase's name, what is done and of how much; a phase begins when it is first named."""
 
@@ -192,3 +200,20 @@ def require(extra: str, *, so: str = "", instead: str = "") -> Iterator[None]:
         raise MissingPackageError(
             f"{err.name} is not installed{consequence}. Run: pip install 'chexnet-deploy[{extra}]'{way_out}"
         ) from err
+
+
+def require_linux(what: str) -> None:
+    """Refuse what rests on means that Linux alone has; macOS and Windows have none of them.
+
+    Raises:
+        UnsupportedSystemError: this is not Linux.
+    """
+    if not hasattr(os, "memfd_create"):
+        raise unsupported(what)
+
+
+def unsupported(what: str) -> UnsupportedSystemError:
+    """Return the error of what can't be done on this system."""
+    return UnsupportedSystemError(
+        f"{what} needs Linux, and this is {platform.system()}. Run it on Linux, in WSL 2 or in a container."
+    )

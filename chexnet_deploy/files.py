@@ -7,7 +7,6 @@ from the open file, so nothing can be swapped between looking and reading.
 
 import contextlib
 import errno
-import fcntl
 import glob
 import hashlib
 import os
@@ -18,11 +17,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import IO, Annotated, NamedTuple
 
 from pydantic import StringConstraints
 
-from chexnet_deploy.errors import BundleError, ChexnetError
+from chexnet_deploy.errors import BundleError, ChexnetError, unsupported
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_OPENS_DIRECTORIES = hasattr(os, "O_DIRECTORY")  # Windows doesn't
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 """64 lower-case hexadecimal digits."""
@@ -63,18 +69,18 @@ def write_file(path: Path, content: bytes, *, partial_in: Path | None = None, mo
         partial_in: folder on the same file system for the unfinished file; None for the file's own.
         mode: who may read it.
     """
-    with tempfile.NamedTemporaryFile(
-        dir=partial_in or path.parent, prefix=f".{path.name}.partial-", delete=False
-    ) as partial:
-        try:
-            partial.write(content)
-            partial.flush()
-            os.fsync(partial.fileno())
-            Path(partial.name).chmod(mode)
-            Path(partial.name).replace(path)
-        except BaseException:
-            Path(partial.name).unlink(missing_ok=True)
-            raise
+    handle, name = tempfile.mkstemp(dir=partial_in or path.parent, prefix=f".{path.name}.partial-")
+    partial = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:  # closed before it is renamed: Windows renames no open file
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.chmod(mode)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     fsync_path(path.parent)
 
 
@@ -82,7 +88,8 @@ def write_file(path: Path, content: bytes, *, partial_in: Path | None = None, mo
 def new_directory(path: Path) -> Iterator[Path]:
     """Yield an empty hidden directory beside `path` that becomes `path` when the block ends well.
 
-    After an error the directory is gone; after SIGKILL it stays hidden and the next write to `path` removes it.
+    After an error the directory is gone; after SIGKILL it stays hidden and the next write to `path` removes it, but on Windows,
+    where directories have no locks and nobody knows whether its writer lives.
 
     Raises:
         FileExistsError: something is at `path` already; a directory can't be replaced in one step.
@@ -91,24 +98,21 @@ def new_directory(path: Path) -> Iterator[Path]:
     prefix = f".{path.name}.partial-"
     _remove_abandoned(path.parent, prefix)
     partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=prefix))
-    lock = os.open(partial, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield partial
-        partial.chmod(0o755)
-        for file in partial.rglob("*"):
-            fsync_path(file)
-        fsync_path(partial)
-        # Rename replaces an *empty* directory silently, so look first.
-        if path.exists():
-            raise FileExistsError(17, "already exists", str(path))
-        partial.rename(path)
-        fsync_path(path.parent)
+        with _locked_directory(partial):
+            yield partial
+            partial.chmod(0o755)
+            for file in partial.rglob("*"):
+                fsync_path(file)
+            fsync_path(partial)
+            # Rename replaces an *empty* directory silently, so look first.
+            if path.exists():
+                raise FileExistsError(17, "already exists", str(path))
+            partial.rename(path)
+            fsync_path(path.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    finally:
-        os.close(lock)
 
 
 def write_directory(path: Path, files: Mapping[str, bytes]) -> None:
@@ -141,22 +145,49 @@ def show_file(partial: Path, path: Path) -> None:
 def _remove_abandoned(parent: Path, prefix: str) -> None:
     """Remove what a killed writer left: the system drops its lock when it dies."""
     for stale in parent.glob(f"{glob.escape(prefix)}*"):
-        try:
-            handle = os.open(stale, os.O_RDONLY)
-        except FileNotFoundError:
-            continue
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(stale, ignore_errors=True)
-        except BlockingIOError:
-            pass  # its writer lives
-        finally:
-            os.close(handle)
+        with contextlib.suppress(FileNotFoundError, BlockingIOError), _locked_directory(stale) as is_locked:
+            if is_locked:
+                shutil.rmtree(stale, ignore_errors=True)
+
+
+def require_locks(what: str) -> None:
+    """Refuse what one process alone may write where there is no `lock`: on Windows, whose own locks keep readers out too.
+
+    Raises:
+        UnsupportedSystemError: names `what`.
+    """
+    if fcntl is None:
+        raise unsupported(what)
+
+
+def lock(file: int | IO[bytes]) -> None:
+    """Take the lock of an open file; the system drops it when the file is closed, or this process dies.
+
+    Raises:
+        BlockingIOError: it is taken.
+    """
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@contextmanager
+def _locked_directory(path: Path) -> Iterator[bool]:
+    """Hold a directory's lock; False where the system opens no directories."""
+    if not _OPENS_DIRECTORIES:
+        yield False
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        lock(handle)
+        yield True
+    finally:
+        os.close(handle)
 
 
 def fsync_path(path: Path) -> None:
-    """Put a file's content, or a folder's names, on disk for good."""
-    handle = os.open(path, os.O_RDONLY)
+    """Put a file's content, or a folder's names, on disk for good; Windows keeps names by itself."""
+    if not _OPENS_DIRECTORIES and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDONLY if _OPENS_DIRECTORIES else os.O_RDWR)  # Windows flushes what may be written
     try:
         os.fsync(handle)
     finally:
@@ -164,6 +195,9 @@ def fsync_path(path: Path) -> None:
 
 
 _CHUNK_BYTES = 2**20
+# O_NONBLOCK: opening a named pipe would else wait for its writer, for ever. O_BINARY: Windows changes line ends without.
+_READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+_NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
 # What opening a symbolic link, a socket or a device without a driver answers under these flags.
 _NOT_PLAIN = {errno.ELOOP, errno.ENXIO, errno.ENODEV}
 
@@ -210,11 +244,11 @@ class PlainFile:
 
     @contextmanager
     def _opened(self) -> Iterator[tuple[int, int]]:
-        # O_NONBLOCK: opening a named pipe would else wait for its writer, for ever.
-        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if self.follows_links else os.O_NOFOLLOW)
         try:
+            if not (_NO_LINKS or self.follows_links) and self.path.is_symlink():
+                raise self._not_plain()
             where = self.path if self.folder is None else self.path.name
-            handle = os.open(where, flags, dir_fd=self.folder)
+            handle = os.open(where, _READ | (0 if self.follows_links else _NO_LINKS), dir_fd=self.folder)
             try:
                 yield handle, self._checked_size(os.fstat(handle))
             finally:
@@ -232,7 +266,7 @@ class PlainFile:
         if status.st_nlink > 1 and not self.follows_links:
             # Under its other name it can be changed by whoever can't write here.
             raise self.error(f"{self.path} has {status.st_nlink} names (hard links). Copy it without links.")
-        if status.st_mode & self.refused_mode:
+        if status.st_mode & self.refused_mode and hasattr(os, "geteuid"):  # Windows keeps permissions elsewhere
             mode = stat.S_IMODE(status.st_mode)
             raise self.error(
                 f"{self.path} has mode {mode:o}, which gives others more than they may have. "

@@ -7,6 +7,7 @@ quarantined images, 70 a bug (with its traceback), 130 interrupted, 141 nobody r
 import errno
 import io
 import json
+import math
 import os
 import signal
 import sys
@@ -14,7 +15,10 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from time import monotonic
 from typing import NoReturn
 
 import typer
@@ -27,6 +31,7 @@ _DISK_ERRORS = {
     *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP),
 }
 
+_LINE_EVERY_S = 60.0  # of progress that goes into a log
 _INTERRUPTED = "interrupted; nothing half-written was left behind"
 
 
@@ -96,10 +101,14 @@ def going_on(out: Path) -> Iterator[None]:
 
 @contextmanager
 def progress() -> Iterator[OnPhase]:
-    """Show progress bars on standard error, so that standard output stays clean for results.
+    """Show progress on standard error, so that standard output stays clean for results.
 
-    Yields a function of the phase's name, what is done and of how much; each phase gets a bar when it is first named.
+    Yields a function of the phase's name, what is done and of how much. Each phase gets a bar when it is first named; where
+    nobody watches, as under nohup, it gets a line when it begins, one a minute and one when it is done.
     """
+    if not sys.stderr.isatty():
+        yield _phase_lines()
+        return
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -127,6 +136,32 @@ def progress() -> Iterator[OnPhase]:
             bars.update(tasks[phase], completed=done, total=total)
 
         yield on_phase
+
+
+def _phase_lines() -> OnPhase:
+    @dataclass(slots=True)
+    class Phase:
+        began_s: float
+        done_before: int
+        said_s: float = -math.inf
+        is_done: bool = False
+
+    phases: dict[str, Phase] = {}
+
+    def on_phase(phase: str, done: int, total: int) -> None:
+        now_s = monotonic()
+        known = phases.setdefault(phase, Phase(now_s, done))
+        just_done = done >= total and not known.is_done
+        if not just_done and now_s - known.said_s < _LINE_EVERY_S:
+            return
+        known.said_s, known.is_done = now_s, done >= total
+        passed_s, n_new = now_s - known.began_s, done - known.done_before
+        line = f"{phase}: {done:,} of {total:,}, {timedelta(seconds=round(passed_s))} passed"
+        if n_new > 0 and done < total:
+            line += f", {timedelta(seconds=round(passed_s / n_new * (total - done)))} left"
+        typer.echo(line, err=True)
+
+    return on_phase
 
 
 def print_table(rows: list[dict[str, str]]) -> None:

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from chexnet_deploy.datasets.chestxray14 import ChestXray14
 from chexnet_deploy.datasets.data_set import open_data
 from chexnet_deploy.datasets.table_columns import Description
 from chexnet_deploy.inputs import tomllib
+from chexnet_deploy.runtime.sessions.open import check_known_answers, open_session
 from tests.command_line import chexnet
 from tests.export.from_onnx.test_bundle import resnet
 from tests.foreign import write_onnx
@@ -47,7 +49,29 @@ PAGES = (
     "README.md",
     *(f"docs/{name}.md" for name in ("training", "evaluation", "reading-files", "signing", "tensorrt")),
 )
+# Pages that other tests here run.
+OTHER_PAGES = (
+    "engines/README.md",
+    *(
+        f"docs/{name}.md"
+        for name in ("embedding", "foreign-models", "on-site", "own-data", "serving", "serving-with-triton")
+    ),
+)
 NOT_RUN = "# not run here: "
+REASONS = """
+docs/dicom-node.md: needs node.toml, see below, and somebody to send results to
+docs/dicom-node.md: needs certificates
+docs/scaling.md: starts Ray clusters
+docs/serving-with-triton.md: needs NVIDIA's container
+docs/serving-with-triton.md: needs NVIDIA's containers
+docs/training.md: downloads ImageNet weights and takes a GPU
+docs/training.md: needs such a file
+"""
+ALL_PAGES = (
+    "README.md",
+    "engines/README.md",
+    *sorted(f"docs/{path.name}" for path in (CHECKOUT / "docs").glob("*.md")),
+)
 
 
 def blocks(language: str, page: str = "README.md") -> list[str]:
@@ -58,6 +82,24 @@ def commands() -> list[str]:
     """Return the lines of all blocks but the README's first and those that say why they are not run."""
     found = [block for page in PAGES for block in blocks("sh", page) if not block.startswith(NOT_RUN)]
     return "".join(found[1:]).strip().split("\n")
+
+
+def test_every_block_is_run_or_says_why_it_is_not() -> None:
+    found = [(page, block) for page in ALL_PAGES for language in ("sh", "python") for block in blocks(language, page)]
+    reasons = [f"{page}: {block.split(chr(10))[0].removeprefix(NOT_RUN)}" for page, block in found if NOT_RUN in block]
+    assert (len(found), reasons) == (23, REASONS.strip().splitlines())
+    assert {page for page, block in found if NOT_RUN not in block} <= {*PAGES, *OTHER_PAGES}
+
+
+def test_every_extra_that_a_page_installs_is_one() -> None:
+    extras = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = {
+        extra
+        for page in ALL_PAGES
+        for names in re.findall(r"pip install '(?:chexnet-deploy|\.)\[([\w,-]+)\]'", (CHECKOUT / page).read_text())
+        for extra in names.split(",")
+    }
+    assert {"cpu", "node", "serve"} <= named <= {*extras}
 
 
 def test_the_two_commands_are_targets_of_the_makefile() -> None:
@@ -355,6 +397,66 @@ def test_the_on_site_page_s_commands_run(bundles: dict[str, Bundle], phantom_roo
     assert "int8-cpu.site.json" in said[0]
     assert "operating points of site " in said[1]
     assert "signed by" in said[3]
+
+
+def run_block(block: str, folder: Path, codes: dict[str, int] | None = None) -> None:
+    """Run the commands of a block in a folder; `codes` by command, where not 0."""
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
+    for line in block.strip().split("\n"):
+        words = [sys.executable, "-m", "chexnet_deploy", *shlex.split(line)[1:]]
+        done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == (codes or {}).get(words[3], 0), f"{line}\n{done.stderr}"
+
+
+@pytest.mark.slow
+def test_the_triton_page_s_commands_and_program_run(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+    for name in ("fp32", "int8-cpu"):
+        shutil.copytree(bundles[name].path, tmp_path / "bundles" / "first" / name)
+    page = "docs/serving-with-triton.md"
+    run_block(blocks("sh", page)[0], tmp_path)
+    (program,) = blocks("python", page)
+    options = ["--provider", "cpu", "--name", "chexnet_int8_cpu"]
+    service = Running([str(tmp_path / "models" / "chexnet_int8_cpu" / "1"), *options], tmp_path / "serve.log")
+    service.wait_for_log("ready: ")
+    done = subprocess.run(
+        [sys.executable, "-c", program.replace("localhost:8000", f"localhost:{service.port}")],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
+        capture_output=True,
+        text=True,
+    )
+    assert service.stop() == 0
+    with closing(open_session(bundles["int8-cpu"], provider="cpu")) as session:
+        here = check_known_answers(session, bundles["int8-cpu"], n_probes=32)
+    assert done.stdout.startswith("largest logit error: "), done.stderr
+    assert float(done.stdout.split()[-1]) == pytest.approx(here, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_the_serving_page_s_command_runs(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+    shutil.copytree(bundles["int8-cpu"].path, tmp_path / "bundles" / "first" / "int8-cpu")
+    (block,) = blocks("sh", "docs/serving.md")
+    install, command = block.strip().split("\n")
+    assert install.startswith("pip install ")
+    program, what, bundle, *options = shlex.split(command)
+    assert (program, what, options) == ("chexnet-deploy", "serve", ["--port", "8000"])
+    service = Running([str(tmp_path / bundle)], tmp_path / "serve.log")
+    service.wait_for_log("ready: ")
+    assert service.stop() == 0
+
+
+@pytest.mark.slow
+def test_the_commands_by_which_a_verdict_travels_run(
+    bundles: dict[str, Bundle], phantom_root: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(bundles["fp32"].path, tmp_path / "fp32")
+    shutil.copytree(bundles["int8"].path, tmp_path / "BUNDLE")
+    shutil.copy(CHECKOUT / "engines" / "int8.toml", tmp_path)
+    run_block("chexnet-deploy keygen release.pem", tmp_path)
+    (block,) = blocks("sh", "engines/README.md")
+    quick = block.replace("ROOT", f"{phantom_root} --min-runs 1 --min-duration-s 0 --provider cpu")
+    run_block(quick, tmp_path, {"bench": 3})  # forty phantom patients are too few to prove parity
+    assert (tmp_path / "BUNDLE" / "attestation.sig").is_file()
 
 
 def test_the_on_site_tables_are_made_from_the_committed_results() -> None:

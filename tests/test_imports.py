@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from chexnet_deploy.bundle.bundle import Bundle
+from chexnet_deploy.errors import TrustError
 
 HEAVY = (
     "torch",
@@ -77,6 +78,22 @@ def test_all_public_names_exist() -> None:
     import chexnet_deploy
 
     assert all(hasattr(chexnet_deploy, name) for name in chexnet_deploy.__all__)
+
+
+def test_paths_may_be_text(bundles: dict[str, Bundle], phantom_root: Path, tmp_path: Path) -> None:
+    from chexnet_deploy import Trust, read_image
+    from chexnet_deploy.datasets import open_data
+    from chexnet_deploy.images import find_images
+
+    bundle, image = bundles["fp32"], sorted((phantom_root / "images").iterdir())[0]
+    assert Bundle.open(str(bundle.path)).path == bundle.path
+    written = Bundle.write(str(tmp_path / "b"), bundle.manifest, bundle.read_model(), bundle.read_probe_bytes())
+    assert written.id == bundle.id
+    assert read_image(str(image)).tobytes() == read_image(image).tobytes()
+    assert find_images([str(phantom_root / "images")]) == find_images([phantom_root / "images"])
+    assert open_data(str(phantom_root)).table == open_data(phantom_root).table
+    with pytest.raises(TrustError, match=r"trust\.toml is missing"):
+        Trust.read(str(tmp_path / "trust.toml"))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from chexnet_deploy.terminal import progress
+
 PROGRAM = """
 import json, sys, typer
 from chexnet_deploy.terminal import print_json, print_table, run_program
@@ -72,3 +74,23 @@ def test_a_reader_that_leaves_ends_it_quietly(how: str, tmp_path: Path) -> None:
 def test_a_gate_still_fails_with_1() -> None:
     done = subprocess.run(command("gate"), capture_output=True, timeout=60)
     assert (done.returncode, done.stderr) == (1, b"gate failed: as before\n")
+
+
+def test_a_phase_that_nobody_watches_gets_a_line_when_it_begins_one_a_minute_and_one_at_its_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now_s = 0.0
+    monkeypatch.setattr("chexnet_deploy.terminal.monotonic", lambda: now_s)
+    with progress() as on_phase:
+        for done in range(1000, 1151):  # gone on with: 150 of 1,150 are left, one a second
+            on_phase("predict", done, 1150)
+            now_s += 1.0
+        on_phase("predict", 1150, 1150)
+        on_phase("page", 1, 1)
+    assert capsys.readouterr().err.splitlines() == [
+        "predict: 1,000 of 1,150, 0:00:00 passed",
+        "predict: 1,060 of 1,150, 0:01:00 passed, 0:01:30 left",
+        "predict: 1,120 of 1,150, 0:02:00 passed, 0:00:30 left",
+        "predict: 1,150 of 1,150, 0:02:30 passed",
+        "page: 1 of 1, 0:00:00 passed",
+    ]

@@ -8,7 +8,7 @@ import torch
 import torch.utils.deterministic
 from torch import distributed
 
-from chexnet_deploy.errors import SpecError
+from chexnet_deploy.errors import SpecError, require_linux
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,11 @@ class Processes:
 
 
 def join_processes() -> Processes:
-    """Return this process's place: torchrun's, or alone on the first GPU, or on the CPU."""
+    """Return this process's place: torchrun's, or alone on the first GPU, or on the CPU.
+
+    Raises:
+        UnsupportedSystemError: torchrun started it, and this is not Linux.
+    """
     has_gpu = torch.cuda.is_available()
     if has_gpu:
         # The same run gives the same bytes on a GPU too, where its libraries can (PyTorch's notes on reproducibility).
@@ -65,6 +69,7 @@ def join_processes() -> Processes:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if "RANK" not in os.environ:  # torchrun's contract
         return Processes(device=torch.device("cuda", 0) if has_gpu else torch.device("cpu"))
+    require_linux("training on several processes")
     local = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local) if has_gpu else torch.device("cpu")
     if has_gpu:

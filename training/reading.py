@@ -19,6 +19,7 @@ from typing import TypeAlias
 from chexnet_deploy.errors import ImageError
 from chexnet_deploy.images.preprocessing import Pixels, Preprocessing
 from chexnet_deploy.images.reader import read_image
+from chexnet_deploy.runtime.streaming import usable_cores
 
 Answer: TypeAlias = tuple[list[Pixels], list[str | None]]
 """[1, 1, S, S] of each image that can be read; then for each image, in order, why it can't be, or None."""
@@ -52,7 +53,7 @@ def read_batches(
     Raises:
         BrokenProcessPool: a worker died.
     """
-    n_workers = min(workers or len(os.sched_getaffinity(0)), len(batches))
+    n_workers = min(workers or usable_cores(), len(batches))
     if n_workers <= 1:
         for batch in batches:
             yield read_batch(batch, preprocessing)

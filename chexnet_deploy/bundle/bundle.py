@@ -101,7 +101,7 @@ class Bundle:
         return self.manifest.operating_points
 
     @classmethod
-    def open(cls, path: Path, *, trust: Trust | None = None) -> "Bundle":
+    def open(cls, path: Path | str, *, trust: Trust | None = None) -> "Bundle":
         """Verify every byte of a bundle and return it.
 
         Args:
@@ -115,6 +115,7 @@ class Bundle:
             TrustError: it isn't signed by a trusted key, is older than trust allows, or has no PASS that trust asks for.
             MissingPackageError: trust is given and cryptography is not installed.
         """
+        path = Path(path)
         _refuse_no_bundle(path)
         with _open_folder(path) as folder:
             raw = _file(path, MANIFEST, MAX_MANIFEST_BYTES, folder).read()
@@ -150,7 +151,7 @@ class Bundle:
         return bundle
 
     @classmethod
-    def write(cls, path: Path, manifest: Manifest, model: bytes, probe: bytes) -> "Bundle":
+    def write(cls, path: Path | str, manifest: Manifest, model: bytes, probe: bytes) -> "Bundle":
         """Write a new bundle in one step: afterwards it is there and complete, or not there.
 
         Args:
@@ -162,7 +163,7 @@ class Bundle:
         Raises:
             BundleError: something is at `path` already, or the disk is full or read-only.
         """
-        raw = manifest.to_json()
+        path, raw = Path(path), manifest.to_json()
         files = {
             manifest.model_name: model,
             PROBE: probe,
@@ -261,10 +262,16 @@ def _refuse_no_bundle(path: Path) -> None:
 
 
 @contextmanager
-def _open_folder(path: Path) -> Iterator[int]:
-    """Yield an open directory: all files are taken from this one, whatever its path names by then."""
+def _open_folder(path: Path) -> Iterator[int | None]:
+    """Yield an open directory: all files are taken from this one, whatever its path names by then.
+
+    Windows opens no directory; files are then taken by their paths.
+    """
+    if not hasattr(os, "O_DIRECTORY"):
+        yield None
+        return
     try:
-        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as err:
         raise BundleError(f"{path} can't be read: {err.strerror}. Check the disk and its permissions.") from err
     try:
@@ -279,12 +286,12 @@ def _file(
     return PlainFile(path=path / name, folder=folder, limit_bytes=limit_bytes, error=error, next_step=_AGAIN)
 
 
-def _list_known(path: Path, folder: int) -> set[str]:
+def _list_known(path: Path, folder: int | None) -> set[str]:
     """Return the names in a bundle; of a folder with many others, enough to refuse it."""
     known = {*_BESIDE, ONNX_MODEL, PLAN_MODEL, PROBE}
     entries: set[str] = set()
     try:
-        with os.scandir(folder) as listing:
+        with os.scandir(path if folder is None else folder) as listing:
             for entry in listing:
                 entries.add(entry.name)
                 if len(entries - known) > _MAX_NAMED:

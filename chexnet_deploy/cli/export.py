@@ -25,7 +25,7 @@ class TritonDevice(str, Enum):
     GPU = "gpu"
 
 
-@app.command()
+@app.command(epilog="Example: chexnet-deploy export best.safetensors --out bundles --precision fp16")
 def export(
     context: typer.Context,
     sources: Annotated[
@@ -157,7 +157,7 @@ def _check_export(
         raise SpecError(f"{triton} is there already. Choose another --triton, or delete it first.")
 
 
-@app.command("import")
+@app.command("import", epilog="Example: chexnet-deploy import checkpoint --out best.safetensors --form jrzech")
 def import_checkpoint(
     file: Annotated[
         Path,
@@ -191,7 +191,7 @@ class BackendName(str, Enum):
     TENSORRT_RTX = "tensorrt_rtx"
 
 
-@app.command()
+@app.command(epilog="Example: chexnet-deploy build bundles/int8 --out bundles/int8-plan")
 def build(
     bundle: Annotated[Path, typer.Argument(help="An fp32, fp16 or int8 bundle that export wrote.")],
     out: Annotated[Path, typer.Option(help="New folder for the plan's bundle.")],

@@ -115,7 +115,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-@app.command()
+@app.command(epilog="Example: chexnet-deploy inspect bundles/int8")
 def inspect(
     path: Annotated[
         Path, typer.Argument(help="A bundle, a .safetensors checkpoint, or a model repository for Triton.")
@@ -143,7 +143,7 @@ def inspect(
     print_record(bundle.manifest, id=bundle.id, **beside)
 
 
-@app.command()
+@app.command(epilog="Example: chexnet-deploy doctor --json")
 def doctor(as_json: JsonFlag = False) -> None:
     """Say what this machine can run, and what to install for the rest."""
     from dataclasses import asdict

@@ -31,7 +31,7 @@ class SplitName(str, Enum):
     TEST = "test"
 
 
-@app.command()
+@app.command(epilog="Example: chexnet-deploy bench --engine bundles/int8 --data ROOT --out bench")
 def bench(
     engine: Annotated[
         list[str],
@@ -114,7 +114,7 @@ def bench(
     raise typer.Exit(EXIT_CODES[report.verdict])
 
 
-@app.command()
+@app.command(epilog="Example: chexnet-deploy evaluate bundles/int8 --data ROOT --out evaluation")
 def evaluate(
     engine: Annotated[
         str | None,

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 
-@app.command()
+@app.command(epilog="Example: chexnet-deploy calibrate bundles/int8 --data ROOT --sensitivity 0.95")
 def calibrate(
     bundle: BundleArgument,
     data: Annotated[Path, typer.Option(help="Labelled images of the site, as `evaluate` takes them.")],

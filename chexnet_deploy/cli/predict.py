@@ -31,7 +31,7 @@ class ExecutorName(str, Enum):
     RAY = "ray"
 
 
-@app.command()
+@app.command(epilog="Example: chexnet-deploy predict bundles/int8 radiographs/ --out findings.csv")
 def predict(
     bundle: Annotated[Path, typer.Argument(help="A bundle.")],
     images: Annotated[

@@ -9,14 +9,14 @@ import typer
 from typer.core import TyperGroup
 
 from chexnet_deploy.cli.options import BundleArgument, JsonFlag, OnProvider, ProviderName, Threads, TrustOption
-from chexnet_deploy.errors import require
+from chexnet_deploy.errors import require, require_linux
 from chexnet_deploy.terminal import print_json
 
 app = typer.Typer()
 _TOLD = ("verdict", "reason", "worker", "differs", "before", "destination")  # of an audit line, to a person
 
 
-@app.command()
+@app.command(epilog="Example: chexnet-deploy serve bundles/int8 --port 8000")
 def serve(
     bundle: BundleArgument,
     host: Annotated[
@@ -50,6 +50,7 @@ def serve(
     ] = 0.02,
 ) -> None:
     """Serve a bundle over HTTP until SIGTERM; SIGHUP takes the bundle that lies at its path then, if it proves itself."""
+    require_linux("serve")
     with require("serve"):
         from chexnet_deploy.serving.http import program
     from chexnet_deploy.serving.http.config import ServeConfig
@@ -91,12 +92,22 @@ class _RunUnlessNamed(TyperGroup):
 
 
 node_app = typer.Typer(
-    cls=_RunUnlessNamed, no_args_is_help=True, help="Run a DICOM node (`node CONFIG`), or ask one that runs."
+    cls=_RunUnlessNamed,
+    no_args_is_help=True,
+    help="Run a DICOM node (`node CONFIG`), or ask one that runs.",
+    epilog="Example: chexnet-deploy node node.toml",
 )
+
+
+@node_app.callback()
+def _needs_linux() -> None:
+    require_linux("the DICOM node")
+
+
 ConfigArgument = Annotated[Path, typer.Argument(help="The node's TOML file.")]
 
 
-@node_app.command("run")
+@node_app.command("run", epilog="Example: chexnet-deploy node node.toml")
 def run_node(
     config: ConfigArgument,
     print_unit: Annotated[
@@ -113,7 +124,7 @@ def run_node(
     raise typer.Exit(service.run(config))
 
 
-@node_app.command("status")
+@node_app.command("status", epilog="Example: chexnet-deploy node status node.toml")
 def show_status(config: ConfigArgument, as_json: JsonFlag = False) -> None:
     """Print what waits, what was refused and what failed, and why."""
     from chexnet_deploy.dicom.node.config import read_config
@@ -133,7 +144,7 @@ def show_status(config: ConfigArgument, as_json: JsonFlag = False) -> None:
         typer.echo(f"{title}  " + (", ".join(f"{count} {state}" for state, count in states.items()) or "nothing yet"))
 
 
-@node_app.command("resend")
+@node_app.command("resend", epilog="Example: chexnet-deploy node resend node.toml --uid 1.2.840.1")
 def resend(
     config: ConfigArgument,
     uid: Annotated[str, typer.Option(help="SOP Instance UID of the image.")],
@@ -157,10 +168,14 @@ def resend(
         )
 
 
-audit_app = typer.Typer(no_args_is_help=True, help="Check a node's audit log.")
+audit_app = typer.Typer(
+    no_args_is_help=True,
+    help="Check a node's audit log.",
+    epilog="Example: chexnet-deploy audit verify node/audit.jsonl",
+)
 
 
-@audit_app.command("find")
+@audit_app.command("find", epilog="Example: chexnet-deploy audit find node/audit.jsonl --uid 1.2.840.1")
 def find_in_audit(
     file: Annotated[Path, typer.Argument(help="The log, audit.jsonl, in the node's folder, as its key is needed.")],
     uid: Annotated[str, typer.Option(help="SOP Instance UID of the image.")],
@@ -182,7 +197,7 @@ def find_in_audit(
         typer.echo("nothing")
 
 
-@audit_app.command("verify")
+@audit_app.command("verify", epilog="Example: chexnet-deploy audit verify node/audit.jsonl")
 def verify_audit(
     file: Annotated[Path, typer.Argument(help="The log, audit.jsonl in the node's folder.")],
     head: Annotated[

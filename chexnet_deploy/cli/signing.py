@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 
-@app.command()
+@app.command(epilog="Example: chexnet-deploy keygen release.pem")
 def keygen(
     key: Annotated[Path, typer.Argument(help="New file for the private key (PEM, mode 600).")],
     encrypt: Annotated[bool, typer.Option("--encrypt", help="Ask for a passphrase to encrypt it with.")] = False,
@@ -39,7 +39,7 @@ def keygen(
     typer.echo(f'# fingerprint {keys.fingerprint(der)}\n[[keys]]\nname = "{_name_of(key)}"\npublic_key = "{public}"')
 
 
-@app.command()
+@app.command(epilog="Example: chexnet-deploy sign bundles/int8 --key release.pem")
 def sign(
     bundle: Annotated[Path, typer.Argument(help="A bundle, or the site file beside one.")],
     key: Annotated[Path, typer.Option(help="Private key: Ed25519, PEM, mode 600.")],
@@ -74,7 +74,7 @@ def sign(
     typer.echo(f"{bundle}  id {signed.id[:12]}  signed by {signed.key[:12]}…{others}")
 
 
-@app.command()
+@app.command(epilog="Example: chexnet-deploy verify bundles/int8 --trust trust.toml")
 def verify(
     bundle: BundleArgument,
     trust: Annotated[Path, typer.Option(help="Trust file.")],

@@ -120,7 +120,7 @@ class DataSet:
         return digest.hexdigest()
 
 
-def open_data(root: Path) -> DataSet:
+def open_data(root: Path | str) -> DataSet:
     """Read and cross-check a data set, and find its images; opens none of them.
 
     Args:
@@ -130,6 +130,7 @@ def open_data(root: Path) -> DataSet:
         DatasetError: a file is missing or wrong, or two contradict each other.
         SpecError: the TOML is wrong.
     """
+    root = Path(root)
     if not root.is_dir():
         # Only a table of others needs it, and it may need pyarrow.
         from chexnet_deploy.datasets.table import open_table

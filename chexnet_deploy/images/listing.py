@@ -50,7 +50,7 @@ class ImageFiles:
         return digest.hexdigest()
 
 
-def find_images(arguments: Sequence[Path]) -> ImageFiles:
+def find_images(arguments: Sequence[Path | str]) -> ImageFiles:
     """Return the images of files, folders and lists, in the order given.
 
     A folder gives the files below it that are called .png, .jpg, .jpeg or .dcm, and those of any other name that begin as DICOM
@@ -63,10 +63,11 @@ def find_images(arguments: Sequence[Path]) -> ImageFiles:
     Raises:
         ImageError: a folder or list can't be read, there is no image, or one would be read twice.
     """
-    _refuse_overlaps(arguments)
-    is_alone = len(arguments) == 1
+    paths = [*map(Path, arguments)]
+    _refuse_overlaps(paths)
+    is_alone = len(paths) == 1
     root, names, others, is_one_file = Path(), list[str](), list[str](), False
-    for argument in arguments:
+    for argument in paths:
         if argument.is_dir():
             base, (found, left_out) = argument, _walk(argument)
             others += left_out
@@ -80,7 +81,7 @@ def find_images(arguments: Sequence[Path]) -> ImageFiles:
         names += found if is_alone else [str(base / name) for name in found]
     if not names:
         raise ImageError(
-            f"{name_some(arguments)}: found no file called {', '.join(IMAGE_SUFFIXES)} and no DICOM file; needed at least one "
+            f"{name_some(paths)}: found no file called {', '.join(IMAGE_SUFFIXES)} and no DICOM file; needed at least one "
             f"image. Next: check the path, or name the files themselves."
         )
     twice = [name for name, count in Counter(map(one_line, names)).items() if count > 1]

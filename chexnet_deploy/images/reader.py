@@ -70,7 +70,7 @@ class ImageReader:
         self._processes = processes
         self._opened: dict[str, Decoder] = {}
 
-    def read(self, path: Path, *, scope: "ScopePolicy | None" = None) -> Gray:
+    def read(self, path: Path | str, *, scope: "ScopePolicy | None" = None) -> Gray:
         """Return the gray picture in a PNG, JPEG or DICOM file.
 
         Of PNG and JPEG, 8-bit values are returned as stored: gamma, ICC profiles and palettes' order change nothing.
@@ -91,7 +91,7 @@ class ImageReader:
                 its `reason` says which.
             MissingPackageError: it is a DICOM file, and pydicom is not installed.
         """
-        return self.decode(read_image_file(path), scope=scope, name=path)
+        return self.decode(read_image_file(Path(path)), scope=scope, name=path)
 
     def decode(self, content: bytes, *, scope: "ScopePolicy | None" = None, name: object = "the image") -> Gray:
         """Return the gray picture in the bytes of a PNG, JPEG or DICOM file, as `read` does.
@@ -142,7 +142,7 @@ class ImageReader:
         return self._opened["decoder"]
 
 
-def read_image(path: Path) -> Gray:
+def read_image(path: Path | str) -> Gray:
     """Return the gray picture in one PNG, JPEG or DICOM file; see ImageReader.read, and use that for many DICOM files.
 
     Raises:

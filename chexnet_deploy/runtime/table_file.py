@@ -10,7 +10,6 @@ of files that changed are replaced, in a table that is whole too. Predicts nothi
 """
 
 import csv
-import fcntl
 import glob
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from typing import IO, Final
 
 from chexnet_deploy.datasets.predictions import QUARANTINED
 from chexnet_deploy.errors import TableError, require
-from chexnet_deploy.files import FileContent, sha256_of_file, show_file, write_file
+from chexnet_deploy.files import FileContent, lock, require_locks, sha256_of_file, show_file, write_file
 from chexnet_deploy.runtime.table import (
     Row,
     TableCard,
@@ -75,7 +74,7 @@ class Table:
                     fresh.write(rows[place].line if place in rows else line)
             rows_file = self._replaced.open("a+b", buffering=0)
             self._stack.callback(rows_file.close)
-            fcntl.flock(rows_file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # before anybody else can find it
+            lock(rows_file)  # before anybody else can find it
             os.fsync(rows_file.fileno())
             self._replaced.replace(self._partial)
             self._rows = rows_file
@@ -194,8 +193,10 @@ def open_table(out: Path, card: TableCard, names: Sequence[str]) -> Iterator[Tab
 
     Raises:
         TableError: what is there is of another run or was changed, another process is writing it, or it can't be written.
+        UnsupportedSystemError: this is Windows.
         MissingPackageError: Parquet needs pyarrow.
     """
+    require_locks("a table that is gone on with")
     if out.suffix not in SUFFIXES:
         raise TableError(f"{out} ends in {out.suffix or 'nothing'}; needed {' or '.join(SUFFIXES)}. Rename it.")
     parquet = _import_parquet() if out.suffix == ".parquet" else None
@@ -225,7 +226,7 @@ def _locked(out: Path, partial: Path) -> Iterator[IO[bytes]]:
         rows = partial.open("a+b", buffering=0)
     with rows:
         try:
-            fcntl.flock(rows, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(rows)
         except BlockingIOError as err:
             raise TableError(f"{partial} is being written by another process. Wait for it, or stop it.") from err
         # Between opening and locking, another process may have given the file its last name.

@@ -35,7 +35,7 @@ def make_private_key(path: Path, passphrase: bytes | None) -> Ed25519PrivateKey:
     pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
     try:
         # O_EXCL: a key that is there is worth more than this one.
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError as err:
         raise TrustError(f"{path} is there already. Choose another file; keys are not overwritten.") from err
     except OSError as err:

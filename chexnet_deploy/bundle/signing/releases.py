@@ -4,10 +4,6 @@ The floor file is raised in one step under a lock, and never lowered. It is as s
 write there can lower it, and a disk put back to an older state takes it along.
 """
 
-import errno
-import fcntl
-import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -129,24 +125,18 @@ def _write(path: Path, release: Release) -> None:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold the lock beside the file: the file itself is replaced when it is written."""
-    deadline = time.monotonic() + LOCK_TIMEOUT_S
+    from filelock import FileLock, Timeout
+
     lock = path.with_name(f".{path.name}.lock")
     try:
-        handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+        path.parent.stat()  # a folder that is not there is a mistake, and FileLock would make it
+        held = FileLock(lock, timeout=LOCK_TIMEOUT_S, mode=0o600).acquire(poll_interval=0.01)
+    except Timeout as err:
+        raise TrustError(f"{lock} is held by another process. End that one, then try again.") from err
     except OSError as err:
         raise _unwritable(path, err) from err
-    try:
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as err:
-                if err.errno != errno.EWOULDBLOCK or time.monotonic() > deadline:
-                    raise TrustError(f"{lock} is held by another process. End that one, then try again.") from err
-                time.sleep(0.01)
+    with held:
         yield
-    finally:
-        os.close(handle)
 
 
 def _unwritable(path: Path, err: OSError) -> TrustError:

@@ -133,12 +133,13 @@ class Trust(StrictRecord):
         return self
 
     @classmethod
-    def read(cls, path: Path) -> "Trust":
+    def read(cls, path: Path | str) -> "Trust":
         """Read a trust file; a relative floor_file is taken from the folder it lies in.
 
         Raises:
             TrustError: missing, writable by everyone, not TOML, or a field is unknown, missing or wrong.
         """
+        path = Path(path)
         content = PlainFile(
             path=path,
             limit_bytes=MAX_TRUST_BYTES,

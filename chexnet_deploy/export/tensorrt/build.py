@@ -1,12 +1,13 @@
 """ONNX bundle + spec -> plan bundle, on the GPU it will run on; kept only when it answers the probe as the fp32 model."""
 
-import fcntl
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+
+from filelock import FileLock
 
 from chexnet_deploy.bundle.bundle import Bundle
 from chexnet_deploy.bundle.manifest import (
@@ -118,8 +119,7 @@ def build_tensorrt_plan(
 def one_builder(out: Path) -> Iterator[None]:
     """Hold the lock on a place to build into; the system drops it when its holder dies."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    with (out.parent / f".{out.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(out.parent / f".{out.name}.lock"):
         yield
 
 

@@ -14,7 +14,7 @@ from weakref import WeakSet
 import numpy as np
 from numpy.typing import NDArray
 
-from chexnet_deploy.errors import ImageRefusedError, RefusalReason, SessionError
+from chexnet_deploy.errors import ImageRefusedError, RefusalReason, SessionError, UnsupportedSystemError
 from chexnet_deploy.images.dicom.header import DicomHeader, read_header
 from chexnet_deploy.images.dicom.process import START_DEADLINE_S, DecodeError, DecodeRequest, DecodingProcess
 from chexnet_deploy.images.gray import Gray, read_image_file, refusal
@@ -217,7 +217,12 @@ class Decoder:
             grayscale.bits_stored,
             grayscale.is_signed,
         )
-        process = self._take()
+        try:
+            process = self._take()
+        except UnsupportedSystemError as err:  # no reason to stop at this file
+            needed, next_step = "uncompressed ones, or Linux, which decodes them apart", "export it uncompressed"
+            message = refusal(name, "compressed pixel data", needed, next_step)
+            raise ImageRefusedError(RefusalReason.TRANSFER_SYNTAX, message) from err
         deadline_s, start = self._limits.deadline_s, monotonic()
         try:
             if not process.wait_ready(deadline_s=deadline_s if self._is_warm else START_DEADLINE_S):
@@ -283,7 +288,8 @@ def _begin_in_fork() -> None:
         decoder._begin_in_fork()
 
 
-os.register_at_fork(after_in_child=_begin_in_fork)
+if hasattr(os, "register_at_fork"):  # Windows forks no process
+    os.register_at_fork(after_in_child=_begin_in_fork)
 
 
 def _as_allocated(

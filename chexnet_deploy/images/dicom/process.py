@@ -1,6 +1,5 @@
 """One decoding process: started, asked, ended. Knows nothing of DICOM headers; several of them make a Decoder."""
 
-import fcntl
 import json
 import math
 import mmap
@@ -9,14 +8,15 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import asdict, dataclass
-from time import clock_gettime, monotonic
+from time import monotonic
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from chexnet_deploy.errors import RefusalReason, SessionError
+from chexnet_deploy.errors import RefusalReason, SessionError, require_linux
 
 MAX_LINE_BYTES: Final = 4096
 START_DEADLINE_S: Final = 60.0
@@ -60,6 +60,7 @@ class DecodingProcess:
     """
 
     def __init__(self, *, memory_mib: int) -> None:
+        require_linux("decoding of compressed DICOM")  # its memory can't be cut short, its processor time is seen
         try:
             self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         except OSError as err:
@@ -198,7 +199,7 @@ class DecodingProcess:
 
     def _used_s(self) -> float:
         """Return the processor time of all its threads (clock_getcpuclockid(3), whose number Linux makes so)."""
-        return clock_gettime(~self._process.pid << 3 | 2)
+        return time.clock_gettime(~self._process.pid << 3 | 2)
 
     def _end(self) -> str:
         """Return how the process ended, in words."""
@@ -239,6 +240,8 @@ def _new_shared_memory(n_bytes: int) -> tuple[int, mmap.mmap]:
 
     Without the seals a child could cut it short, and this process would end (SIGBUS) where it reads beyond.
     """
+    import fcntl
+
     memory = os.memfd_create("image", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(memory, n_bytes)
