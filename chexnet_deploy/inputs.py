@@ -4,9 +4,9 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final, TextIO
+from typing import Annotated, Final, TextIO, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, WithJsonSchema
 
 from chexnet_deploy.errors import DatasetError, SpecError
 
@@ -80,6 +80,18 @@ class Record(BaseModel):
     """Base of what is read from a file or written to one: immutable; no unknown fields, no NaN, no infinity."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+AnyFloat: TypeAlias = Annotated[
+    float, WithJsonSchema({"anyOf": [{"type": "number"}, {"enum": ["NaN", "Infinity", "-Infinity"]}]})
+]
+"""A number in a MeasuredRecord that may be no finite one; JSON has no such numbers, so those are words there."""
+
+
+class MeasuredRecord(Record):
+    """A Record of what was measured: a report must be able to say that an engine answered with infinity."""
+
+    model_config = ConfigDict(allow_inf_nan=True, ser_json_inf_nan="strings")
 
 
 class StrictRecord(Record):

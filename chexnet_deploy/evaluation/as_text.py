@@ -39,6 +39,13 @@ def interval(ends: Interval | None, digits: int = 3) -> str:
     return UNDEFINED if ends is None else f"{ends[0]:.{digits}f} to {ends[1]:.{digits}f}"
 
 
+def signed(value: float | None, low: float | None, high: float | None) -> str:
+    """Return a difference with its interval where it has one, e.g. "-0.0060 (-0.0163 to +0.0041)"; or "undefined"."""
+    if value is None:
+        return UNDEFINED
+    return f"{value:+.4f}" if low is None or high is None else f"{value:+.4f} ({low:+.4f} to {high:+.4f})"
+
+
 def summary_rows(evaluation: Evaluation) -> list[dict[str, str]]:
     """Return one row a finding; columns of decisions where there are operating points."""
     has_points = any(row.operating_point is not None for row in evaluation.findings)
@@ -69,13 +76,27 @@ def undefined_lines(evaluation: Evaluation) -> list[str]:
     return [f"{who}: {', '.join(what)} undefined, {why}" for (who, why), what in figures.items()] + lines
 
 
-def subgroup_tables(evaluation: Evaluation) -> list[list[dict[str, str]]]:
-    """Return a table each of sex, age and view: one row a finding, one column a group."""
-    tables = []
+def missing_lines(evaluation: Evaluation) -> list[str]:
+    """Return what is undefined, and what nobody asked to be measured."""
+    lines = undefined_lines(evaluation)
+    if evaluation.thresholds_from is None:
+        lines.append("Decisions: no operating points are known")
+    if not evaluation.subgroups:
+        lines.append("Groups of patients: the labels name none")
+    if evaluation.readers is None:
+        lines.append("Beside radiologists: asked for by --readers")
+    if evaluation.localization is None:
+        lines.append("Where the model looks: asked for by --localization")
+    return lines
+
+
+def subgroup_tables(evaluation: Evaluation) -> dict[str, list[dict[str, str]]]:
+    """Return a table each of sex, age and view, by that word: one row a finding, one column a group."""
+    tables = {}
     for kind in ("sex", "age", "view"):
         groups = [group for group in evaluation.subgroups if group.name.startswith(f"{kind} ")]
         if groups:
-            tables.append([_subgroup_row(groups, i) for i in range(len(groups[0].findings))])
+            tables[kind] = [_subgroup_row(groups, i) for i in range(len(groups[0].findings))]
     return tables
 
 

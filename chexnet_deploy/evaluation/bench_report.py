@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import computed_field
 
 from chexnet_deploy.bundle.manifest import EngineCard, Precision, Target
@@ -117,12 +118,31 @@ class BenchReport(ReportRecord):
 
 
 @dataclass(frozen=True, slots=True)
+class ShownMaps:
+    """One radiograph's activation maps of one finding.
+
+    Attributes:
+        row: of the image among the labelled ones.
+        maps: float32 [h, w] each, by engine name, beside "reference"; those that have none are left out.
+    """
+
+    row: int
+    finding: str
+    maps: Mapping[str, NDArray[np.float32]]
+
+
+@dataclass(frozen=True, slots=True)
 class BenchRun:
-    """A report with the scores it was made from; `logits` are by engine name, beside "reference"."""
+    """A report with the scores it was made from; `logits` are by engine name, beside "reference".
+
+    Attributes:
+        shown: for pictures: the surest true positives of the reference, one a finding, the surest first.
+    """
 
     report: BenchReport
     images: LabelledImages | None
     logits: Mapping[str, Logits]
+    shown: tuple[ShownMaps, ...] = ()
 
 
 def summary_rows(report: BenchReport) -> list[dict[str, str]]:

@@ -16,7 +16,7 @@ from chexnet_deploy.bundle.manifest import UNKNOWN
 from chexnet_deploy.bundle.probe import N_PROBES
 from chexnet_deploy.datasets.labelled import LabelledImages
 from chexnet_deploy.errors import BundleError, OnPhase, SpecError
-from chexnet_deploy.evaluation.bench_report import BenchReport, BenchRun, EngineResult
+from chexnet_deploy.evaluation.bench_report import BenchReport, BenchRun, EngineResult, ShownMaps
 from chexnet_deploy.evaluation.invariance import InvarianceReport, measure_invariance
 from chexnet_deploy.evaluation.latency import LatencyReport, measure_latency
 from chexnet_deploy.evaluation.machine import describe_machine
@@ -39,6 +39,7 @@ RUNS_ON: Mapping[Provider, str] = {
     "cuda": "ONNX Runtime (cuda)",
 }
 STAGE_RUNS = 20
+N_SHOWN = 3
 MIN_RUNS_FOR_P99 = 100  # a 99th percentile of fewer is their maximum, and says nothing of the hundredth
 
 
@@ -94,6 +95,7 @@ def run_bench(
         for name, engine in everyone.items():
             sessions[name] = open_engine(engine, threads=threads, provider="cpu" if name == REFERENCE else provider)
         answers = _score(sessions, everyone, images, on_phase)
+        shown = _look(sessions, everyone, images, answers.logits)
         speed = _measure(sessions, everyone, engines, effort, on_phase)
         results = tuple(
             _judge(
@@ -126,7 +128,7 @@ def run_bench(
         notes=_notes(everyone, findings),
         engines=results,
     )
-    return BenchRun(report, images, answers.logits)
+    return BenchRun(report, images, answers.logits, shown)
 
 
 def _refuse_mismatch(engine: Engine, spec: EngineSpec, reference: Engine, provider: Provider) -> None:
@@ -209,6 +211,36 @@ def _score(
     return _Answers(
         {name: values[:, columns[name]] for name, values in logits.items()},
         {name: np.concatenate(parts) for name, parts in correlations.items()},
+    )
+
+
+def _look(
+    sessions: Mapping[str, Session],
+    everyone: Mapping[str, Engine],
+    images: LabelledImages | None,
+    logits: Mapping[str, Logits],
+) -> tuple[ShownMaps, ...]:
+    """Return the maps of the reference's surest true positives; a run over so few images again is cheaper than all maps kept."""
+    if images is None:
+        return ()
+    sureness = np.where(images.truth, logits[REFERENCE], -np.inf)
+    best = [(sureness[:, c].max(), int(sureness[:, c].argmax()), finding) for c, finding in enumerate(images.findings)]
+    chosen = sorted((each for each in best if each[0] > -np.inf), reverse=True)[:N_SHOWN]
+    collected: dict[str, list[Maps]] = {name: [] for name in sessions}
+
+    def on_maps(maps: Mapping[str, Maps]) -> None:
+        for name, values in maps.items():
+            collected[name].append(values)
+
+    if chosen:
+        resizing = {name: resizing_of(engine) for name, engine in everyone.items()}
+        score_files(sessions, [images.paths[row] for _, row, _ in chosen], resizing, on_maps=on_maps)
+    maps = {name: np.concatenate(values) for name, values in collected.items() if values and values[0].size}
+    return tuple(
+        ShownMaps(
+            row, finding, {name: values[i, everyone[name].findings.index(finding)] for name, values in maps.items()}
+        )
+        for i, (_, row, finding) in enumerate(chosen)
     )
 
 

@@ -20,7 +20,6 @@ from chexnet_deploy.evaluation.run import run_evaluation
 from chexnet_deploy.evaluation.sources import choose_images, say_who_is_known
 from chexnet_deploy.evaluation.spec import find_spec, read_spec
 from chexnet_deploy.files import new_folder, sha256_of_file
-from chexnet_deploy.runtime import Predictor, open_session
 from chexnet_deploy.runtime.contract import read_contract
 from chexnet_deploy.runtime.engine import Engine, find_engine, refuse_idle_contract
 from chexnet_deploy.runtime.sessions.base import Provider
@@ -92,13 +91,7 @@ def bench(
         for file, attestation in attest(run, engines, reference, specs_sha256, on_phase).items():
             (partial / file).write_bytes(attestation.to_bytes())
         if pages is not None:
-            shown = engines[-1]
-            if isinstance(shown, Bundle):
-                session = open_session(shown, threads=threads, provider=provider)
-                with Predictor(session, shown.manifest, checks=False) as predictor:
-                    pages.write_html(partial / "report.html", run, predictor)
-            else:  # without activation maps
-                pages.write_html(partial / "report.html", run, None)
+            pages.write_html(partial / "report.html", run)
     return run.report
 
 

@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chexnet_deploy.evaluation.spec import Gate
-from chexnet_deploy.inputs import Record
+from chexnet_deploy.inputs import MeasuredRecord
 from chexnet_deploy.metrics.calibration import CalibrationGrowth
 from chexnet_deploy.metrics.intervals import Proportion, clustered_proportion
 
 
-class GateResult(Record, allow_inf_nan=True):
+class GateResult(MeasuredRecord):
     """One limit, and what was measured for it.
 
     Attributes:

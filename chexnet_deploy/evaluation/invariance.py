@@ -10,21 +10,21 @@ from dataclasses import dataclass
 import numpy as np
 
 from chexnet_deploy.images.preprocessing import Pixels
-from chexnet_deploy.inputs import Record
+from chexnet_deploy.inputs import AnyFloat, MeasuredRecord
 from chexnet_deploy.runtime.sessions.base import Logits, Session, sigmoid
 
 THREADS = 4
 EVERY_SIZE_TO = 8  # then doubled up to the session's largest: a fault of one kernel shows at a power of two
 
 
-class Spread(Record, allow_inf_nan=True):
+class Spread(MeasuredRecord):
     """The largest differences between answers that should be the same."""
 
-    max_abs_logit_difference: float
-    max_abs_probability_difference: float
+    max_abs_logit_difference: AnyFloat
+    max_abs_probability_difference: AnyFloat
 
 
-class InvarianceReport(Record, allow_inf_nan=True):
+class InvarianceReport(MeasuredRecord):
     """One session; each spread is against the same image alone in a batch of one.
 
     Attributes:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from chexnet_deploy.errors import MetricError
 from chexnet_deploy.evaluation.gates import GateResult, judge_limits
 from chexnet_deploy.evaluation.spec import Gate
-from chexnet_deploy.inputs import Record
+from chexnet_deploy.inputs import AnyFloat, MeasuredRecord
 from chexnet_deploy.metrics.agreement import flips, noise_share, observed_quantile, rank_churn
 from chexnet_deploy.metrics.calibration import CalibrationGrowth, calibration_growth
 from chexnet_deploy.metrics.delong import compare_all
@@ -28,11 +28,7 @@ Verdict: TypeAlias = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 EXIT_CODES: dict[str, int] = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3}
 
 
-class _Measured(Record, allow_inf_nan=True):
-    """A report must be able to say that a candidate answered with infinity."""
-
-
-class FindingParity(_Measured):
+class FindingParity(MeasuredRecord):
     """One finding; what is undefined is None.
 
     Attributes:
@@ -100,7 +96,7 @@ class FindingParity(_Measured):
         return None if self.n_gained is None or self.n_lost is None else self.n_gained + self.n_lost
 
 
-class SubgroupParity(_Measured):
+class SubgroupParity(MeasuredRecord):
     """One group of patients; reported, not gated: groups are too small for margins of their own.
 
     Attributes:
@@ -121,7 +117,7 @@ class SubgroupParity(_Measured):
     n_flips: int
 
 
-class ParityReport(_Measured):
+class ParityReport(MeasuredRecord):
     """Candidate against reference on the same labelled images.
 
     Attributes:
@@ -144,8 +140,8 @@ class ParityReport(_Measured):
     mean_difference_high: float | None
     n_counted: int
     left_out: tuple[str, ...]
-    max_abs_logit_difference: float
-    p999_abs_logit_difference: float
+    max_abs_logit_difference: AnyFloat
+    p999_abs_logit_difference: AnyFloat
     max_abs_probability_difference: float
     p999_abs_probability_difference: float
     n_flips: int

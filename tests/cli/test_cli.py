@@ -9,12 +9,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import jsonschema
 import numpy as np
 import pytest
 from PIL import Image
 
 from chexnet_deploy.bundle.bundle import Bundle
 from tests.command_line import assert_one_line_error, chexnet
+
+SCHEMAS = Path(__file__).parents[2] / "docs" / "schemas"
 
 
 def test_predict_prints_all_findings_and_draws_maps(
@@ -208,6 +211,7 @@ def test_bench_judges_three_engines_and_writes_its_report(
     assert report["verdict"] == "INCONCLUSIVE"
     assert report["engines"][2]["spec"]["gate"]["max_abs_probability_difference"] == 0.15
     assert report["engines"][0]["single_stream"]["p50_ms"] > 0
+    jsonschema.validate(report, json.loads((SCHEMAS / "bench.json").read_text()))
     page = (tmp_path / "b" / "report.html").read_text()
     assert page.count("data:image/") >= 3
     assert "http" not in page  # self-contained: nothing is fetched
@@ -246,6 +250,7 @@ def test_evaluate_predictions_beside_readers_and_write_a_page(
         assert words in done.stdout
     assert "neither list" in done.stdout  # whose patients these are
     report = json.loads((tmp_path / "e" / "report.json").read_text())
+    jsonschema.validate(report, json.loads((SCHEMAS / "evaluation.json").read_text()))
     assert report["n_images"] > report["readers"]["n_images"] == report["readers"]["n_read"] > 40
     assert "have no expert reads and are not in the official test list" in report["readers"]["thresholds_from"]
     page = (tmp_path / "e" / "report.html").read_text()

@@ -31,6 +31,7 @@ from chexnet_deploy.metrics.localization import Box
 from chexnet_deploy.runtime.predictor import Prediction
 from chexnet_deploy.runtime.score import score_files
 from chexnet_deploy.runtime.sessions.open import open_session
+from tests.html_page import assert_accessible
 
 
 def quiet(phase: str, done: int, total: int) -> None:
@@ -427,11 +428,13 @@ def test_the_page_holds_every_part(
     )
     write_html(tmp_path / "report.html", run_)
     page = (tmp_path / "report.html").read_text()
+    root = assert_accessible(page)
+    assert root.find("h1")[0].text.startswith("Mean AUROC 0.")
     assert "Published before: other split, not comparable" in page
     assert "<td>0.9248</td>" in page  # CheXNet's cardiomegaly
     evaluation = run_.evaluation
     for row in evaluation.findings:
-        assert f"<td>{row.finding}</td>" in page
+        assert f'<th scope="row">{row.finding}</th>' in page
         assert f'alt="{row.finding}: ROC curve and reliability"' in page
     for heading in (
         "Summary",
@@ -445,10 +448,10 @@ def test_the_page_holds_every_part(
     for work in ("DeLong ER", "Sun X, Xu W", "Obuchowski NA", "Rajpurkar P", "Nabulsi Z", "Wang X", "Zhang J"):
         assert work in page
     assert "activation maps with boxes" in page
-    assert 'src="http' not in page
+    assert [fold for fold in root.find("details") if "open" in fold.attributes] == []
     assert evaluation.readers is not None
     assert evaluation.readers.thresholds_from == "the bundle's own operating points, chosen on validation patients"
-    assert page.count("<h3>F1 ") == 3
+    assert page.count("<caption>F1 ") == 3
 
 
 def test_methods_say_only_what_was_done(small: Evaluation) -> None:
