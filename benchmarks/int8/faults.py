@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
+from chexnet_deploy.export.quantize.graph_edits import quantised_activations
 from chexnet_deploy.images.gray import Gray
 from chexnet_deploy.images.preprocessing import Pixels
 from chexnet_deploy.runtime.sessions.base import Logits, sigmoid
@@ -53,9 +54,15 @@ class Fault:
 # --- In the int8 parameters ------------------------------------------------------------------------------------------
 
 
+def _quantised_ones(model: onnx.ModelProto) -> list[Any]:
+    """Return the QuantizeLinear nodes of the activations."""
+    activations = quantised_activations(model)
+    return [node for node in model.graph.node if node.output[0] in activations]
+
+
 def _quantised(model: onnx.ModelProto, depth: float) -> Any:
     """Return the QuantizeLinear that lies at a share of the way through the network."""
-    nodes = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    nodes = _quantised_ones(model)
     return nodes[min(int(depth * len(nodes)), len(nodes) - 1)]
 
 
@@ -109,7 +116,7 @@ def _move_zero_point(model: onnx.ModelProto, reader: onnx.NodeProto, size: float
 
 def every_zero_point(model: onnx.ModelProto, size: float) -> None:
     """Read every activation tensor back with its zero point moved by `size` steps."""
-    for writer in [node for node in model.graph.node if node.op_type == "QuantizeLinear"]:
+    for writer in _quantised_ones(model):
         _move_zero_point(model, _reader(model, writer), size)
 
 

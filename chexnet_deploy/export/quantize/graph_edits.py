@@ -69,8 +69,11 @@ def copy_of(model: onnx.ModelProto) -> onnx.ModelProto:
 def quantised_activations(model: onnx.ModelProto) -> tuple[str, ...]:
     """Return the tensors that hold quantised activations, in the graph's order."""
     weights = {tensor.name for tensor in model.graph.initializer}
+    read = {node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
     return tuple(
-        node.output[0] for node in model.graph.node if node.op_type == "QuantizeLinear" and node.input[0] not in weights
+        node.output[0]
+        for node in model.graph.node
+        if node.op_type == "QuantizeLinear" and node.input[0] not in weights and node.output[0] in read
     )
 
 
