@@ -164,3 +164,20 @@ print(copy.id == source.id, read_floor(floor).number)
     done = run_on(system, program, bundles["int8"].path, tmp_path / "out", tmp_path / "floor.json")
     assert done.stdout == "True 2\n", done.stderr
     assert not list(tmp_path.glob(".*.partial-*"))
+
+
+@pytest.mark.slow
+def test_only_what_needs_linux_imports_nowhere_else() -> None:
+    program = f"""{TAKEN_AWAY}
+import importlib, pkgutil, torch, chexnet_deploy
+for module in pkgutil.walk_packages(chexnet_deploy.__path__, "chexnet_deploy."):
+    if not module.name.endswith("__main__"):
+        try:
+            importlib.import_module(module.name)
+        except Exception:
+            print(module.name)
+"""
+    done = run_on("Windows", program.replace("asyncio,", "asyncio, torch,", 1))
+    assert done.returncode == 0, done.stderr
+    allowed = ("dicom.node.", "images.dicom.child", "serving.http.program", "serving.ray.")
+    assert [name for name in done.stdout.split() if not name.removeprefix("chexnet_deploy.").startswith(allowed)] == []

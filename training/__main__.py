@@ -25,7 +25,7 @@ from training.train import CACHE, Options, train
 app = typer.Typer(add_completion=False)
 
 
-@app.command()
+@app.command(epilog="Example: python -m training ROOT --out runs/first --recipe chexnet14")
 def main(
     root: Annotated[Path, typer.Argument(help="Labelled images: ChestX-ray14's folder, a table, or its TOML.")],
     out: Annotated[Path, typer.Option(help="Folder of this run; an unfinished run in it goes on.")],

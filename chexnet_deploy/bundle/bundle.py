@@ -217,6 +217,28 @@ class Bundle:
         """
         return read_site(self.path, self.id, self.manifest, self._trust)
 
+    def read_attestation(self) -> tuple[Attestation, str] | None:
+        """Return what `bench` found of this bundle, whatever the verdict, with the file's SHA-256; None where it holds nothing.
+
+        Raises:
+            TrustError: it is of another bundle or model, or not as `bench` writes it; or the bundle was opened with trust, and no
+                trusted key has signed it.
+        """
+        where = str(self.path)
+        if not (self.path / ATTESTATION).exists():
+            return None
+        raw = _file(self.path, ATTESTATION, MAX_ATTESTATION_BYTES, error=TrustError).read()
+        if self._trust is not None:
+            signed = _file(self.path, ATTESTATION_SIGNATURE, MAX_SIGNATURE_BYTES, error=TrustError).read()
+            self._trust.check_attestation_signature(raw, signed, where)
+        found = Attestation.parse(raw, str(self.path / ATTESTATION))
+        found.refuse_other(self.id, where)
+        if found.model_sha256 != self.model_sha256:
+            raise TrustError(
+                f"{where}: the attestation is of another model file. Take the one that `bench` wrote of it."
+            )
+        return found, sha256_hex(raw)
+
     def read_probe(self) -> Probe:
         """Return the known answers."""
         return Probe.from_bytes(self.read_probe_bytes())

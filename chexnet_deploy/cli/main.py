@@ -8,11 +8,11 @@ from typing import Annotated
 import typer
 
 from chexnet_deploy import __version__
-from chexnet_deploy.cli import export, inspect, measure, on_site, predict, serve, signing
+from chexnet_deploy.cli import card, export, inspect, measure, on_site, predict, serve, signing
 from chexnet_deploy.terminal import run_program
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
-for part in (export, measure, on_site, predict, inspect, signing, serve):
+for part in (export, measure, on_site, predict, inspect, card, signing, serve):
     app.add_typer(part.app)
 app.add_typer(serve.node_app, name="node")
 app.add_typer(serve.audit_app, name="audit")

@@ -45,6 +45,18 @@ def test_help_ends_with_an_example_that_a_terminal_shows_whole_and_the_command_t
     assert ran[0] == words or hasattr(find(words), "commands")  # a group shows one of its commands
 
 
+def test_training_shows_an_example_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from training.__main__ import app as training
+
+    monkeypatch.setenv("COLUMNS", "80")
+    program: Any = typer.main.get_command(training)
+    program.main(["--help"], standalone_mode=False)
+    last = capsys.readouterr().out.strip().splitlines()[-1].strip()
+    monkeypatch.setattr(program, "callback", ran := Mock())
+    program.main(shlex.split(last.removeprefix("Example: python -m training ")), standalone_mode=False)
+    assert str(ran.call_args.kwargs["out"]) == "runs/first"
+
+
 def test_the_version() -> None:
     assert chexnet("--version").stdout == f"chexnet-deploy {__version__}\n"
 

@@ -194,8 +194,7 @@ class Trust(StrictRecord):
         """
         assert self.passing_specs is not None  # else none is asked for
         # Before it is parsed: what nobody vouches for gets to no parser.
-        signed_in = f"{where}/{ATTESTATION_SIGNATURE}"
-        self._check_signature(attestation, ATTESTATION_TYPE, "attestation", signatures, where, signed_in)
+        self.check_attestation_signature(attestation, signatures, where)
         found = Attestation.parse(attestation, f"{where}/{ATTESTATION}")
         found.refuse_other(bundle_id, where)
         if found.verdict != "PASS":
@@ -208,6 +207,11 @@ class Trust(StrictRecord):
             )
         return found
 
+    def check_attestation_signature(self, attestation: bytes, signatures: bytes, where: str) -> None:
+        """Refuse an attestation that no trusted key has signed, whatever it says; arguments and errors as check_manifest."""
+        signed_in = f"{where}/{ATTESTATION_SIGNATURE}"
+        self._check_signature(attestation, ATTESTATION_TYPE, "attestation", signatures, where, signed_in)
+
     def refuse_unattested(self, where: str) -> TrustError:
         """Return the error for a bundle without a signed attestation."""
         return TrustError(
@@ -218,6 +222,10 @@ class Trust(StrictRecord):
     def without_pass(self) -> "Trust":
         """Return this trust for what comes before a PASS: building a plan, and `bench` itself."""
         return self.model_copy(update={"passing_specs": None})
+
+    def without_floor(self) -> "Trust":
+        """Return this trust for a bundle that is only read, as the one before: it may be older, and have no PASS here."""
+        return self.model_copy(update={"min_release": None, "floor_file": None, "passing_specs": None})
 
     def _check_signature(
         self, content: bytes, payload_type: bytes, what: str, signatures: bytes, where: str, signed_in: str
