@@ -86,10 +86,10 @@ class Browser:
         self.call("Page.navigate", url=url)
         self.wait("document.readyState === 'complete'")
 
-    def choose_file(self, selector: str, path: Path) -> None:
+    def choose_files(self, selector: str, *paths: Path) -> None:
         root = self.call("DOM.getDocument")["root"]["nodeId"]
         node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
-        self.call("DOM.setFileInputFiles", files=[str(path)], nodeId=node)
+        self.call("DOM.setFileInputFiles", files=[str(path) for path in paths], nodeId=node)
 
     def press(self, key: str) -> None:
         codes = {"Tab": 9, "Enter": 13}

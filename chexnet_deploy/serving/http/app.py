@@ -44,11 +44,17 @@ def make_app(service: Service) -> GuardedApp:
     for path in _MODEL:
         routes += [
             (path, "GET", protocol.model),
+            (f"{path}/config", "GET", protocol.model_config),
             (f"{path}/ready", "GET", protocol.model_ready),
             (f"{path}/infer", "POST", protocol.infer),
         ]
     starlette = Starlette(
         routes=[
+            # Ahead of the model of that name, which there is none of.
+            *(
+                Route(path, _endpoint(service, path, protocol.no_statistics), methods=_ALL)
+                for path in ("/v2/models/stats", *(f"{path}/stats" for path in _MODEL))
+            ),
             *(Route(path, _endpoint(service, path, handler), methods=[method]) for path, method, handler in routes),
             *(
                 Route(path, _endpoint(service, path, protocol.not_offered), methods=_ALL)

@@ -40,7 +40,8 @@ def _readiness(service: Service) -> dict[str, object]:
 
 async def server(_service: Service, _request: Request) -> Response:
     """Name the server and the protocol's extensions it has."""
-    return JSONResponse({"name": "chexnet-deploy", "version": __version__, "extensions": ["binary_tensor_data"]})
+    extensions = ["binary_tensor_data", "model_configuration"]
+    return JSONResponse({"name": "chexnet-deploy", "version": __version__, "extensions": extensions})
 
 
 async def model(service: Service, request: Request) -> Response:
@@ -61,6 +62,44 @@ async def model(service: Service, request: Request) -> Response:
             ],
         }
     return JSONResponse(described)
+
+
+async def model_config(service: Service, request: Request) -> Response:
+    """Describe the model's tensors and batches as Triton's model configuration extension does."""
+    with service.use_engine() as engine:
+        _check_model(service, engine, request)
+        manifest = engine.bundle.manifest
+        side_px, n_findings = manifest.preprocessing.resize_px, len(manifest.findings)
+        cells = side_px // 32
+        described = {
+            "name": service.config.name,
+            "platform": f"chexnet_{engine.backend}",
+            "backend": engine.backend,
+            "max_batch_size": service.config.max_batch,
+            "input": [{"name": INPUT, "data_type": "TYPE_UINT8", "dims": [1, side_px, side_px]}],
+            "output": [
+                {"name": "logits", "data_type": "TYPE_FP32", "dims": [n_findings]},
+                {"name": "cam", "data_type": "TYPE_FP32", "dims": [n_findings, cells, cells]},
+            ],
+            "dynamic_batching": {
+                "preferred_batch_size": list(engine.plan.sizes),
+                "max_queue_delay_microseconds": round(1000 * service.config.window_ms),
+            },
+        }
+    return JSONResponse(described)
+
+
+async def no_statistics(_service: Service, _request: Request) -> Response:
+    """Refuse Triton's statistics extension, and say where the statistics are.
+
+    Raises:
+        RequestError: 400, always.
+    """
+    raise RequestError(
+        400,
+        Fault.NOT_OFFERED,
+        "Statistics are not offered here; /metrics has every count and time, in Prometheus' format.",
+    )
 
 
 async def model_ready(service: Service, request: Request) -> Response:

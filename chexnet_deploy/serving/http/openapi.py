@@ -50,7 +50,8 @@ _ANSWERED: Final[_Json] = {
     "precision": {"enum": ["fp32", "fp16", "int8"]},
     "backend": {"type": "string"},
 }
-_PREDICTION: Final = _closed({**_ANSWERED, "cam": _CAM}, *_ANSWERED)
+_RADIOGRAPH: Final = _closed({"png_base64": {"type": "string"}}, "png_base64")
+_PREDICTION: Final = _closed({**_ANSWERED, "cam": _CAM, "radiograph": _RADIOGRAPH}, *_ANSWERED)
 _SHAPE: Final[_Json] = {"type": "array", "items": {"type": "integer"}}
 _INPUT: Final = _closed(
     {
@@ -139,6 +140,9 @@ def describe_api(model: str) -> _Json:
     for path, parameters in ((f"/v2/models/{model}", []), (f"/v2/models/{model}/versions/{{version}}", [version])):
         faults = (404, 503) if parameters else (503,)
         paths[path] = {"get": {**_get("The model's tensors.", *faults), "parameters": parameters}}
+        paths[f"{path}/config"] = {
+            "get": {**_get("Tensors and batches as Triton names them.", *faults), "parameters": parameters}
+        }
         paths[f"{path}/ready"] = {"get": {**_get("Whether the model answers now.", *faults), "parameters": parameters}}
         paths[f"{path}/infer"] = {"post": {**_infer(*faults), "parameters": parameters}}
     return {
@@ -154,10 +158,16 @@ def describe_api(model: str) -> _Json:
 
 def _predict() -> _Json:
     cam = {"name": "cam", "in": "query", "schema": {"type": "string"}, "description": "A finding to draw the map of."}
+    radiograph = {
+        "name": "radiograph",
+        "in": "query",
+        "schema": {"const": "png"},
+        "description": "Asks for the radiograph as the model read it, of at most 1024 px.",
+    }
     form = _closed({"image": _BINARY}, "image")
     return {
         "summary": "The findings in one PNG, JPEG or DICOM file.",
-        "parameters": [cam],
+        "parameters": [cam, radiograph],
         "requestBody": {
             "required": True,
             "content": {"application/octet-stream": {"schema": _BINARY}, "multipart/form-data": {"schema": form}},

@@ -1,4 +1,4 @@
-"""POST /predict: one image file -> named probabilities, and on request a class activation map as PNG.
+"""POST /predict: one image file -> named probabilities, and on request the radiograph and a class activation map as PNG.
 
 A body is read into memory, never onto a disk. A limit of N bytes accepts N and refuses N + 1, plain or inflated.
 """
@@ -29,8 +29,8 @@ from chexnet_deploy.serving.http.loaded_model import Engine
 from chexnet_deploy.serving.http.refusals import IMAGE_REFUSALS, Fault, RequestError, bad_request, busy
 from chexnet_deploy.serving.http.service import Service
 
-_PICTURE_PX: Final = 1024  # longer side of a CAM picture: enough for a page, a few megabytes at the most
-_PARAMETERS: Final = frozenset({"cam"})
+_PICTURE_PX: Final = 1024  # longer side of a picture: enough for a page, a few megabytes at the most
+_PARAMETERS: Final = frozenset({"cam", "radiograph"})
 
 
 class _Prepared(NamedTuple):
@@ -45,14 +45,17 @@ async def predict(service: Service, request: Request) -> Response:
     Raises:
         RequestError: 422 with a RefusalReason where the image is refused; 400, 413, 415, 503.
     """
-    if not set(request.query_params) <= _PARAMETERS or len(request.query_params.multi_items()) > 1:
-        raise bad_request("The only query parameter is cam, given once.")
+    query = request.query_params
+    if not set(query) <= _PARAMETERS or len(query.multi_items()) > len(query):
+        raise bad_request("The query parameters are cam and radiograph, each given once.")
+    if query.get("radiograph", "png") != "png":
+        raise bad_request("radiograph must be png.")
     began_s = monotonic()
     body = await read_body(request, service.guard, service.config.max_body_bytes)
     service.metrics.stage.labels("read").observe(monotonic() - began_s)
     deadline_s = monotonic() + service.config.deadline_s
     with service.use_engine() as engine, service.admission.admit(1):
-        cam = request.query_params.get("cam")
+        cam = query.get("cam")
         if cam is not None and cam not in engine.bundle.manifest.findings:
             raise bad_request("cam must be one of the model's findings; /engine names them.")
         headers, limit = request.headers, service.config.max_body_bytes
@@ -63,12 +66,13 @@ async def predict(service: Service, request: Request) -> Response:
         content = _describe(engine, answer.logits[0], service.config.name)
         if cam is not None:
             heat = answer.maps[0, engine.bundle.manifest.findings.index(cam)]
-            picture = await service.work(lambda: _draw(prepared.gray, heat), monotonic() + service.config.deadline_s)
             content["cam"] = {
                 "finding": cam,
                 "has_evidence": bool(heat.max() > 0.0),  # without any the picture stays gray
-                "png_base64": base64.b64encode(picture).decode(),
+                "png_base64": await _draw_png(service, prepared.gray, heat),
             }
+        if "radiograph" in query:
+            content["radiograph"] = {"png_base64": await _draw_png(service, prepared.gray, None)}
     return Response(json.dumps(content), media_type="application/json")
 
 
@@ -145,13 +149,21 @@ def describe_points(points: OperatingPoints) -> dict[str, object]:
     }
 
 
-def _draw(gray: Gray, heat: NDArray[np.float32]) -> bytes:
-    """Return a PNG of a picture of at most 1024 px with a finding's map over it."""
-    image = Image.fromarray(gray)
-    image.thumbnail((_PICTURE_PX, _PICTURE_PX), Image.Resampling.BILINEAR)
-    stream = io.BytesIO()
-    Image.fromarray(draw_cam(np.asarray(image), heat)).save(stream, "PNG")
-    return stream.getvalue()
+async def _draw_png(service: Service, gray: Gray, heat: NDArray[np.float32] | None) -> str:
+    """Return a PNG of at most 1024 px as base64, with a finding's map over it where one is given; drawn in a decoding thread.
+
+    Raises:
+        RequestError: 503, no thread was free before the deadline.
+    """
+
+    def draw() -> str:
+        image = Image.fromarray(gray)
+        image.thumbnail((_PICTURE_PX, _PICTURE_PX), Image.Resampling.BILINEAR)
+        stream = io.BytesIO()
+        (image if heat is None else Image.fromarray(draw_cam(np.asarray(image), heat))).save(stream, "PNG")
+        return base64.b64encode(stream.getvalue()).decode()
+
+    return await service.work(draw, monotonic() + service.config.deadline_s)
 
 
 _WINDOW_BITS: Final = {"gzip": 31, "deflate": zlib.MAX_WBITS}  # zlib's: 16 more for a gzip header

@@ -1,8 +1,10 @@
 """The service as clients meet it: a process, a port, real clients and bad ones."""
 
+import base64
 import contextlib
 import gzip
 import http.client
+import io
 import json
 import random
 import shutil
@@ -19,10 +21,12 @@ from time import monotonic, sleep
 import numpy as np
 import pytest
 import tritonclient.http as triton
+from PIL import Image
 
 from benchmarks.rigs.node_rig import write_radiograph
 from chexnet_deploy import Predictor
 from chexnet_deploy.bundle.bundle import Bundle
+from chexnet_deploy.images.reader import read_image
 from chexnet_deploy.runtime.sessions.base import Session
 from tests.serving.running import Running, Start
 
@@ -67,8 +71,15 @@ def test_tritonclient_finds_everything_it_asks_for(service: Running, served: Bun
         assert client.is_server_live()
         assert client.is_server_ready()
         assert client.is_model_ready("chexnet", served.id[:12])
-        assert client.get_server_metadata()["extensions"] == ["binary_tensor_data"]
+        assert client.get_server_metadata()["extensions"] == ["binary_tensor_data", "model_configuration"]
         assert client.get_model_metadata("chexnet")["versions"] == [served.id[:12]]
+        side_px, n_findings = served.manifest.preprocessing.resize_px, len(served.manifest.findings)
+        for version in ("", served.id[:12]):
+            config = client.get_model_config("chexnet", version)
+            assert config["max_batch_size"] == 16
+            assert config["input"] == [{"name": "pixels", "data_type": "TYPE_UINT8", "dims": [1, side_px, side_px]}]
+            assert [output["name"] for output in config["output"]] == ["logits", "cam"]
+            assert config["output"][0]["dims"] == [n_findings]
         assert not client.is_model_ready("chexnet", "1")
         for call in (
             client.get_model_repository_index,
@@ -79,12 +90,17 @@ def test_tritonclient_finds_everything_it_asks_for(service: Running, served: Bun
             client.get_cuda_shared_memory_status,
             client.get_log_settings,
             lambda: client.get_trace_settings("chexnet"),
-            lambda: client.get_model_config("chexnet"),
+            lambda: client.get_model_config("chexnet", "1"),
+            client.get_inference_statistics,
+            lambda: client.get_inference_statistics("chexnet"),
+            lambda: client.get_inference_statistics("chexnet", served.id[:12]),
             lambda: client.get_model_metadata("other"),
             lambda: client.get_model_metadata("chexnet", "1"),
         ):
             with pytest.raises(triton.InferenceServerException, match=r"\[40[045]\]|not offered|There is"):
                 call()
+        with pytest.raises(triton.InferenceServerException, match="/metrics has every count and time"):
+            client.get_inference_statistics("chexnet")
 
 
 def test_an_answer_on_a_kept_connection_waits_for_no_acknowledgement(service: Running) -> None:
@@ -110,6 +126,14 @@ def test_joined_requests_get_the_bits_they_get_alone(service: Running, served: B
     found = np.concatenate([result.as_numpy("logits") for result in results])
     assert found.tobytes() == np.concatenate([alone] * 3).tobytes()
     assert service.metric("chexnet_batch_images_count") > before
+
+
+def test_a_dicom_file_comes_back_as_the_picture_that_was_read(service: Running, tmp_path: Path) -> None:
+    write_radiograph(tmp_path / "a.dcm", seed=3)
+    answer = service.json("POST", "/predict?radiograph=png", (tmp_path / "a.dcm").read_bytes())
+    picture = Image.open(io.BytesIO(base64.b64decode(answer["radiograph"]["png_base64"])))
+    assert np.array_equal(np.asarray(picture), read_image(tmp_path / "a.dcm"))
+    assert "cam" not in answer
 
 
 def test_predict_says_what_the_predictor_says(
@@ -165,6 +189,8 @@ def test_a_peer_that_never_reads_its_answers_is_ended(service: Running) -> None:
         ("/predict", b"", {}, 400, "bad-request"),
         ("/predict", bytes(128) + b"DICM" + b"DOE^JANE" * 9, {}, 422, "transfer-syntax"),
         ("/predict?cam=DOE", b"x", {}, 400, "bad-request"),
+        ("/predict?radiograph=tiff", b"x", {}, 400, "bad-request"),
+        ("/predict?cam=Hernia&cam=Mass", b"x", {}, 400, "bad-request"),
         ("/predict?name=DOE", b"x", {}, 400, "bad-request"),
         ("/predict", b"x", {"Content-Encoding": "br"}, 415, "encoding"),
         ("/predict", b"DOE", {"Content-Type": "multipart/form-data"}, 400, "bad-request"),

@@ -2,9 +2,10 @@
 // Everything the page shows of an answer is put in as text, never as markup.
 
 const at = (id) => document.getElementById(id);
-let file = null;
-let plainUrl = null;
-let turn = 0; // answers of an earlier file or choice are dropped
+const items = []; // the files in the order they came
+let shown = null; // of those, the one in sight
+let isReading = false;
+let turn = 0; // pictures of an earlier choice are dropped
 
 function make(tag, className, text) {
   const element = document.createElement(tag);
@@ -19,7 +20,7 @@ function say(text, isBad) {
 }
 
 async function ask(url, options) {
-  const response = await fetch(url, options);
+  const response = await fetch(url, options).catch(() => { throw new Error("The file can't be read, or the service is gone."); });
   const answer = await response.json();
   if (!response.ok) throw new Error(`${answer.error} (${answer.reason})`);
   return answer;
@@ -94,66 +95,108 @@ function press(name) {
   for (const button of at("findings").querySelectorAll("button")) {
     button.setAttribute("aria-pressed", String(button.dataset.finding === name));
   }
+  at("plain").setAttribute("aria-pressed", String(!name));
 }
 
-async function predict(finding) {
-  const query = finding ? `?cam=${encodeURIComponent(finding)}` : "";
+async function predict(file, query) {
   return ask(`/predict${query}`, { method: "POST", body: file, headers: { "Content-Type": "application/octet-stream" } });
 }
 
-async function take(chosen) {
-  if (!chosen) return;
-  const mine = ++turn;
-  file = chosen;
+function describe(answer) {
+  const n = Object.values(answer.present).filter(Boolean).length;
+  const site = answer.operating_points_from === "bundle" ? "" : `, of ${answer.operating_points_from}`;
+  return `${n} of ${Object.keys(answer.probabilities).length} findings at or above their operating points${site}`;
+}
+
+function note(item, text, isBad) {
+  item.text = text;
+  item.isBad = Boolean(isBad);
+  item.button.lastChild.textContent = text;
+  item.button.classList.toggle("bad", item.isBad);
+  if (item === shown) show(item);
+}
+
+function take(files) {
+  const first = items.length;
+  for (const file of files) {
+    const item = { file, button: make("button"), answer: null, plain: null };
+    item.button.type = "button";
+    item.button.setAttribute("aria-pressed", "false");
+    item.button.append(make("span", "name", file.name), make("span", "verdict"));
+    item.button.addEventListener("click", () => {
+      if (item.isBad) note(item, "waits");
+      show(item);
+      readAll();
+    });
+    const line = make("li");
+    line.append(item.button);
+    at("files").append(line);
+    items.push(item);
+    note(item, "waits");
+  }
+  if (items.length > first) show(items[first]);
+  readAll();
+}
+
+// One after another: a folder of radiographs should not fill the service's queue.
+async function readAll() {
+  if (isReading) return;
+  isReading = true;
+  for (let item; (item = items.find((each) => each.text === "waits")); ) {
+    note(item, "Asking the model…");
+    try {
+      item.answer = await predict(item.file, "");
+      note(item, describe(item.answer));
+    } catch (err) {
+      note(item, err.message, true);
+    }
+  }
+  isReading = false;
+}
+
+function show(item) {
+  shown = item;
+  for (const each of items) each.button.setAttribute("aria-pressed", String(each === item));
+  say(`${item.file.name}: ${item.text}`, item.isBad);
   at("picture").hidden = true;
   at("plain").hidden = true;
   at("findings").replaceChildren();
-  if (plainUrl) URL.revokeObjectURL(plainUrl);
-  plainUrl = null;
-  say("Asking the model…");
-  try {
-    const answer = await predict("");
-    if (mine !== turn) return;
-    showFindings(answer);
-    const n = Object.values(answer.present).filter(Boolean).length;
-    const site = answer.operating_points_from === "bundle" ? "" : `, of ${answer.operating_points_from}`;
-    say(`${n} of ${Object.keys(answer.probabilities).length} findings at or above their operating points${site}.`);
-    const top = Object.keys(answer.probabilities).reduce((a, b) => (answer.probabilities[a] >= answer.probabilities[b] ? a : b));
-    await showMap(top);
-  } catch (err) {
-    if (mine === turn) say(err.message, true);
-  }
+  turn++;
+  if (!item.answer) return;
+  showFindings(item.answer);
+  const probabilities = item.answer.probabilities;
+  showMap(Object.keys(probabilities).reduce((a, b) => (probabilities[a] >= probabilities[b] ? a : b)));
 }
 
 async function showMap(finding) {
-  const mine = ++turn;
+  const mine = ++turn, item = shown;
   press(finding);
   try {
-    const answer = await predict(finding);
+    const answer = await predict(item.file, `?cam=${encodeURIComponent(finding)}${item.plain ? "" : "&radiograph=png"}`);
+    item.plain = item.plain || `data:image/png;base64,${answer.radiograph.png_base64}`;
     if (mine !== turn) return;
-    showPicture(`data:image/png;base64,${answer.cam.png_base64}`, 
-      `${answer.cam.has_evidence ? "Where the model looked for" : "Nothing in the image speaks for"} ${finding.replaceAll("_", " ")}`);
-    at("plain").hidden = !/^image\/(png|jpeg)$/.test(file.type); // a browser can't draw DICOM
+    const words = answer.cam.has_evidence ? "where the model looked for" : "nothing in the image speaks for";
+    showPicture(`data:image/png;base64,${answer.cam.png_base64}`, `${item.file.name}: ${words} ${finding.replaceAll("_", " ")}`);
+    at("plain").hidden = false;
   } catch (err) {
-    if (mine === turn) say(err.message, true);
+    if (mine === turn) say(`${item.file.name}: ${err.message}`, true);
   }
 }
 
 at("plain").addEventListener("click", () => {
   turn++;
   press("");
-  plainUrl = plainUrl || URL.createObjectURL(file);
-  showPicture(plainUrl, "The radiograph");
+  showPicture(shown.plain, `${shown.file.name}: the radiograph as the model read it`);
 });
 // A file that was changed meanwhile may be chosen again: a browser sees no change otherwise.
 at("file").addEventListener("click", (event) => { event.target.value = ""; });
-at("file").addEventListener("change", (event) => take(event.target.files[0]));
+at("file").addEventListener("change", (event) => take([...event.target.files]));
 // The whole page takes a drop: one that misses would leave the page for the file.
 addEventListener("dragover", (event) => { event.preventDefault(); at("drop").classList.add("over"); });
 addEventListener("dragleave", () => at("drop").classList.remove("over"));
 addEventListener("drop", (event) => {
   event.preventDefault();
   at("drop").classList.remove("over");
-  take(event.dataTransfer.files[0]);
+  take([...event.dataTransfer.files]);
 });
 showEngine();
