@@ -231,14 +231,16 @@ class PlainFile:
             ChexnetError: `error`; missing, no plain file, linked, too large, or changed while it was read.
         """
         with self._opened() as (handle, size):
-            chunks = list(self._chunks(handle, size))
+            chunks = list(
+                self._chunks(handle, size, most_bytes=size)
+            )  # at once: joining them would take the memory twice
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
     def sha256(self) -> str:
         """Return its SHA-256 as 64 hexadecimal digits, in constant memory; raises as `read` does."""
         digest = hashlib.sha256()
         with self._opened() as (handle, size):
-            for chunk in self._chunks(handle, size):
+            for chunk in self._chunks(handle, size, most_bytes=_CHUNK_BYTES):
                 digest.update(chunk)
         return digest.hexdigest()
 
@@ -278,16 +280,16 @@ class PlainFile:
             )
         return status.st_size
 
-    def _chunks(self, handle: int, size: int) -> Iterator[bytes]:
+    def _chunks(self, handle: int, size: int, *, most_bytes: int) -> Iterator[bytes]:
         """Yield exactly as many bytes as the file said it has."""
         left = size
         while left:
-            chunk = os.read(handle, min(left, _CHUNK_BYTES))
+            chunk = os.read(handle, min(left, most_bytes))
             if not chunk:
                 raise self._changed()
             left -= len(chunk)
             yield chunk
-        if os.read(handle, 1):
+        if os.read(handle, 1) or os.fstat(handle).st_size != size:
             raise self._changed()
 
     def _not_plain(self) -> ChexnetError:

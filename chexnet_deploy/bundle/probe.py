@@ -73,7 +73,7 @@ def draw_probe_pixels(resize_px: int) -> Pixels:
     return np.stack(arrays)[:, None]
 
 
-def _draw(rng: np.random.Generator, y: NDArray[np.float32], x: NDArray[np.float32]) -> NDArray[np.uint8]:
+def _draw(rng: "np.random.Generator", y: NDArray[np.float32], x: NDArray[np.float32]) -> NDArray[np.uint8]:
     tilt, width, apex = rng.uniform(-0.1, 0.1), rng.uniform(0.30, 0.40), rng.uniform(0.60, 0.80)
     x = x + tilt * y
     body = _soft_inside((np.abs(x) - 0.95) * 25)

@@ -19,7 +19,8 @@ from chexnet_deploy.runtime.contract import Contract
 from chexnet_deploy.runtime.sessions.base import Provider, Session
 from chexnet_deploy.runtime.sessions.endpoint import EndpointTransport, split_url
 from chexnet_deploy.runtime.sessions.foreign import ForeignSession, OnnxTransport
-from chexnet_deploy.runtime.sessions.open import N_STARTUP_PROBES, open_session
+from chexnet_deploy.runtime.sessions.known_answers import N_STARTUP_PROBES
+from chexnet_deploy.runtime.sessions.open import open_session
 
 _SCHEMES: Final = ("http://", "https://")
 

@@ -177,7 +177,7 @@ class Predictor:
         """
         if self._bundle is None:
             raise SessionError("found no bundle, needed its known answers. Next: open the predictor from a bundle.")
-        check_known_answers(self._session, self._bundle)
+        check_known_answers(self._session, self._bundle, at_once=self._flow.batch_size)
 
     def predict_stream(self, paths: Iterable[Path | str], *, with_maps: bool = False) -> Generator[FileAnswer]:
         """Yield each file's findings, in order; for a file that can't be read, the ImageError that says why.

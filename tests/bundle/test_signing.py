@@ -421,7 +421,7 @@ def test_a_release_that_does_not_run_locks_nobody_out(
         raise SessionError("known answers differ")
 
     with monkeypatch.context() as patch:
-        patch.setattr("chexnet_deploy.runtime.sessions.open.check_known_answers", fail)
+        patch.setattr("chexnet_deploy.runtime.sessions.known_answers.KnownAnswers.check", fail)
         with pytest.raises(SessionError):
             Predictor.open(new, trust=floored, provider="cpu")
     Predictor.open(old, trust=floored, provider="cpu").close()

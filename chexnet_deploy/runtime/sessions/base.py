@@ -17,7 +17,7 @@ Maps = NDArray[np.float32]  # [N, C, S/32, S/32], class activation maps; mean ov
 
 # What an ONNX bundle takes at once: 256 x 224 x 224 takes about 3 GB of activations; nobody gains from more on a CPU.
 MAX_BATCH = 256
-_BATCH_SIZE = 32  # fewer than a session may take, so that activations stay small
+BATCH_SIZE = 32  # fewer than a session may take, so that activations stay small
 
 
 class Session(Protocol):
@@ -49,13 +49,13 @@ class Session(Protocol):
         ...
 
 
-def run_in_batches(session: Session, pixels: Pixels) -> tuple[Logits, Maps]:
-    """Return logits and maps of any number of pixels, in batches that the session takes.
+def run_in_batches(session: Session, pixels: Pixels, *, at_once: int = BATCH_SIZE) -> tuple[Logits, Maps]:
+    """Return logits and maps of any number of pixels, in batches of `at_once` or what the session takes.
 
     Raises:
         SessionError: as Session.run.
     """
-    step = max(session.batch_range[0], min(_BATCH_SIZE, session.batch_range[1]))
+    step = max(session.batch_range[0], min(at_once, session.batch_range[1]))
     parts = [run_padded(session, pixels[i : i + step]) for i in range(0, len(pixels), step)]
     return np.concatenate([logits for logits, _ in parts]), np.concatenate([maps for _, maps in parts])
 

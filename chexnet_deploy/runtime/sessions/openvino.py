@@ -7,7 +7,6 @@ joins quantised tensors of different scales; the known answers would refuse such
 import os
 from collections import Counter
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from threading import Lock
 from typing import Any
@@ -19,11 +18,12 @@ from chexnet_deploy.bundle.bundle import Bundle
 from chexnet_deploy.errors import SessionError
 from chexnet_deploy.images.preprocessing import Pixels
 from chexnet_deploy.runtime.sessions.base import MAX_BATCH, Logits, Maps, check_finite, check_pixels
+from chexnet_deploy.runtime.sessions.known_answers import KnownAnswers
 
 # Batches are cut into pieces that run side by side on one core each: what is left in a core's own cache isn't fetched from
 # another's, and no core waits for another between layers. A piece of four images takes 0.9 of the time of four pieces of one,
 # which take 0.8 of that of four images on all cores. A single image takes all cores, to be answered soonest.
-PIECE = 4
+PIECE = 4  # the known answers are whole pieces
 _TYPE_NAMES = (("_i8", "int8"), ("_u8", "int8"), ("_f16", "float16"), ("_bf16", "bfloat16"), ("_f32", "float32"))
 
 
@@ -32,56 +32,54 @@ class OpenvinoSession:
 
     As many single images run at once as `threads` goes into the cores; batches take turns.
 
+    Opening compiles what answers a single image. The pieces of batches are compiled when the first batch of their kind comes,
+    which takes up to as long again, and about 100 MiB at 224 px: a scanner that asks image by image pays neither.
+
     Args:
         model: the ONNX file's bytes.
         resize_px: side S of the pixels it takes.
         threads: threads for one call; None takes all cores.
+        known: what pieces must answer before they are used; None asks nothing. A single image's are the caller's to ask.
 
     Raises:
         SessionError: OpenVINO refuses the model, or there are fewer cores than threads.
     """
 
-    def __init__(self, model: bytes, resize_px: int, *, threads: int | None = None) -> None:
+    def __init__(
+        self, model: bytes, resize_px: int, *, threads: int | None = None, known: KnownAnswers | None = None
+    ) -> None:
         cores = os.cpu_count() or 1
         if threads is not None and not 1 <= threads <= cores:
             raise SessionError(f"got {threads} threads, needed 1 to {cores}, the cores of this machine.")
         self.batch_range = (1, MAX_BATCH)
         self._resize_px = resize_px
         self._threads = threads or cores
+        self._known = known
         self._lock = Lock()
         n_single = max(1, cores // self._threads)
         try:
-            core = openvino.Core()
-            read = core.read_model(model)
-            with ThreadPoolExecutor() as pool:  # a second for each of them, on one core
-                single, ones, pieces = pool.map(
-                    lambda how: _compile(core, read.clone(), how[0], resize_px, how[1], streams=how[2]),
-                    (
-                        (1, self._threads * n_single, n_single),
-                        (1, self._threads, self._threads),
-                        (PIECE, self._threads, self._threads),
-                    ),
-                )
+            self._core = openvino.Core()
+            self._model = self._core.read_model(model)
         except Exception as err:
-            raise SessionError(f"OpenVINO {openvino.get_version()} refuses this model: {err}") from err
+            raise _refusal(err) from err
+        self._single = self._compile(1, self._threads * n_single, streams=n_single)
         self._process = os.getpid()
         self._is_open = True
-        self._single = single
         self._singles: SimpleQueue[Any] = SimpleQueue()
         for _ in range(n_single):
             self._singles.put(self._single.create_infer_request())
-        self._ones, self._fours = (
-            [each.create_infer_request() for _ in range(self._threads)] for each in (ones, pieces)
-        )
+        self._beside: dict[int, list[Any]] = {}
 
     @classmethod
-    def open(cls, bundle: Bundle, *, threads: int | None = None) -> "OpenvinoSession":
+    def open(
+        cls, bundle: Bundle, *, threads: int | None = None, known: KnownAnswers | None = None
+    ) -> "OpenvinoSession":
         """Load a bundle's model.
 
         Raises:
             SessionError: OpenVINO refuses the model.
         """
-        return cls(bundle.read_model(), bundle.manifest.preprocessing.resize_px, threads=threads)
+        return cls(bundle.read_model(), bundle.manifest.preprocessing.resize_px, threads=threads, known=known)
 
     def run(self, pixels: Pixels) -> tuple[Logits, Maps]:
         """Return logits and maps of uint8 pixels [N, 1, S, S]; see Session.run."""
@@ -92,6 +90,8 @@ class OpenvinoSession:
             raise SessionError("this session was opened before a fork. Open the bundle in each process.")
         try:
             logits, maps = self._answer(np.ascontiguousarray(pixels))
+        except SessionError:
+            raise
         except Exception as err:
             raise SessionError(f"OpenVINO failed on a batch of {pixels.shape[0]}: {err}") from err
         check_finite(logits, maps)
@@ -114,8 +114,8 @@ class OpenvinoSession:
     def close(self) -> None:
         """Free the model; no run may be under way."""
         self._is_open = False
-        self._single = None
-        self._singles, self._ones, self._fours = SimpleQueue(), [], []
+        self._single = self._model = None
+        self._singles, self._beside = SimpleQueue(), {}
 
     def _answer(self, pixels: Pixels) -> tuple[Logits, Maps]:
         n = len(pixels)
@@ -125,13 +125,12 @@ class OpenvinoSession:
         parts: list[tuple[Logits, Maps]] = []
         if n > n_last:
             with self._lock:
-                parts += _run_beside(self._fours, pixels[:n_in_fours], PIECE)
-                parts += _run_beside(self._ones, pixels[n_in_fours : n - n_last], 1)
+                for part, size in ((pixels[:n_in_fours], PIECE), (pixels[n_in_fours : n - n_last], 1)):
+                    if len(part):
+                        parts += _run_beside(self._requests(size), part, size)
         if n_last:
             parts.append(self._answer_one(pixels[n - 1 :]))
-        if len(parts) == 1:
-            return parts[0]
-        return np.concatenate([logits for logits, _ in parts]), np.concatenate([maps for _, maps in parts])
+        return _join(parts)
 
     def _answer_one(self, pixels: Pixels) -> tuple[Logits, Maps]:
         request = self._singles.get()
@@ -141,16 +140,32 @@ class OpenvinoSession:
         finally:
             self._singles.put(request)
 
+    def _requests(self, size: int) -> list[Any]:
+        """Return what runs pieces of so many images, one on each thread; call it with the lock held."""
+        if size not in self._beside:
+            compiled = self._compile(size, self._threads, streams=self._threads)
+            requests = [compiled.create_infer_request() for _ in range(self._threads)]
+            if self._known is not None:
+                self._known.check(lambda pixels: _join(_run_beside(requests, pixels, size)))
+            self._beside[size] = requests
+        return self._beside[size]
 
-def _compile(core: Any, model: Any, batch: int, resize_px: int, threads: int, *, streams: int) -> Any:
-    model.reshape([batch, 1, resize_px, resize_px])
-    settings = {
-        "INFERENCE_NUM_THREADS": threads,
-        "NUM_STREAMS": streams,
-        # Where the CPU has bfloat16 OpenVINO takes it for floats unless told not to: 8 bits of mantissa, silently.
-        "INFERENCE_PRECISION_HINT": "f32",
-    }
-    return core.compile_model(model, "CPU", settings)
+    def _compile(self, batch: int, threads: int, *, streams: int) -> Any:
+        settings = {
+            "INFERENCE_NUM_THREADS": threads,
+            "NUM_STREAMS": streams,
+            # Where the CPU has bfloat16 OpenVINO takes it for floats unless told not to: 8 bits of mantissa, silently.
+            "INFERENCE_PRECISION_HINT": "f32",
+        }
+        try:
+            self._model.reshape([batch, 1, self._resize_px, self._resize_px])
+            return self._core.compile_model(self._model, "CPU", settings)
+        except Exception as err:
+            raise _refusal(err) from err
+
+
+def _refusal(err: Exception) -> SessionError:
+    return SessionError(f"OpenVINO {openvino.get_version()} refuses this model: {err}")
 
 
 def _run_beside(requests: list[Any], pixels: Pixels, size: int) -> list[tuple[Logits, Maps]]:
@@ -165,6 +180,12 @@ def _run_beside(requests: list[Any], pixels: Pixels, size: int) -> list[tuple[Lo
             request.wait()
             parts.append(_outputs(request))
     return parts
+
+
+def _join(parts: list[tuple[Logits, Maps]]) -> tuple[Logits, Maps]:
+    if len(parts) == 1:
+        return parts[0]
+    return np.concatenate([logits for logits, _ in parts]), np.concatenate([maps for _, maps in parts])
 
 
 def _outputs(request: Any) -> tuple[Logits, Maps]:

@@ -17,7 +17,9 @@ from chexnet_deploy.images.preprocessing import Pixels
 from chexnet_deploy.runtime.predictor import Predictor
 from chexnet_deploy.runtime.score import score_files
 from chexnet_deploy.runtime.sessions.base import MAX_BATCH, Logits, Maps, check_finite, check_pixels
+from chexnet_deploy.runtime.sessions.known_answers import KnownAnswers
 from chexnet_deploy.runtime.sessions.open import check_known_answers, open_session
+from chexnet_deploy.runtime.sessions.openvino import PIECE, OpenvinoSession
 from chexnet_deploy.runtime.sessions.ort import OrtSession
 
 PRECISIONS = ["fp32", "fp16", "int8"]
@@ -96,6 +98,23 @@ def test_other_known_answers_are_refused(bundles: dict[str, Bundle], tmp_path: P
     wrong = rewrite(bundles["fp32"], tmp_path / "wrong", replace(probe, logits=logits))
     with pytest.raises(SessionError, match=r"known answers differ by 0\.[45]\d* logits"):
         open_session(wrong)
+
+
+@pytest.mark.parametrize("kind", [OrtSession, OpenvinoSession])
+def test_a_batch_gives_the_known_answers_before_its_first(
+    bundles: dict[str, Bundle], kind: type[OrtSession | OpenvinoSession]
+) -> None:
+    bundle = bundles["fp32"]
+    pixels, known = bundle.read_probe().pixels, KnownAnswers.of(bundle)
+    known.probe.logits[3, 2] += 0.5  # the fourth alone
+    session = kind.open(bundle, threads=1, known=known)
+    assert session.run(pixels[:1])[0].shape == (1, 14)
+    for n in (2, 2, PIECE):  # asked anew, not once and for all
+        with pytest.raises(SessionError, match=r"^.*: known answers differ by 0\.[45]\d* logits"):
+            session.run(pixels[:n])
+    known.probe.logits[3, 2] -= 0.5
+    assert session.run(pixels[:6])[0].shape == (6, 14)
+    session.close()
 
 
 def test_a_wrong_head_bias_is_refused(bundles: dict[str, Bundle], tmp_path: Path) -> None:

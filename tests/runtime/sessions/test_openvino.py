@@ -86,6 +86,28 @@ def test_threads_take_turns_and_get_their_own(bundles: dict[str, Bundle], sessio
         np.testing.assert_allclose(logits, expected[first : first + 5], atol=1e-4)
 
 
+def test_a_form_is_compiled_when_it_is_first_wanted(
+    bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[tuple[int, int]] = []
+    compile_form = OpenvinoSession._compile
+
+    def count(self: OpenvinoSession, batch: int, threads: int, *, streams: int) -> object:
+        compiled.append((batch, streams))
+        return compile_form(self, batch, threads, streams=streams)
+
+    monkeypatch.setattr(OpenvinoSession, "_compile", count)
+    session = open_session(bundles["fp32"], threads=1, provider="openvino")
+    assert [batch for batch, _ in compiled] == [1]
+    pixels = pixels_of(bundles["fp32"])
+    for n in (PIECE, 2 * PIECE, 1):
+        session.run(pixels[:n])
+    assert compiled[1:] == [(PIECE, 1)]
+    session.run(pixels[: PIECE + 2])
+    assert compiled[2:] == [(1, 1)]
+    session.close()
+
+
 def test_what_it_refuses(bundles: dict[str, Bundle]) -> None:
     with pytest.raises(SessionError, match=r"OpenVINO .* refuses this model"):
         OpenvinoSession(b"not a model", 32)
