@@ -42,7 +42,10 @@ from chexnet_deploy.export.quantize.qdq import (
 from chexnet_deploy.images.preprocessing import Pixels
 
 UINT8_MAX = 255
-ESTIMATOR = "largest value of each channel in three contrasts, equalised; weights by GPTQ; head bias corrected"
+ESTIMATOR = (
+    "largest value of each channel in three contrasts, 1.3 times it from the third block on, equalised; weights by GPTQ; "
+    "head bias corrected"
+)
 # Brighter and darker, for the ranges: other sources differ most in contrast, and what a dark image does to a channel is beyond
 # what any of thousands of ordinary ones does.
 _GAMMAS = (0.8, 1.3)
