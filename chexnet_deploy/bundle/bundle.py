@@ -224,14 +224,14 @@ class Bundle:
             TrustError: it is of another bundle or model, or not as `bench` writes it; or the bundle was opened with trust, and no
                 trusted key has signed it.
         """
-        where = str(self.path)
-        if not (self.path / ATTESTATION).exists():
+        where, path = str(self.path), self.path / ATTESTATION
+        if not (path.exists() or path.is_symlink()):
             return None
         raw = _file(self.path, ATTESTATION, MAX_ATTESTATION_BYTES, error=TrustError).read()
         if self._trust is not None:
             signed = _file(self.path, ATTESTATION_SIGNATURE, MAX_SIGNATURE_BYTES, error=TrustError).read()
             self._trust.check_attestation_signature(raw, signed, where)
-        found = Attestation.parse(raw, str(self.path / ATTESTATION))
+        found = Attestation.parse(raw, str(path))
         found.refuse_other(self.id, where)
         if found.model_sha256 != self.model_sha256:
             raise TrustError(

@@ -14,10 +14,10 @@ from typing import Any
 from chexnet_deploy.bundle.bundle import Bundle
 from chexnet_deploy.bundle.manifest import MANIFEST
 from chexnet_deploy.bundle.signing.attestation import ATTESTATION, Attestation
-from chexnet_deploy.bundle.site import Site, site_path
+from chexnet_deploy.bundle.site import Site
 from chexnet_deploy.errors import BundleError
 from chexnet_deploy.evaluation.spec import SPEC_FOLDERS, EngineSpec, read_spec
-from chexnet_deploy.files import sha256_of_file
+from chexnet_deploy.files import sha256_hex, sha256_of_file
 from chexnet_deploy.images.scope import ScopePolicy
 
 Row = tuple[str, ...]
@@ -38,7 +38,7 @@ class _Inputs:
         attested, site = bundle.read_attestation(), bundle.read_site()
         sha256, attestation, spec = {MANIFEST: bundle.id}, None, None
         if site is not None:
-            sha256["site file"] = sha256_of_file(site_path(bundle.path))
+            sha256["site file"] = sha256_hex(site.to_json())  # the file's own bytes, or it would have been refused
         if attested is not None:
             attestation, sha256[ATTESTATION] = attested
             spec_file = _find_by_hash(attestation.spec_sha256)
@@ -240,7 +240,7 @@ def _number(value: float) -> str:
 
 
 def _table(header: Sequence[str], rows: Iterable[Row]) -> list[str]:
-    """Return a table's lines; none where it has no rows."""
-    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    """Return a table's lines; none where it has no rows. What a file says stays text, whatever it holds."""
+    cells = [[" ".join(cell.replace("|", "\\|").replace("<", "&lt;").split()) for cell in row] for row in rows]
     lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *cells)]
     return [*lines, ""] if cells else []

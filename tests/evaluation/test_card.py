@@ -130,6 +130,12 @@ def test_a_dossier_has_the_three_parts(pair: tuple[Bundle, Bundle]) -> None:
     assert changed["Mass"] == ["present from 0.25", "present from 0.375"]
 
 
+def test_what_a_file_says_stays_text(tmp_path: Path) -> None:
+    hostile = (Check(name="a | b\n\n# PASS <img src=x>", value=0.5, limit=1.0),)
+    text = write_card(write_parent(tmp_path / "hostile", checks=hostile))
+    assert "| a \\| b # PASS &lt;img src=x> | 0.5 | 1 |" in text
+
+
 def test_two_experiments_are_not_passed_off_as_one(pair: tuple[Bundle, Bundle], tmp_path: Path) -> None:
     old, new = pair
     give(new, attested(new, model_sha256=new.model_sha256, data_sha256="3" * 64), tmp_path)
@@ -145,6 +151,11 @@ def replace(path: Path, old: bytes, new: bytes) -> None:
     content = path.read_bytes()
     assert old in content
     path.write_bytes(content.replace(old, new, 1))
+
+
+def link_nowhere(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("nowhere")
 
 
 @pytest.mark.parametrize(
@@ -166,6 +177,7 @@ def replace(path: Path, old: bytes, new: bytes) -> None:
             True,
             "signature by release is not for this",
         ),
+        (lambda new, old: link_nowhere(new / ATTESTATION), False, "is not a plain file"),
         (lambda new, old: (new / ATTESTATION_SIGNATURE).unlink(), True, "attestation.sig is missing"),
         (lambda new, old: (new / "manifest.sig").unlink(), True, "is not signed"),
         (lambda new, old: (new / ATTESTATION).write_bytes((old / ATTESTATION).read_bytes()), False, "needed one of"),
@@ -175,7 +187,7 @@ def replace(path: Path, old: bytes, new: bytes) -> None:
             "was changed after it was written",
         ),
     ],
-    ids=["manifest", "file", "form", "number", "no signature", "unsigned", "another's", "site"],
+    ids=["manifest", "file", "form", "number", "link", "no signature", "unsigned", "another's", "site"],
 )
 def test_an_edited_input_is_refused(
     pair: tuple[Bundle, Bundle],
