@@ -231,9 +231,8 @@ class PlainFile:
             ChexnetError: `error`; missing, no plain file, linked, too large, or changed while it was read.
         """
         with self._opened() as (handle, size):
-            chunks = list(
-                self._chunks(handle, size, most_bytes=size)
-            )  # at once: joining them would take the memory twice
+            # At once: joining chunks would take the memory twice.
+            chunks = list(self._chunks(handle, size, most_bytes=size))
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
     def sha256(self) -> str:
