@@ -27,7 +27,7 @@ NncfPreset: TypeAlias = Literal["PERFORMANCE", "MIXED"]
 # What ONNX Runtime's calibrators keep of all tensors before they look at it; without a limit, of all images: 25 GB at 224 px. The
 # number of images must be a multiple. Not CalibMaxIntermediateOutputs: its min-max forgets what it has kept, unseen (1.32).
 _IMAGES_AT_ONCE = 4
-_MODELOPT_PROGRAM = Path(__file__).with_name("modelopt.py")
+_MODELOPT_PROGRAM = Path(__file__).with_name("run_modelopt.py")
 _MODELOPT_DEADLINE_S = 1800
 
 
@@ -72,7 +72,7 @@ def modelopt_int8(model: bytes, pixels: Pixels, method: Literal["max", "entropy"
     """Return ModelOpt's int8, made in an environment of its own: it needs another onnx than this project.
 
     Raises:
-        RecipeError: it failed; the end of what it said.
+        RecipeError: it failed; the last line of what it said.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -87,7 +87,8 @@ def modelopt_int8(model: bytes, pixels: Pixels, method: Literal["max", "entropy"
             timeout=_MODELOPT_DEADLINE_S,
         )
         if done.returncode or not (folder / "int8.onnx").exists():
-            raise RecipeError(f"ModelOpt failed: {(done.stderr or done.stdout)[-500:]}")
+            said = (done.stderr or done.stdout).strip().splitlines() or ["it said nothing"]
+            raise RecipeError(f"ModelOpt failed: {said[-1]}")
         return (folder / "int8.onnx").read_bytes()
 
 
