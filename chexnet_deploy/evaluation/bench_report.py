@@ -22,9 +22,10 @@ from chexnet_deploy.runtime.sessions.base import Logits, Provider
 
 
 def print_bench(report: "BenchReport", page: Path) -> None:
-    """Print the tables, every reason why not PASS, and where the whole report lies."""
+    """Print the tables, every reason why not PASS, what may replace what, and where the whole report lies."""
     import typer
 
+    from chexnet_deploy.evaluation.bench_words import headline
     from chexnet_deploy.terminal import print_table
 
     print_table(summary_rows(report))
@@ -35,6 +36,7 @@ def print_bench(report: "BenchReport", page: Path) -> None:
     for result in report.engines:
         for reason in result.reasons:
             typer.echo(f"{result.name}: {reason}")
+    typer.echo(f"{headline(report)}.")
     typer.echo(f"{report.verdict}  {page}")
 
 

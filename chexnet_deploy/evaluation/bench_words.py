@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from chexnet_deploy.evaluation.bench_report import BenchReport, EngineResult
-from chexnet_deploy.evaluation.parity import ParityReport
+from chexnet_deploy.evaluation.parity import ParityReport, Verdict
 from chexnet_deploy.inputs import name_some
 
 MOST_BY_NAME: Final = 3
@@ -12,8 +12,8 @@ MOST_BY_NAME: Final = 3
 
 
 def is_reference(engine: EngineResult, report: BenchReport) -> bool:
-    """Say whether an engine is the reference's own file, and answers as the reference does."""
-    return engine.bundle_id == report.reference_id and engine.verdict == "PASS"
+    """Say whether an engine is the reference's own file; one that fails beside it is judged as any other."""
+    return engine.bundle_id == report.reference_id and engine.verdict != "FAIL"
 
 
 def headline(report: BenchReport) -> str:
@@ -57,6 +57,17 @@ def same_file(engine: EngineResult) -> str:
     gap = parity.max_abs_probability_difference
     alike = "identical to the bit" if parity.max_abs_logit_difference == 0.0 else f"probabilities within {gap:.1g}"
     return f"{engine.name}: the same file as the reference, {alike}."
+
+
+def next_steps(report: BenchReport) -> list[tuple[str, Verdict, str, str]]:
+    """Return for the engines that do not pass: their names, verdict, reason, and what to do; alike ones together."""
+    alike: dict[tuple[Verdict, str, str], list[str]] = {}
+    for engine in report.engines:
+        if engine.verdict != "PASS":
+            more = f" (and {len(engine.reasons) - 1} more)" if len(engine.reasons) > 1 else ""
+            found = engine.verdict, engine.reasons[0] + more, next_step(engine, report)
+            alike.setdefault(found, []).append(engine.name)
+    return [(_join(names), *found) for found, names in alike.items()]
 
 
 def next_step(engine: EngineResult, report: BenchReport) -> str:

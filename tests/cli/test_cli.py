@@ -206,6 +206,7 @@ def test_bench_judges_three_engines_and_writes_its_report(
     assert done.returncode == 3, done.stderr
     assert "INCONCLUSIVE" in done.stdout
     assert "emulated" in done.stdout
+    assert "Not decided: whether fp16 and int8 may replace fp32." in done.stdout
     report = json.loads((tmp_path / "b" / "report.json").read_text())
     assert [engine["name"] for engine in report["engines"]] == ["fp32", "fp16", "int8"]
     assert report["verdict"] == "INCONCLUSIVE"

@@ -4,7 +4,7 @@ import pytest
 
 from chexnet_deploy.bundle.bundle import Bundle
 from chexnet_deploy.evaluation.bench_report import BenchReport, EngineResult
-from chexnet_deploy.evaluation.bench_words import headline, next_step, not_measured
+from chexnet_deploy.evaluation.bench_words import headline, next_step, next_steps, not_measured
 from chexnet_deploy.evaluation.engines import Effort, run_bench
 from chexnet_deploy.evaluation.spec import read_spec
 
@@ -37,6 +37,7 @@ def judged(report: BenchReport, **verdicts: str) -> BenchReport:
         ({"a": "PASS", "b": "FAIL", "c": "PASS", "d": "PASS"}, "a, c and d may replace the reference; b may not"),
         ({"a": "FAIL", "b": "INCONCLUSIVE"}, "a may not replace the reference; b: not decided"),
         ({"fp32": "PASS"}, "Only fp32 itself was measured"),
+        ({"fp32": "INCONCLUSIVE", "int8": "INCONCLUSIVE"}, "Not decided: whether int8 may replace fp32"),
         # The reference's own file that answers otherwise here is judged as any other.
         ({"fp32": "FAIL"}, "fp32 may not replace the reference"),
     ],
@@ -55,6 +56,12 @@ def test_what_fails_is_replaced_by_the_fastest_that_passes(report: BenchReport) 
     assert step(judged(report, fp32="PASS", a="PASS", c="FAIL"), "c") == "Take a, which passes."
     assert step(judged(report, fp32="PASS", c="FAIL"), "c") == "Keep fp32."
     assert step(judged(report, a="INCONCLUSIVE"), "a") == "Give labelled images by --data."
+
+
+def test_what_is_alike_is_said_once(report: BenchReport) -> None:
+    reason = "accuracy was not measured: no labelled images were given (--data)"
+    found = ("fp32 and int8", "INCONCLUSIVE", reason, "Give labelled images by --data.")
+    assert next_steps(report) == [found]
 
 
 def test_what_was_not_measured_is_said(report: BenchReport) -> None:

@@ -15,9 +15,8 @@ from chexnet_deploy.evaluation.bench_words import (
     evidence,
     headline,
     is_reference,
-    next_step,
+    next_steps,
     not_measured,
-    reference_name,
     same_file,
 )
 from chexnet_deploy.evaluation.engines import REFERENCE
@@ -43,7 +42,7 @@ def write_html(path: Path, run: BenchRun) -> None:
         report=report,
         headline=headline(report),
         evidence=evidence(report),
-        next_steps=[(engine, next_step(engine, report)) for engine in compared if engine.verdict != "PASS"],
+        next_steps=next_steps(report),
         same_files=[same_file(engine) for engine in report.engines if is_reference(engine, report)],
         not_measured=not_measured(report),
         marks=define_marks(),
@@ -56,7 +55,6 @@ def write_html(path: Path, run: BenchRun) -> None:
         limits=_limits(report),
         rows=bench_rows,
         latency=_latency_rows(report),
-        reference=reference_name(report),
         roc=_draw_rocs(run, numbers),
     )
     write_file(path, page)

@@ -127,7 +127,7 @@ def draw_areas(evaluation: Evaluation) -> Markup:
         if interval is not None:
             drawn.append(element("line", x1=axis.x(interval[0]), x2=axis.x(interval[1]), y1=y_px, y2=y_px))
         drawn.append(_mark(number, axis.x(area), y_px, is_filled=True))
-        parts.append(element("g", *drawn, class_=f"engine{number}"))
+        parts.append(element("g", *drawn, class_=_colour(number)))
     return _chart(
         "AUROC of every finding",
         f"AUROC of {len(evaluation.findings)} findings and their mean, with 95 % intervals. The summary has the figures.",
@@ -180,7 +180,7 @@ def _draw_difference(row: FindingParity, engine: str, number: int, y_px: float, 
             tip = element("path", d=arrow)
             parts.append(element("svg", tip, x=axis.x(end), y=y_px, overflow="visible", class_="arrow"))
     parts.append(_mark(number, axis.x(value), y_px, is_filled=row.verdict != "inconclusive"))
-    return [element("g", *parts, class_=f"engine{number % len(COLOURS)}")]
+    return [element("g", *parts, class_=_colour(number))]
 
 
 def _in_margins(row: FindingParity) -> tuple[float, float, float]:
@@ -191,8 +191,13 @@ def _in_margins(row: FindingParity) -> tuple[float, float, float]:
 
 
 def _mark(i: int, x: str, y_px: float, *, is_filled: bool) -> Markup:
-    kind = "" if is_filled else " open"
-    return element("use", href=f"#mark{i % len(_SHAPES)}", x=x, y=y_px, class_=f"engine{i % len(COLOURS)}{kind}")
+    kind = _colour(i) + ("" if is_filled else " open")
+    return element("use", href=f"#mark{i % len(_SHAPES)}", x=x, y=y_px, class_=kind)
+
+
+def _colour(i: int) -> str:
+    """Return the class of engine i's colour; where shapes come again they have another one."""
+    return f"engine{(i + i // len(_SHAPES)) % len(COLOURS)}"
 
 
 def draw_times(samples_ms: Sequence[float], low_ms: float, high_ms: float) -> Markup:
@@ -230,7 +235,7 @@ def draw_roc(
             # The highest of each rate: a curve goes straight up where no negative is called.
             heights = hits[np.searchsorted(false_alarms, rates, side="right") - 1]
             points = " ".join(f"{side * x:.0f} {side * (1 - y):.0f}" for x, y in zip(rates, heights, strict=True))
-            kind = "dotted" if name not in numbers else f"engine{numbers[name] % len(COLOURS)}"
+            kind = "dotted" if name not in numbers else _colour(numbers[name])
             parts.append(element("path", d=f"M0 {side}L{points}", class_=kind))
     else:
         parts.append(element("text", "undefined", x=side / 2, y=side / 2, class_="middle small"))

@@ -13,7 +13,7 @@ from chexnet_deploy.datasets.labelled import LabelledImages
 from chexnet_deploy.evaluation.bench_report import BenchRun
 from chexnet_deploy.evaluation.engines import N_SHOWN, Effort, run_bench
 from chexnet_deploy.evaluation.pages.bench_page import write_html
-from chexnet_deploy.evaluation.pages.charts import draw_margins
+from chexnet_deploy.evaluation.pages.charts import draw_margins, mark
 from chexnet_deploy.evaluation.spec import read_spec
 from tests.html_page import assert_accessible, read_page
 
@@ -51,9 +51,9 @@ def test_every_finding_and_limit_is_on_the_page(run: BenchRun, bundles: dict[str
 def test_the_first_screen_says_what_may_replace_what(run: BenchRun, tmp_path: Path) -> None:
     root = read_page(page_of(run, tmp_path / "report.html"))
     # 40 patients are too few for 20 positive ones a finding.
-    assert root.find("h1")[0].text == "INCONCLUSIVE" + "Not decided: whether fp16 and int8 may replace the reference"
+    assert root.find("h1")[0].text == "INCONCLUSIVE Not decided: whether fp16 and int8 may replace the reference"
     header = " ".join(root.find("header")[0].text.split())
-    assert "int8: INCONCLUSIVE. no finding has 20 positive patients" in header
+    assert "fp16 and int8: INCONCLUSIVE. no finding has 20 positive patients" in header
     assert "Next: Measure on more images: at least 20 patients with a finding are needed to judge it." in header
     sections = {section.find("h2")[0].text: section for section in root.find("section")}
     assert list(sections) == ["Speed beside accuracy", "AUROC difference in units of the margin", "Not measured"]
@@ -88,6 +88,11 @@ def test_the_picture_is_in_units_of_the_margin(run: BenchRun, tmp_path: Path) ->
     assert '<line x1="0.00%" x2="100.00%"' in picture
     assert picture.count('class="arrow"') == 1
     assert f"{row.finding}, fp16: -0.0125 (-0.0250 to +0.5000), fail" in picture
+
+
+def test_no_two_engines_have_the_same_mark() -> None:
+    marks = [str(mark(i)) for i in range(36)]
+    assert len(set(marks)) == 36
 
 
 def test_the_references_own_file_is_one_line(run: BenchRun, tmp_path: Path) -> None:
