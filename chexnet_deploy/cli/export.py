@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 
+class Decoding(str, Enum):
+    """How JPEG 2000 is decoded."""
+
+    EXACT = "exact"
+    REDUCED = "reduced"
+
+
 class TritonDevice(str, Enum):
     """Where Triton runs ONNX bundles."""
 
@@ -53,6 +60,10 @@ def export(
     scope: Annotated[
         Path | None, typer.Option(help="TOML: modalities, body parts, views and ages the model is meant for.")
     ] = None,
+    decode: Annotated[
+        Decoding,
+        typer.Option(help="JPEG 2000: every pixel; or smaller pictures in it, kept only if the model answers alike."),
+    ] = Decoding.EXACT,
     plan: Annotated[bool, typer.Option("--plan", help="Build a TensorRT plan of each too, on the GPU here.")] = False,
     line: Annotated[str | None, typer.Option(help="The model line this is a release of, e.g. chexnet-adult.")] = None,
     release: Annotated[
@@ -100,6 +111,7 @@ def export(
                 release=_release(line, release),
                 on_phase=on_phase,
                 scope=policy,
+                is_reduced=decode is Decoding.REDUCED,
             )
             for note in () if data is None else open_data(data).notes:
                 typer.echo(f"note: {note}", err=True)

@@ -72,16 +72,14 @@ class Gatekeeper:
         reasons: tuple[str, ...] = () if gap <= limit else (f"{ON_THE_PROBE} {gap:.4f}, limit {limit}",)
         if self._labelled is not None:
             validation, reference = self._labelled
-            more, failures = self._compare(reference, self._score(session, validation), validation)
+            more, failures = self.compare(reference, self._score(session, validation), validation)
             checks, reasons = (*checks, *more), (*reasons, *failures)
         return Verdict(checks, reasons, float(np.abs(logits - self._probe.logits).max()))
 
-    def _score(self, session: Session, images: LabelledImages) -> Logits:
-        return score_files({"model": session}, images.paths, self._manifest.preprocessing)["model"]
-
-    def _compare(
+    def compare(
         self, reference: Logits, candidate: Logits, validation: LabelledImages
     ) -> tuple[list[Check], tuple[str, ...]]:
+        """Hold logits [N, C] of the manifest's findings to the gate, beside the parent's; return checks and why they fail."""
         columns = [self._manifest.findings.index(finding) for finding in validation.findings]
         report = compare(
             reference[:, columns],
@@ -111,6 +109,9 @@ class Gatekeeper:
             if each.value is not None and each.limit is not None and "probability" not in each.gate
         ]
         return checks, report.reasons if report.verdict == "FAIL" else ()
+
+    def _score(self, session: Session, images: LabelledImages) -> Logits:
+        return score_files({"model": session}, images.paths, self._manifest.preprocessing)["model"]
 
 
 def scaled_difference(got: NDArray[np.floating], wanted: NDArray[np.floating]) -> float:

@@ -3,6 +3,7 @@
 The command line, the demo and the benchmarks call these.
 """
 
+import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from chexnet_deploy.bundle.manifest import Dialect, Precision
 from chexnet_deploy.bundle.signing.releases import Release
 from chexnet_deploy.datasets.csv_rows import read_names
 from chexnet_deploy.datasets.data_set import DataSet, open_data
+from chexnet_deploy.datasets.labelled import LabelledImages
 from chexnet_deploy.errors import BundleError, CalibrationError, OnPhase, require
 from chexnet_deploy.evaluation.spec import read_spec
 from chexnet_deploy.files import write_file
@@ -70,6 +72,27 @@ def _export_fp32(
     return export_foreign(source, contract, out, release=release, scope=scope)
 
 
+def _export_reduced(
+    source: Path,
+    contract_file: Path | None,
+    out: Path,
+    release: Release | None,
+    scope: ScopePolicy | None,
+    dataset: DataSet,
+) -> Bundle:
+    with require("dicom", so="no DICOM can be made to judge it on"):
+        from chexnet_deploy.export.decoding import reduce_decoding
+
+    with tempfile.TemporaryDirectory() as folder:
+        exact = _export_fp32(source, contract_file, Path(folder) / out.name, release, scope)
+        return reduce_decoding(exact, out, read_spec("int8").gate, _validation(dataset, exact))
+
+
+def _validation(dataset: DataSet, fp32: Bundle) -> LabelledImages:
+    val = dataset.require("val")
+    return val.take(np.arange(min(len(val.names), MAX_GATE_IMAGES))).for_findings(fp32.manifest.findings)
+
+
 def export_bundles(
     checkpoint: Path,
     out: Path,
@@ -83,8 +106,11 @@ def export_bundles(
     release: Release | None = None,
     on_phase: OnPhase,
     scope: ScopePolicy | None = None,
+    is_reduced: bool = False,
 ) -> list[Bundle]:
     """Make a bundle for each precision in `out`, fp32 first, all of the same release and scope; of int8 one for each dialect.
+
+    With `is_reduced` all decode JPEG 2000 at a reduced resolution, if the model then answers as it does to every pixel.
 
     `checkpoint` is a .safetensors file, or an ONNX file that `contract` describes. The only int8, and the typed one of several,
     is in `int8`; the others are in `int8-mixed`, `int8-trt8`, `int8-cpu`.
@@ -99,6 +125,8 @@ def export_bundles(
         raise CalibrationError(
             "a calibration list is for int8 alone. Add it by --precision int8, or leave the list away."
         )
+    if is_reduced and data_root is None:
+        raise CalibrationError("reduced decoding is judged on validation images. Give labelled images by --data.")
     int8_folders = {dialect: out / _int8_folder(dialect, dialects) for dialect in dialects}
     folders = [out / precision.value for precision in precisions if precision is not Precision.INT8]
     folders += int8_folders.values() if Precision.INT8 in precisions else []
@@ -111,7 +139,12 @@ def export_bundles(
     if dataset is not None and Precision.INT8 in precisions:
         names = _calibration_names(dataset, calibration_list, n_calibration_images)
     on_phase("export fp32", 0, 1)
-    fp32 = _export_fp32(checkpoint, contract, out / Precision.FP32.value, release, scope)
+    place = out / Precision.FP32.value
+    if is_reduced:
+        assert dataset is not None  # refused above
+        fp32 = _export_reduced(checkpoint, contract, place, release, scope, dataset)
+    else:
+        fp32 = _export_fp32(checkpoint, contract, place, release, scope)
     if names is not None and calibration_list is None:
         write_file(out / CHOSEN_LIST, "".join(f"{name}\n" for name in names).encode())
     on_phase("export fp32", 1, 1)
@@ -121,10 +154,7 @@ def export_bundles(
     from chexnet_deploy.export.quantize.calibration import CalibrationSet
     from chexnet_deploy.export.quantize.quantize import to_fp16, to_int8
 
-    validation = None
-    if dataset is not None:
-        val = dataset.require("val")
-        validation = val.take(np.arange(min(len(val.names), MAX_GATE_IMAGES))).for_findings(fp32.manifest.findings)
+    validation = None if dataset is None else _validation(dataset, fp32)
     if Precision.FP16 in precisions:
         on_phase("quantise fp16", 0, 1)
         bundles.append(to_fp16(fp32, out / Precision.FP16.value, read_spec("fp16").gate, validation))

@@ -37,6 +37,25 @@ _Mean: TypeAlias = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 _Std: TypeAlias = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 
 
+LEAST_SIDES: Final = 2
+"""So many times S has a halved picture's shorter side at the least: below that a filter would have little to average."""
+
+
+class Reduction(StrictRecord):
+    """A JPEG 2000 image is decoded as one of the smaller pictures that its codestream holds (ISO/IEC 15444-1 annex F).
+
+    Other images are read whole, and so are those whose gray values depend on the whole picture or leap from one stored value to
+    the next: without a window, with padding, by a look-up table.
+
+    Attributes:
+        halvings: of its sides, at the most; fewer where the codestream has fewer or the picture would get too small.
+        max_gray_change: of a pixel of the model, in gray levels of 255, by ramps and one-pixel lines, when this was chosen.
+    """
+
+    halvings: Annotated[int, Field(ge=1, le=2)]
+    max_gray_change: Annotated[int, Field(ge=0, le=255)]
+
+
 class Resizing(StrictRecord):
     """How a gray picture becomes the pixels of a model, anyone's.
 
@@ -45,11 +64,13 @@ class Resizing(StrictRecord):
         resample: one of Pillow's filters on 8-bit data. All but nearest have a support that grows with the reduction, so they
             average (antialias), and sum in 22-bit fixed point, so their result is bit-equal on every machine.
         geometry: "squash" takes the whole picture to S x S, whatever its sides; "crop" its middle square.
+        jpeg2000: how JPEG 2000 is decoded; None: every pixel of it.
     """
 
     resize_px: int = Field(default=224, ge=8, le=2048)
     resample: Resample = "pillow-bilinear-8bit"
     geometry: Literal["squash", "crop"] = "squash"
+    jpeg2000: Reduction | None = None
 
     def __call__(self, gray: Gray) -> Pixels:
         """Return the pixels of one picture.
@@ -73,10 +94,18 @@ class Resizing(StrictRecord):
         resized = Image.fromarray(gray).resize((self.resize_px, self.resize_px), _FILTERS[self.resample])
         return np.array(resized)[np.newaxis, np.newaxis]
 
+    def halvings(self, height: int, width: int) -> int:
+        """Return how often the sides of a JPEG 2000 picture are halved when it is decoded, if its codestream has as many."""
+        most = 0 if self.jpeg2000 is None else self.jpeg2000.halvings
+        return max(
+            (n for n in range(1, most + 1) if min(height, width) >> n >= LEAST_SIDES * self.resize_px), default=0
+        )
+
     @property
     def sha256(self) -> str:
         """SHA-256 of the settings as JSON with sorted keys and no spaces; caches of pixels are keyed on it."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        settings = self.model_dump(mode="json", exclude_none=True)
+        canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
 

@@ -25,6 +25,7 @@ from chexnet_deploy.images.gray import MAX_FILE_MIB, MAX_PIXELS, MIN_SIDE_PX, Gr
 
 if TYPE_CHECKING:
     from chexnet_deploy.images.dicom.decoder import Decoder
+    from chexnet_deploy.images.preprocessing import Resizing
     from chexnet_deploy.images.scope import ScopePolicy
 
 
@@ -70,7 +71,9 @@ class ImageReader:
         self._processes = processes
         self._opened: dict[str, Decoder] = {}
 
-    def read(self, path: Path | str, *, scope: "ScopePolicy | None" = None) -> Gray:
+    def read(
+        self, path: Path | str, *, scope: "ScopePolicy | None" = None, resizing: "Resizing | None" = None
+    ) -> Gray:
         """Return the gray picture in a PNG, JPEG or DICOM file.
 
         Of PNG and JPEG, 8-bit values are returned as stored: gamma, ICC profiles and palettes' order change nothing.
@@ -82,6 +85,7 @@ class ImageReader:
         Args:
             path: a regular file; its contents, not its name, decide how it is read.
             scope: where given, a DICOM file that says it is out of it is refused. PNG and JPEG don't say.
+            resizing: what it is read for; a JPEG 2000 picture may be a smaller one then, see Reduction.
 
         Returns:
             [H, W] uint8, writable and C-contiguous.
@@ -91,15 +95,23 @@ class ImageReader:
                 its `reason` says which.
             MissingPackageError: it is a DICOM file, and pydicom is not installed.
         """
-        return self.decode(read_image_file(Path(path)), scope=scope, name=path)
+        return self.decode(read_image_file(Path(path)), scope=scope, name=path, resizing=resizing)
 
-    def decode(self, content: bytes, *, scope: "ScopePolicy | None" = None, name: object = "the image") -> Gray:
+    def decode(
+        self,
+        content: bytes,
+        *,
+        scope: "ScopePolicy | None" = None,
+        name: object = "the image",
+        resizing: "Resizing | None" = None,
+    ) -> Gray:
         """Return the gray picture in the bytes of a PNG, JPEG or DICOM file, as `read` does.
 
         Args:
             content: the whole file, 1 byte to MAX_FILE_MIB.
             scope: see read.
             name: what messages call it.
+            resizing: see read.
 
         Raises:
             ImageError, MissingPackageError: see read.
@@ -109,7 +121,7 @@ class ImageReader:
         if content.startswith(_JPEG_SIGNATURE):
             return _gray(name, _decode(name, content, JpegImageFile))
         if content[128:132] == b"DICM":
-            return self.decoder.decode(content, scope=scope, name=name).gray
+            return self.decoder.decode(content, scope=scope, name=name, resizing=resizing).gray
         if content.startswith(b"DICM") or any(map(_begins_data_set, (content, content[128:]))):
             found, needed = "a DICOM data set without preamble or its DICM mark", "a DICOM file (PS3.10)"
             next_step = "write it as a DICOM file (with preamble and meta header)"

@@ -63,9 +63,11 @@ class PixelLoader:
             MissingPackageError: it is a DICOM file, and pydicom is not installed.
         """
         if isinstance(image, bytes):
-            gray = self.reader.decode(image, scope=self.scope, name=name)
+            gray = self.reader.decode(image, scope=self.scope, name=name, resizing=self.preprocessing)
+        elif isinstance(image, str | Path):
+            gray = self.reader.read(Path(image), scope=self.scope, resizing=self.preprocessing)
         else:
-            gray = self.reader.read(Path(image), scope=self.scope) if isinstance(image, str | Path) else image
+            gray = image
         check_image(gray, None if self.scope is None else self.scope.picture)
         return gray
 
@@ -94,4 +96,4 @@ class PixelLoader:
         Raises:
             ImageError, MissingPackageError: as `read`; and any other format is refused.
         """
-        return self.reader.decoder.decode(path, scope=self.scope, is_identified=True)
+        return self.reader.decoder.decode(path, scope=self.scope, is_identified=True, resizing=self.preprocessing)

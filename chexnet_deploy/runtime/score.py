@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from chexnet_deploy.images import ImageReader, Pixels, Resizing
+from chexnet_deploy.images import Gray, ImageReader, Pixels, Resizing
 from chexnet_deploy.runtime.loading import BUSY_ATTEMPTS, PixelLoader
 from chexnet_deploy.runtime.sessions.base import Logits, Maps, Session, run_padded
 from chexnet_deploy.runtime.sessions.foreign import ForeignSession
@@ -30,13 +30,21 @@ def iter_pixels(paths: Iterable[Path], preprocessing: Resizing) -> Iterator[Pixe
 
 
 def _iter_prepared(paths: Iterable[Path], preprocessings: Sequence[Resizing]) -> Iterator[list[Pixels]]:
-    """Yield a file's pixels by each preprocessing; it is decoded once."""
+    """Yield a file's pixels by each preprocessing; it is decoded once for all that want every pixel of it."""
     with ImageReader(processes=READERS) as reader:
-        loader = PixelLoader(preprocessings[0], None, reader)
+        loaders = [PixelLoader(preprocessing, None, reader) for preprocessing in preprocessings]
 
         def load(path: Path) -> list[Pixels]:
-            loaded = loader.load(path, attempts=BUSY_ATTEMPTS)
-            return [loaded.pixels, *(preprocessing(loaded.gray) for preprocessing in preprocessings[1:])]
+            whole: Gray | None = None
+            prepared = []
+            for loader in loaders:
+                if whole is None or loader.preprocessing.jpeg2000 is not None:
+                    loaded = loader.load(path, attempts=BUSY_ATTEMPTS)
+                    whole = loaded.gray if loader.preprocessing.jpeg2000 is None else whole
+                    prepared.append(loaded.pixels)
+                else:
+                    prepared.append(loader.preprocessing(whole))
+            return prepared
 
         yield from in_order(load, paths, workers=READERS, ahead=2 * BATCH_SIZE)
 

@@ -517,10 +517,12 @@ static const rule A_TEXT = {.kind = TEXT}, A_NAME = {.kind = TEXT, .fits = has_n
                   A_SHARE = {.kind = REAL, WITHIN(0, 1)}, A_STD = {.kind = REAL, WITHIN(DBL_TRUE_MIN, 1)},
                   A_POSITIVE = {.kind = REAL, FROM(0)}, AN_AGE = {.kind = WHOLE, WITHIN(0, 150)};
 
+static const rule JPEG2000[] = {{"halvings", WHOLE, WITHIN(1, 2)}, {"max_gray_change", WHOLE, WITHIN(0, 255)}, {NULL}};
 static const rule PREPROCESSING[] = {
     {"resize_px", WHOLE, OPTIONAL, WITHIN(32, 1024)},
     {"resample", TEXT, OPTIONAL, .words = "pillow-bilinear-8bit"},
     {"geometry", TEXT, OPTIONAL, .words = "squash"},
+    {"jpeg2000", RECORD, OR_NULL, .of = JPEG2000},
     {"mean", LIST, OPTIONAL, WITHIN(3, 3), .of = &A_SHARE},
     {"std", LIST, OPTIONAL, WITHIN(3, 3), .of = &A_STD},
     {NULL},

@@ -28,6 +28,7 @@ from chexnet_deploy.bundle.site import site_path
 from chexnet_deploy.datasets.chestxray14 import ChestXray14
 from chexnet_deploy.errors import BundleError, ChexnetError, ImageError, SessionError, TrustError
 from chexnet_deploy.files import sha256_hex
+from chexnet_deploy.images.preprocessing import Reduction
 from chexnet_deploy.images.reader import read_image
 from chexnet_deploy.images.scope import ScopePolicy
 from chexnet_deploy.runtime.predictor import Predictor
@@ -102,7 +103,9 @@ def small(bundles: dict[str, Bundle], folder: Path) -> Bundle:
     model, probe = b"model", source.read_probe_bytes()
     calibration = source.manifest.calibration
     assert calibration is not None
+    reduction = Reduction(halvings=1, max_gray_change=9)
     changes = {
+        "preprocessing": source.manifest.preprocessing.model_copy(update={"jpeg2000": reduction}),
         "files": hash_files({ONNX_MODEL: model, PROBE: probe}),
         "calibration": calibration.model_copy(update={"activations": calibration.activations[:2]}),
         "float_convolutions": ("a",),

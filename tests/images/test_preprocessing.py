@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from chexnet_deploy.errors import ImageError
 from chexnet_deploy.images.gray import Gray
-from chexnet_deploy.images.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from chexnet_deploy.images.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, Reduction
 from chexnet_deploy.images.reader import read_image
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -131,6 +131,7 @@ def test_defaults_are_the_papers() -> None:
         "resize_px": 224,
         "resample": "pillow-bilinear-8bit",
         "geometry": "squash",
+        "jpeg2000": None,
         "mean": IMAGENET_MEAN,
         "std": IMAGENET_STD,
     }
@@ -160,7 +161,8 @@ def test_sha256_is_stable_and_tells_settings_apart() -> None:
     )
     assert Preprocessing().sha256 == hashlib.sha256(canonical.encode()).hexdigest()
     others = [Preprocessing(resize_px=256), Preprocessing(mean=(0.5, 0.5, 0.5)), Preprocessing(std=(0.5, 0.5, 0.5))]
-    assert len({settings.sha256 for settings in [Preprocessing(), *others]}) == 4
+    others += [Preprocessing(jpeg2000=Reduction(halvings=n, max_gray_change=9)) for n in (1, 2)]
+    assert len({settings.sha256 for settings in [Preprocessing(), *others]}) == 6
 
 
 @pytest.mark.parametrize(

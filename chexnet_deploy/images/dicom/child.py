@@ -6,6 +6,7 @@ image.
 """
 
 import contextlib
+import io
 import json
 import math
 import mmap
@@ -18,11 +19,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL.Jpeg2KImagePlugin import Jpeg2KImageFile
+from pydicom.encaps import get_frame
 from pydicom.pixels.decoders.base import get_decoder
+from pydicom.pixels.utils import get_j2k_parameters
 from pydicom.uid import UID, JPEGLossless
 
 from chexnet_deploy.images.dicom.codestreams import JPEG_2000, JPEG_BASELINE, JPEG_EXTENDED, RLE
-from chexnet_deploy.images.dicom.process import MAX_LINE_BYTES
+from chexnet_deploy.images.dicom.process import MAX_LINE_BYTES, DecodeRequest
 
 _SPARE_CPU_S = 2  # the parent's deadline is to come first; this one is for a child whose parent was killed
 
@@ -66,13 +70,15 @@ def _answer(question: dict[str, Any], shared: mmap.mmap) -> dict[str, str | int]
     plugin = _plugin(question["transfer_syntax_uid"])
     if plugin not in get_decoder(UID(question["transfer_syntax_uid"])).available_plugins:
         return {"error": f"{plugin} is missing or without this codec"}
+    request = DecodeRequest(**{name: question[name] for name in DecodeRequest.__slots__})
+    source = shared[: question["source_bytes"]]
     try:
-        words = decode_words(question, shared[: question["source_bytes"]])
+        words = decode_smaller(request, source) if request.halvings else decode_words(question, source)
     except MemoryError:
         return {"error": "more memory than it may have"}
     except Exception as err:  # noqa: BLE001  a decoder fed with damaged bytes raises whatever it likes
         return {"error": type(err).__name__}  # its message could quote the file
-    if words.shape != (question["rows"], question["columns"]) or words.itemsize > 2:
+    if words.shape != request.shape or words.itemsize > 2:
         return {"error": "pixels of another shape"}
     np.frombuffer(shared, words.dtype, words.size, question["pixels_at"]).reshape(words.shape)[...] = words
     return {"bits": 8 * words.itemsize}
@@ -102,6 +108,35 @@ def decode_words(question: dict[str, Any], source: bytes) -> NDArray[Any]:
     }
     pixels, _ = get_decoder(run_as).as_array(source, decoding_plugin=_plugin(syntax), raw=True, **options)
     return pixels.view(f"u{pixels.dtype.itemsize}")
+
+
+def decode_smaller(request: DecodeRequest, source: bytes) -> NDArray[Any]:
+    """Return the words of a smaller picture in a JPEG 2000 codestream, as decode_words does those of the whole one.
+
+    Its pixels are the whole one's at every second (fourth) place. Half way between two of them, nearly, lie the middles of two
+    (four) of the whole one's, which is where a picture of half the sides has its own: there it is read by interpolation.
+    """
+    stream = get_frame(source, 0, number_of_frames=1)
+    image = Jpeg2KImageFile(io.BytesIO(stream))
+    step = 1 << request.halvings
+    # Pillow rounds sides of 4 n + 1 down where the standard rounds up (ISO/IEC 15444-1 equation B-15).
+    image._size = (-(-image.width // step) * step, -(-image.height // step) * step)
+    image.reduce = request.halvings
+    words = np.asarray(image)
+    # Pillow gives unsigned values in the highest bits.
+    n_bits = get_j2k_parameters(stream)["precision"]
+    values = words.astype(np.int32) >> (8 * words.itemsize - n_bits)
+    near, far = step + 1, step - 1
+    for _ in range(2):
+        following = np.concatenate([values[1:], values[-1:]])
+        values = ((near * values + far * following + step) // (2 * step)).T
+    low = 0
+    if request.is_signed:
+        values -= 1 << (n_bits - 1)
+        low = -1 << (request.bits_stored - 1)
+    # Beside an edge a smaller picture overshoots; where the codestream has bits to spare, beyond the header's.
+    cut: NDArray[Any] = values.clip(low, low + (1 << request.bits_stored) - 1).astype(words.dtype)
+    return cut
 
 
 def _plugin(transfer_syntax_uid: str) -> str:

@@ -3,6 +3,7 @@
 A codec trusts the codestream: one that says 65535 x 65535 gets its memory, whatever Rows and Columns say.
 """
 
+import contextlib
 import struct
 from typing import Final, NamedTuple
 
@@ -44,12 +45,13 @@ class _Frame(NamedTuple):
     components: int
     bits: int
     is_signed: bool
+    n_smaller: int = 0
 
 
 def check_pixel_data(
     values: Values, transfer_syntax_uid: str, pixel_data: Element, rows: int, columns: int, grayscale: Grayscale
-) -> None:
-    """Refuse pixel data that can't hold the picture that the header describes.
+) -> int:
+    """Refuse pixel data that can't hold the picture that the header describes; return how many smaller ones of it they hold.
 
     Args:
         values: the header's, for messages.
@@ -71,9 +73,8 @@ def check_pixel_data(
             raise _contradiction(values, "compressed pixels with a shifted High Bit", "High Bit = Bits Stored - 1")
         if transfer_syntax_uid == RLE:
             _check_rle(values, pixel_data.fragments, rows * columns, pixel_bytes)
-        else:
-            _check_codestream(values, transfer_syntax_uid, pixel_data.fragments, rows, columns, grayscale)
-        return
+            return 0
+        return _check_codestream(values, transfer_syntax_uid, pixel_data.fragments, rows, columns, grayscale)
     if pixel_data.fragments is not None:
         kind = _kind_of(b"".join(pixel_data.fragments))
         packed = f"{kind} in fragments, where the header names an uncompressed transfer syntax"
@@ -84,6 +85,7 @@ def check_pixel_data(
         raise values.refuse(RefusalReason.TRUNCATED, f"{n_bytes:,} bytes of pixels", f"{needed:,}", "send it again")
     if not _is_padded(pixel_data.value, rows, columns, pixel_bytes):
         raise _contradiction(values, f"{n_bytes:,} bytes of pixels", f"{needed:,}, or padding behind them")
+    return 0
 
 
 def _contradiction(values: Values, found: str, needed: str) -> ImageRefusedError:
@@ -146,7 +148,7 @@ def _check_codestream(
     rows: int,
     columns: int,
     grayscale: Grayscale,
-) -> None:
+) -> int:
     stream = bytes(fragments[0]) if len(fragments) == 1 else b"".join(fragments)
     frame = _frame_of(stream, _FRAME_MARKERS.get(transfer_syntax_uid))
     if frame is None:
@@ -165,6 +167,7 @@ def _check_codestream(
         raise _contradiction(values, f"a codestream of {frame.bits} bits a pixel", needed)
     if transfer_syntax_uid in JPEG_2000 and frame.is_signed != grayscale.is_signed:
         raise _contradiction(values, "signed values in one of header and codestream", "both or none")
+    return frame.n_smaller
 
 
 def _frame_of(stream: bytes, markers: tuple[int, ...] | None) -> _Frame | None:
@@ -204,4 +207,23 @@ def _read_jpeg_2000(stream: bytes) -> _Frame | None:
     components, precision, step_x, step_y = struct.unpack_from(">H3B", stream, 40)
     if (step_x, step_y) != (1, 1):
         return None
-    return _Frame(right - left, bottom - top, components, (precision & 0x7F) + 1, is_signed=precision >= 0x80)
+    return _Frame(
+        right - left,
+        bottom - top,
+        components,
+        (precision & 0x7F) + 1,
+        is_signed=precision >= 0x80,
+        # From elsewhere than the origin a smaller picture's pixels lie elsewhere on the whole one.
+        n_smaller=0 if left or top else _count_levels(stream),
+    )
+
+
+def _count_levels(stream: bytes) -> int:
+    """Return the least number of decompositions that the main header names (COD and COC; ISO/IEC 15444-1 section A.6.1)."""
+    counts, at = [], 4 + struct.unpack_from(">H", stream, 4)[0]
+    with contextlib.suppress(struct.error, IndexError):  # cut short: others say so
+        while stream[at] == 0xFF and stream[at + 1] != 0x90:  # SOT: the first tile
+            if stream[at + 1] in (0x52, 0x53):
+                counts.append(stream[at + (9 if stream[at + 1] == 0x52 else 6)])
+            at += 2 + struct.unpack_from(">H", stream, at + 2)[0]
+    return min(counts, default=0)

@@ -18,6 +18,7 @@ from chexnet_deploy.errors import ImageRefusedError, RefusalReason, SessionError
 from chexnet_deploy.images.dicom.header import DicomHeader, read_header
 from chexnet_deploy.images.dicom.process import START_DEADLINE_S, DecodeError, DecodeRequest, DecodingProcess
 from chexnet_deploy.images.gray import Gray, read_image_file, refusal
+from chexnet_deploy.images.preprocessing import Resizing
 from chexnet_deploy.images.scope import ScopePolicy, check_scope
 
 LEAST_GRAY_RANGE: Final = 64
@@ -30,8 +31,10 @@ class DicomImage:
 
     Attributes:
         header: what is known of it; its pixel data are dropped.
-        gray: uint8, bone bright, upright where the header says how it lies: [H, W], or [W, H] after a quarter turn.
-        pixels_sha256: of the stored values, whatever their transfer syntax; empty where it was not asked for.
+        gray: uint8, bone bright, upright where the header says how it lies: [H, W], or [W, H] after a quarter turn; of halved
+            sides where a smaller picture was decoded.
+        pixels_sha256: of the stored values, whatever their transfer syntax; of the codestream where a smaller picture was decoded;
+            empty where it was not asked for.
     """
 
     header: DicomHeader
@@ -107,6 +110,7 @@ class Decoder:
         scope: ScopePolicy | None = None,
         name: object = "the DICOM object",
         is_identified: bool = False,
+        resizing: Resizing | None = None,
     ) -> DicomImage:
         """Return one radiograph.
 
@@ -115,6 +119,7 @@ class Decoder:
             scope: where given, what is out of it is refused before it is decoded.
             name: what messages call bytes; a file is called by its path.
             is_identified: give the pixels' hash too, which costs 1 to 3 ns a byte.
+            resizing: what the picture is read for, which may ask for a smaller one; None: for any use.
 
         Raises:
             ImageRefusedError: the file can't be used; its `reason` says why.
@@ -129,7 +134,8 @@ class Decoder:
         if scope is not None:
             check_scope(name, header, scope)
         if header.is_compressed:
-            return self._decode(name, header, is_identified=is_identified)
+            halvings = 0 if resizing is None else min(resizing.halvings(header.rows, header.columns), header.n_smaller)
+            return self._decode(name, header, halvings, is_identified=is_identified)
         n_pixels = header.rows * header.columns
         words = np.frombuffer(header.pixel_data, f"<u{header.grayscale.bits_allocated // 8}", n_pixels)
         return _image(name, header, words.reshape(header.rows, header.columns), is_identified=is_identified)
@@ -207,7 +213,7 @@ class Decoder:
     def _start(self) -> DecodingProcess:
         return DecodingProcess(memory_mib=self._limits.memory_mib)
 
-    def _decode(self, name: object, header: DicomHeader, *, is_identified: bool) -> DicomImage:
+    def _decode(self, name: object, header: DicomHeader, halvings: int, *, is_identified: bool) -> DicomImage:
         grayscale = header.grayscale
         request = DecodeRequest(
             header.transfer_syntax_uid,
@@ -216,6 +222,7 @@ class Decoder:
             grayscale.bits_allocated,
             grayscale.bits_stored,
             grayscale.is_signed,
+            halvings,
         )
         try:
             process = self._take()
@@ -235,7 +242,11 @@ class Decoder:
                 deadline_s=max(deadline_s - used_s, 0.0),
             )
             # Before the memory is used again.
-            image = _image(name, header, _as_allocated(name, header, words), is_identified=is_identified)
+            image = _image(
+                name, header, _as_allocated(name, header, words), is_identified=is_identified and not halvings
+            )
+            if is_identified and halvings:
+                image = replace(image, pixels_sha256=hashlib.sha256(header.pixel_data).hexdigest())
             if process.n_images >= self._limits.images_per_process:
                 process = self._replace(process)
         except DecodeError as err:

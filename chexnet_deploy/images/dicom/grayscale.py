@@ -132,6 +132,12 @@ class Grayscale:
         return gray
 
     @property
+    def is_smooth(self) -> bool:
+        """Whether a pixel's gray follows from its own value, and from a value between two others a gray between theirs."""
+        has_table = isinstance(self.modality, Lut) or isinstance(self.voi, Lut)
+        return self.padding is None and not has_table and not self._shows_own_range
+
+    @property
     def _shows_own_range(self) -> bool:
         return self.voi is None and (self.bits_stored > 8 or isinstance(self.modality, Lut))
 

@@ -78,6 +78,8 @@ class DicomHeader:
         has_burned_in_annotation: (0028,0301).
         is_lossy: (0028,2110): lossy compression took place some time, or the transfer syntax is a lossy one.
         grayscale: how stored values become gray.
+        n_smaller: how many smaller pictures of it a JPEG 2000 codestream holds, each of half the sides of the one before, that
+            may stand for it.
         raw: the file up to its pixel data.
         pixel_data: (7FE0,0010); of compressed pixels with their item tags.
     """
@@ -103,6 +105,7 @@ class DicomHeader:
     has_burned_in_annotation: bool | None
     is_lossy: bool
     grayscale: Grayscale
+    n_smaller: int
     raw: bytes = field(repr=False)
     pixel_data: memoryview = field(repr=False)
 
@@ -141,7 +144,7 @@ def read_header(name: object, content: bytes) -> DicomHeader:
     _check_intent(values)
     rows, columns, pixel_data = _read_matrix(values)
     grayscale = read_grayscale(values)
-    check_pixel_data(values, structure.transfer_syntax_uid, pixel_data, rows, columns, grayscale)
+    n_smaller = check_pixel_data(values, structure.transfer_syntax_uid, pixel_data, rows, columns, grayscale)
     is_animal = _is_animal(values)
     orientation = None if is_animal else read_orientation(values)  # a quadruped's has other letters
     age_years, has_unreadable_age = _read_age_years(values)
@@ -167,6 +170,7 @@ def read_header(name: object, content: bytes) -> DicomHeader:
         has_burned_in_annotation={"YES": True, "NO": False}.get(values.code(0x00280301) or ""),
         is_lossy=values.text(0x00282110) == "01" or structure.transfer_syntax_uid in (JPEG_BASELINE, JPEG_EXTENDED),
         grayscale=grayscale,
+        n_smaller=n_smaller if grayscale.is_smooth else 0,
         raw=structure.header,
         pixel_data=pixel_data.value,
     )

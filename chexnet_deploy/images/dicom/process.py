@@ -26,6 +26,8 @@ _LOOK_S: Final = 0.05
 _STEP_BYTES: Final = 2**20
 _KEPT_BYTES: Final = 2**28
 _LARGEST_KEPT_BYTES: Final = 2**25  # glibc takes no higher threshold
+_MOST_THREADS: Final = 4
+"""Of one image. More are no quicker by much, and take address space."""
 
 
 class DecodeError(Exception):
@@ -39,7 +41,12 @@ class DecodeError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class DecodeRequest:
-    """What the process must know beside the bytes."""
+    """What the process must know beside the bytes.
+
+    Attributes:
+        rows, columns: of the whole picture.
+        halvings: of its sides; see decode.
+    """
 
     transfer_syntax_uid: str
     rows: int
@@ -47,6 +54,12 @@ class DecodeRequest:
     bits_allocated: int
     bits_stored: int
     is_signed: bool
+    halvings: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """What is decoded: rows and columns, halved and rounded up."""
+        return -(-self.rows >> self.halvings), -(-self.columns >> self.halvings)
 
 
 class DecodingProcess:
@@ -120,15 +133,15 @@ class DecodingProcess:
             deadline_s: wall-clock time from now.
 
         Returns:
-            [rows, columns] uint8 or uint16, in memory shared with the process and used again for its next image. Whatever
-            a process does to it, every word stays one of 8 or 16 bits.
+            [rows, columns] of request.shape, uint8 or uint16, in memory shared with the process and used again for its next
+            image. Whatever a process does to it, every word stays one of 8 or 16 bits.
 
         Raises:
             DecodeError: DECODE_FAILED, DECODE_TIMEOUT where it takes more than processor_s, BUSY where it got less and wasn't
                 done by the deadline.
         """
         end = monotonic() + deadline_s
-        n_pixels, pixels_at = request.rows * request.columns, -(-len(source) // 8) * 8
+        n_pixels, pixels_at = math.prod(request.shape), -(-len(source) // 8) * 8
         new_memory = self._reserve(pixels_at + 2 * n_pixels)
         assert self._shared is not None
         self._shared[: len(source)] = source
@@ -149,7 +162,7 @@ class DecodingProcess:
         self.n_images += 1
         bits = _read_answer(answer, self.n_images - 1)
         words = np.frombuffer(self._shared, f"u{bits // 8}", n_pixels, pixels_at)
-        return words.reshape(request.rows, request.columns)
+        return words.reshape(request.shape)
 
     def kill(self) -> None:
         """End it, whatever it is doing."""
@@ -261,6 +274,10 @@ def _environment() -> dict[str, str]:
         "PYTHONSAFEPATH": "1",
         "OPENBLAS_NUM_THREADS": "1",  # each thread's stack counts as address space
         "OMP_NUM_THREADS": "1",
+        "OPJ_NUM_THREADS": str(
+            min(len(os.sched_getaffinity(0)), _MOST_THREADS)
+        ),  # of OpenJPEG, by which Pillow decodes
+        "MALLOC_ARENA_MAX": "2",  # each thread's own would take 64 MiB of address space
         # Keep what is freed: fresh pages for each image's buffers would cost 20 ms.
         "MALLOC_TRIM_THRESHOLD_": str(_KEPT_BYTES),
         "MALLOC_MMAP_THRESHOLD_": str(_LARGEST_KEPT_BYTES),
