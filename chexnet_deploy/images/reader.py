@@ -71,9 +71,7 @@ class ImageReader:
         self._processes = processes
         self._opened: dict[str, Decoder] = {}
 
-    def read(
-        self, path: Path | str, *, scope: "ScopePolicy | None" = None, resizing: "Resizing | None" = None
-    ) -> Gray:
+    def read(self, path: Path | str, *, scope: "ScopePolicy | None" = None, resizing: "Resizing | None" = None) -> Gray:
         """Return the gray picture in a PNG, JPEG or DICOM file.
 
         Of PNG and JPEG, 8-bit values are returned as stored: gamma, ICC profiles and palettes' order change nothing.
