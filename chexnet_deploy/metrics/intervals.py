@@ -171,8 +171,8 @@ class PairedDifference:
 def patients_needed(comparison: PairedDifference, margin: float, power: float = 0.8) -> int | None:
     """Return about how many more positive patients would show the candidate to be no worse than the margin.
 
-    A normal approximation: it takes the present difference as the true one, and the variance as inversely proportional
-    to the number of positive patients.
+    A normal approximation: it takes the present difference as the true one, and the square of what the test sees of it as
+    proportional to the number of positive patients.
 
     Args:
         comparison: what the patients at hand show.
@@ -181,7 +181,7 @@ def patients_needed(comparison: PairedDifference, margin: float, power: float = 
 
     Returns:
         0 where it is shown already; None where no number would do, as the difference is at or beyond the margin or
-        unknown.
+        unknown, or where nothing is seen of it yet.
     """
     room = comparison.difference + margin
     p = comparison.non_inferiority_p(margin)
@@ -189,9 +189,11 @@ def patients_needed(comparison: PairedDifference, margin: float, power: float = 
         return None
     if p < ALPHA:
         return 0
+    seen = _NORMAL.inv_cdf(1 - p)
+    if not seen > 0:
+        return None
     n_positive_patients = comparison.reference.n_positive_patients
-    variance = comparison._variance
-    needed = n_positive_patients * variance * ((_NORMAL.inv_cdf(1 - ALPHA) + _NORMAL.inv_cdf(power)) / room) ** 2
+    needed = n_positive_patients * ((_NORMAL.inv_cdf(1 - ALPHA) + _NORMAL.inv_cdf(power)) / seen) ** 2
     return max(1, math.ceil(needed) - n_positive_patients)
 
 
