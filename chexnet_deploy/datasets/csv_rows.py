@@ -39,7 +39,12 @@ class Row:
 
     def column_error(self, needed: str) -> DatasetError:
         """Return the refusal of this row as a header that lacks a column."""
-        return self.error(f"the columns {quote_some(self.fields)}", needed)
+        names = ", ".join(repr(name[:60]) for name in self.fields)
+        found = names if len(names) <= MAX_QUOTED_CHARACTERS else quote_some(self.fields)
+        return DatasetError(
+            f"{self.path}, row {self.number}: found the columns {found}; needed {needed}. "
+            f"Next: name a column that is there, or correct the header."
+        )
 
 
 def read_rows(path: Path) -> Iterator[Row]:

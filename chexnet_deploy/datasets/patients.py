@@ -194,7 +194,8 @@ def refuse_training_patients(evaluated: Iterable[int], trained_on: PatientSet | 
         raise DatasetError(
             f"Found {len(seen):,} of {len(numbers):,} patients that the model was trained on, e.g. {name_some(sorted(seen))}; "
             f"needed none for {purpose}. Next: take patients of another split. Patients are known "
-            f"by number alone: of another data set than the model's, they only share numbers; number them otherwise."
+            f"by number alone: of another data set than the model's, they only share numbers; number them otherwise. "
+            f"Images named as ChestX-ray14's (00000002_000.png) say their patient by name: name those otherwise too."
         )
     n_strangers = sum(number > MAX_PATIENT for number in numbers)
     if n_strangers:

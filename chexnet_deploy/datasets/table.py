@@ -247,7 +247,8 @@ class _Table:
         patients = [number_of[each] if number is None else number for each, number in zip(ids, named, strict=True)]
         for i, (each, number) in enumerate(zip(ids, named, strict=True)):
             if number is not None and (not each.isdecimal() or int(each) != number):
-                self._refuse(i, f"patient {each!r} for {self.names[i]}", f"the patient in the name, {number}")
+                needed = f"the patient in the name, {number}, as ChestX-ray14 names images so; name others otherwise"
+                self._refuse(i, f"patient {each!r} for {self.names[i]}", needed)
         self.patients = np.array(patients, np.int64)
 
     def _merge_repeated(self) -> None:

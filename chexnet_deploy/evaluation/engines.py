@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from chexnet_deploy.bundle.bundle import Bundle
 from chexnet_deploy.bundle.manifest import UNKNOWN
 from chexnet_deploy.bundle.probe import N_PROBES
+from chexnet_deploy.datasets.csv_rows import letters_of
 from chexnet_deploy.datasets.labelled import LabelledImages
 from chexnet_deploy.errors import BundleError, OnPhase, SpecError
 from chexnet_deploy.evaluation.bench_report import BenchReport, BenchRun, EngineResult, ShownMaps
@@ -85,6 +86,7 @@ def run_bench(
     for engine, spec in engines:
         _refuse_mismatch(engine, spec, reference, provider)
     findings = tuple(f for f in reference.findings if all(f in engine.findings for engine, _ in engines))
+    labelled = () if images is None else images.findings
     if images is not None:
         images = images.for_findings(images.shared_with(findings))
         findings = images.findings
@@ -125,7 +127,7 @@ def run_bench(
         reference_id=reference.id,
         reference_contract=None if isinstance(reference, Bundle) else reference.contract,
         findings=findings,
-        notes=_notes(everyone, findings),
+        notes=_notes(everyone, labelled, findings),
         engines=results,
     )
     return BenchRun(report, images, answers.logits, shown)
@@ -155,9 +157,13 @@ def _is_of_family(engine: Bundle, reference: Engine) -> TypeGuard[Bundle]:
     return isinstance(reference, Bundle) and reference.manifest.checkpoint_sha256 == engine.manifest.checkpoint_sha256
 
 
-def _notes(everyone: Mapping[str, Engine], findings: Sequence[str]) -> tuple[str, ...]:
-    """Return a sentence for each engine that has findings which are not measured, and for each of other weights."""
+def _notes(everyone: Mapping[str, Engine], labelled: Sequence[str], findings: Sequence[str]) -> tuple[str, ...]:
+    """Return a sentence for labels and each engine that have findings which are not measured, and for each of other weights."""
     notes = []
+    measured = {letters_of(finding) for finding in findings}
+    left = [finding for finding in labelled if letters_of(finding) not in measured]
+    if left:
+        notes.append(f"labels: not measured, as not all engines know them: {name_some(left)}.")
     for name, engine in everyone.items():
         left = [finding for finding in engine.findings if finding not in findings]
         if left:

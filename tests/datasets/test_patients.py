@@ -141,7 +141,8 @@ def test_patients_trained_on_are_refused() -> None:
     assert str(refusal.value) == (
         "Found 2 of 3 patients that the model was trained on, e.g. 2, 8; needed none for evaluation. "
         "Next: take patients of another split. Patients are known by number alone: of another data set than the model's, "
-        "they only share numbers; number them otherwise."
+        "they only share numbers; number them otherwise. "
+        "Images named as ChestX-ray14's (00000002_000.png) say their patient by name: name those otherwise too."
     )
     words = refuse_training_patients([1, 3, 3], trained_on, purpose="choosing thresholds")
     assert words == "None of the 2 patients is among the 3 the model was trained on."
