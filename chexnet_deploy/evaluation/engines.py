@@ -160,10 +160,10 @@ def _is_of_family(engine: Bundle, reference: Engine) -> TypeGuard[Bundle]:
 def _notes(everyone: Mapping[str, Engine], labelled: Sequence[str], findings: Sequence[str]) -> tuple[str, ...]:
     """Return a sentence for labels and each engine that have findings which are not measured, and for each of other weights."""
     notes = []
-    measured = {letters_of(finding) for finding in findings}
-    left = [finding for finding in labelled if letters_of(finding) not in measured]
+    known = {letters_of(finding) for engine in everyone.values() for finding in engine.findings}
+    left = [finding for finding in labelled if letters_of(finding) not in known]
     if left:
-        notes.append(f"labels: not measured, as not all engines know them: {name_some(left)}.")
+        notes.append(f"labels: not measured, as no engine knows them: {name_some(left)}.")
     for name, engine in everyone.items():
         left = [finding for finding in engine.findings if finding not in findings]
         if left:

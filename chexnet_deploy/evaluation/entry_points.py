@@ -70,7 +70,8 @@ def bench(
     if data_root is not None:
         labelled, data = choose_images(open_data(data_root), split, image_list)
         patients_note = say_who_is_known(reference, labelled, split)
-        images = labelled.for_findings(reference.findings)
+        labelled.for_findings(reference.findings)  # refuses a table that knows none of them
+        images = labelled
     # The folder is made first and shown last: a place that can't be written costs no measurement, and a report is whole.
     with new_folder(out) as partial:
         run = run_bench(

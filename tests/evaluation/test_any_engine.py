@@ -85,6 +85,7 @@ def test_findings_that_all_know_are_measured_and_the_others_named(bench: Bench, 
     report = bench(file, file, "--contract", theirs, "--reference-contract", mine)
     assert report["findings"] == ["Mass", "Edema"]
     assert report["notes"] == [
+        "labels: not measured, as no engine knows them: Atelectasis, Cardiomegaly, Effusion, Infiltration, Nodule and 6 more.",
         "reference: not measured, as not all engines and labels know them: No Finding, Hernia.",
         "net: not measured, as not all engines and labels know them: Lung Lesion.",
     ]
