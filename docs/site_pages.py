@@ -14,6 +14,7 @@ PAGES = {
     "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
     "engines/README.md": "engines.md",
 }
 _LINK = re.compile(r"(?<=\]\()(?!https?:|#)([^)#\s]+)(?=[)#])")
@@ -44,4 +45,4 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return PAGES.get(path, path.removeprefix("docs/"))
 
     markdown = _LINK.sub(on_site, markdown)
-    return re.sub(r"\[([^\]]+)\]\((?:examples|benchmarks|training|tests)/[^)]*\)", r"`\1`", markdown)
+    return re.sub(r"\[([^\]]+)\]\((?:examples|benchmarks|training|tests)(?:/[^)]*)?\)", r"`\1`", markdown)

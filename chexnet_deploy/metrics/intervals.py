@@ -10,7 +10,7 @@ between patients says how many (Rao & Scott 1992, Biometrics 48:577), and Wilson
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 import numpy as np
@@ -168,11 +168,14 @@ class PairedDifference:
         return kept
 
 
+_MOST_TIMES = 1e4
+
+
 def patients_needed(comparison: PairedDifference, margin: float, power: float = 0.8) -> int | None:
     """Return about how many more positive patients would show the candidate to be no worse than the margin.
 
-    A normal approximation: it takes the present difference as the true one, and the square of what the test sees of it as
-    proportional to the number of positive patients.
+    It takes the present difference as the true one, and variances and degrees of freedom as proportional to the number of
+    positive patients, the former inversely; for power the statistic is taken as normal.
 
     Args:
         comparison: what the patients at hand show.
@@ -181,7 +184,7 @@ def patients_needed(comparison: PairedDifference, margin: float, power: float = 
 
     Returns:
         0 where it is shown already; None where no number would do, as the difference is at or beyond the margin or
-        unknown, or where nothing is seen of it yet.
+        unknown, or more than ten thousand times as many.
     """
     room = comparison.difference + margin
     p = comparison.non_inferiority_p(margin)
@@ -189,12 +192,39 @@ def patients_needed(comparison: PairedDifference, margin: float, power: float = 
         return None
     if p < ALPHA:
         return 0
-    seen = _NORMAL.inv_cdf(1 - p)
-    if not seen > 0:
-        return None
+
+    def decides(times: float) -> bool:
+        more = _with_patients(comparison, times)
+        return more._t(-margin) >= student_t_quantile(1 - ALPHA, more.degrees_of_freedom) + _NORMAL.inv_cdf(power)
+
+    too_few, enough = 1.0, 2.0
+    while not decides(enough):
+        too_few, enough = enough, 2 * enough
+        if enough > _MOST_TIMES:
+            return None
+    for _ in range(40):
+        middle = (too_few + enough) / 2
+        if decides(middle):
+            enough = middle
+        else:
+            too_few = middle
     n_positive_patients = comparison.reference.n_positive_patients
-    needed = n_positive_patients * ((_NORMAL.inv_cdf(1 - ALPHA) + _NORMAL.inv_cdf(power)) / seen) ** 2
-    return max(1, math.ceil(needed) - n_positive_patients)
+    return max(1, math.ceil(n_positive_patients * enough) - n_positive_patients)
+
+
+def _with_patients(comparison: PairedDifference, times: float) -> PairedDifference:
+    """Return what so many times the patients would show, were they like those at hand."""
+    reference, candidate = (
+        replace(area, variance=area.variance / times) for area in (comparison.reference, comparison.candidate)
+    )
+    freedom = comparison.degrees_of_freedom * times
+    return replace(
+        comparison,
+        reference=reference,
+        candidate=candidate,
+        variance=comparison._variance / times,
+        degrees_of_freedom=freedom,
+    )
 
 
 def _logistic(x: float) -> float:

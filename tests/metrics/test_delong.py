@@ -330,12 +330,12 @@ def test_bootstrap_agrees_with_the_formula() -> None:
 
 
 def test_patients_needed_by_hand() -> None:
-    # One standard error of room with 40 positive patients: p is 0.162 by Student's t, so 0.988 of the normal's, and
-    # ((1.960 + 0.842) / 0.988)^2 = 8.05 times as many are needed.
+    # Standard error 0.005 with 40 positive patients and a margin of 0.005: (1.968 + 0.842)^2 = 7.90 times as many, as
+    # Student's t with 39 * 7.9 degrees of freedom has its 2.5 % at 1.968.
     found = pair(0.5, 0.0, 0.005, 39, 0.05)
-    assert patients_needed(found, 0.005) == math.ceil(40 * 8.051) - 40 == 283
+    assert patients_needed(found, 0.005) == math.ceil(40 * 7.895) - 40 == 276
     assert patients_needed(found, 0.02) == 0
-    assert patients_needed(found, 0.0095) == 53  # p is 0.0324, 1.847 of the normal's: 40 * (2.802 / 1.847)^2 = 92.1
+    assert patients_needed(found, 0.0095) == 49  # 40 * ((1.988 + 0.842) * 0.005 / 0.0095)^2 = 88.7; p is 0.03 with 40
     assert patients_needed(pair(0.5, -0.005, 0.005, 39, 0.05), 0.005) is None
     assert patients_needed(pair(0.5, -0.02, 0.005, 39, 0.05), 0.005) is None
 
