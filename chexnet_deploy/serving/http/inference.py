@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from chexnet_deploy import __version__
+from chexnet_deploy.bundle.manifest import Manifest
 from chexnet_deploy.serving.http.loaded_model import Engine
 from chexnet_deploy.serving.http.predict import inflate, read_body
 from chexnet_deploy.serving.http.refusals import Fault, RequestError
@@ -38,6 +39,12 @@ def _readiness(service: Service) -> dict[str, object]:
     return {"ready": True} if why is None else {"ready": False, "reason": why}
 
 
+def _sizes(manifest: Manifest) -> tuple[int, int, int]:
+    """Return the pixels' side, the number of findings and the maps' side."""
+    side_px = manifest.preprocessing.resize_px
+    return side_px, len(manifest.findings), side_px // 32
+
+
 async def server(_service: Service, _request: Request) -> Response:
     """Name the server and the protocol's extensions it has."""
     extensions = ["binary_tensor_data", "model_configuration"]
@@ -48,9 +55,7 @@ async def model(service: Service, request: Request) -> Response:
     """Describe the model's tensors."""
     with service.use_engine() as engine:
         _check_model(service, engine, request)
-        manifest = engine.bundle.manifest
-        side_px, n_findings = manifest.preprocessing.resize_px, len(manifest.findings)
-        cells = side_px // 32
+        side_px, n_findings, cells = _sizes(engine.bundle.manifest)
         described = {
             "name": service.config.name,
             "versions": [engine.version],
@@ -68,9 +73,7 @@ async def model_config(service: Service, request: Request) -> Response:
     """Describe the model's tensors and batches as Triton's model configuration extension does."""
     with service.use_engine() as engine:
         _check_model(service, engine, request)
-        manifest = engine.bundle.manifest
-        side_px, n_findings = manifest.preprocessing.resize_px, len(manifest.findings)
-        cells = side_px // 32
+        side_px, n_findings, cells = _sizes(engine.bundle.manifest)
         described = {
             "name": service.config.name,
             "platform": f"chexnet_{engine.backend}",
