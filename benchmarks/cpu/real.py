@@ -62,10 +62,10 @@ def main(
         n_calibration=calibration_images,
         forms=forms,
     )
-    planted = out / "planted.json"
-    run(sys.executable, "-m", "benchmarks.int8.planted", out / "bundles", "--data", data, "--out", planted)
     OUT.write_bytes(gzip.compress(json.dumps(results).encode(), mtime=0))
     typer.echo(markdown_table(results))
+    planted = out / "planted.json"
+    run(sys.executable, "-m", "benchmarks.int8.planted", out / "bundles", "--data", data, "--out", planted)
 
 
 def run_all(

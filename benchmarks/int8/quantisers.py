@@ -1,6 +1,6 @@
 """How much of one fp32 CheXNet each int8 recipe keeps: ours, ours with a step taken away, and what others make of it.
 
-    python -m benchmarks.int8.quantisers CHECKPOINT --data ROOT --name phantoms [--interpreter modelopt=PYTHON]
+    python -m benchmarks.int8.quantisers CHECKPOINT --data ROOT --name phantoms [--interpreter modelopt=PYTHON] [--only TEXT]
     python -m benchmarks.int8.quantisers --name phantoms --table
 
 Every recipe gets the same fp32 graph and the same calibration images of training patients; all are judged on test images, none of
@@ -83,6 +83,14 @@ class Results(Record):
     fp32_mean_auroc: float
     rows: tuple[Row, ...]
 
+    def with_rows_of(self, earlier: "Results") -> "Results":
+        """Return these, and the earlier rows of other recipes, in their order; of another model or machine there are none."""
+        if (earlier.machine.processor, earlier.fp32_mean_auroc) != (self.machine.processor, self.fp32_mean_auroc):
+            return self
+        mine = {row.recipe: row for row in self.rows}
+        kept = {row.recipe: mine.get(row.recipe, row) for row in earlier.rows}
+        return self.model_copy(update={"rows": tuple((kept | mine).values())})
+
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
@@ -101,6 +109,10 @@ def main(
     name: Annotated[str, typer.Option(help="results/quantisers-NAME.json is written or read.")] = "real",
     calibration_images: Annotated[int, typer.Option(help="For every recipe.")] = 256,
     interpreter: Annotated[str | None, typer.Option(help="modelopt=PYTHON of an environment that has it.")] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Beside our two forms only recipes whose names begin so; other results stay."),
+    ] = None,
     table: Annotated[bool, typer.Option(help="Print the table of the committed results and stop.")] = False,
 ) -> None:
     """Measure every recipe, or print what was measured."""
@@ -108,15 +120,23 @@ def main(
     if not table:
         if checkpoint is None or data is None:
             raise typer.BadParameter("give a checkpoint, and ChestX-ray14 by --data or CHEXNET_CHESTXRAY14")
-        results = measure(checkpoint, open_data(data), calibration_images, _modelopt_of(interpreter), typer.echo)
+        names = tuple(only or [""])
+        results = measure(checkpoint, open_data(data), calibration_images, _modelopt_of(interpreter), names, typer.echo)
+        if only and path.exists():
+            results = results.with_rows_of(Results.model_validate_json(path.read_text()))
         path.write_text(results.model_dump_json(indent=1) + "\n")
     typer.echo(markdown_table(Results.model_validate_json(path.read_text())))
 
 
 def measure(
-    checkpoint: Path, dataset: DataSet, n_images: int, modelopt: Path | None, say: Callable[[str], None]
+    checkpoint: Path,
+    dataset: DataSet,
+    n_images: int,
+    modelopt: Path | None,
+    only: tuple[str, ...],
+    say: Callable[[str], None],
 ) -> Results:
-    """Make every recipe's model and judge it on the test images."""
+    """Make the model of every recipe whose name begins with one of `only`, and judge it on the test images."""
     read = read_checkpoint(checkpoint)
     manifest, model = read.manifest, trace(read)
     side = manifest.preprocessing.resize_px
@@ -130,6 +150,8 @@ def measure(
     answers: dict[str, Logits] = {}
     rows = []
     for recipe in (*our_recipes(model, chosen, draws), *other_recipes(model, chosen, modelopt)):
+        if recipe.name not in (OURS, OURS_TYPED) and not recipe.name.startswith(only):
+            continue
         rows.append(_judge(recipe, judge, pixels, answers))
         say(rows[-1].model_dump_json())
     return Results(

@@ -119,15 +119,16 @@ def insert_qdq(
     renamed: dict[str, str] = {}
     for node in quantised.graph.node:
         read = activations.get(node.input[0]) if node.op_type == "Conv" else None
+        raised = []
         if read is not None and read.is_centred:
-            _raise_bias(arrays, node, weights[node.input[1]], read, float_type)
+            raised = _raise_bias(arrays, node, weights[node.input[1]], read, float_type)
         for i, name in enumerate(node.input):
             if name in weights and name not in renamed:
                 nodes += _quantise_weight(arrays, name, weights[name], float_type, is_float=holds_float_weights)
                 renamed[name] = f"{name}_dq"
             node.input[i] = renamed.get(name, name)
-        nodes.append(node)
-        for name in node.output:
+        nodes += [node, *raised]
+        for name in nodes[-1].output:
             if name in activations:
                 nodes += _quantise_activation(arrays, name, activations[name], float_type)
                 renamed[name] = f"{name}_dq"
@@ -178,8 +179,12 @@ def _raise_bias(
     weight: Quantised,
     activation: Quantised,
     float_type: np.dtype[Any],
-) -> None:
-    """Add to a convolution's bias what its integers make of the offset, so that zeros stay exactly zeros."""
+) -> list[onnx.NodeProto]:
+    """Add to a convolution's bias what its integers make of the offset, so that zeros stay exactly zeros.
+
+    A float16 bias becomes a node of its own behind the convolution, which is returned. ONNX Runtime (1.32) quantises the bias of
+    a convolution that Q follows, by the product of two scales, and in float16 that product underflows.
+    """
     assert weight.steps is not None  # weights are rounded beforehand
     sums = weight.steps.reshape(len(weight.steps), -1).sum(axis=1, dtype=np.int64)
     bias = sums * weight.scale.astype(np.float64) * _offset(activation)
@@ -188,7 +193,13 @@ def _raise_bias(
     # A new name: two layers may share one bias.
     name = f"{conv.output[0]}_raised_bias"
     arrays[name] = bias.astype(float_type)
-    conv.input[:] = [*conv.input[:2], name]
+    if float_type != np.float16:
+        conv.input[:] = [*conv.input[:2], name]
+        return []
+    arrays[name] = arrays[name].reshape(-1, 1, 1)
+    output, lowered = conv.output[0], f"{conv.output[0]}_lowered"
+    conv.input[:], conv.output[:] = conv.input[:2], [lowered]
+    return [helper.make_node("Add", [lowered, name], [output], f"{conv.name}_raise")]
 
 
 def _offset(how: Quantised) -> float:

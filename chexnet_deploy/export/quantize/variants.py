@@ -1,10 +1,10 @@
 """The four int8 forms ("dialects") of one fp32 graph, from what was observed on the calibration images.
 
 - `typed`: float16 around signed int8, opset 19, for TensorRT 10 and later. As in `mixed` and `trt8`, the last dense block and the
-  transition before it stay in floating point.
+  transition before it stay in floating point. What a 1x1 convolution reads is lowered by 127 steps, which doubles its steps:
+  such a convolution pads nothing, so its bias can take that back.
 - `mixed`: the same with the 3x3 convolutions in float16, and one scale for each weight of the 1x1 ones. With that, TensorRT for
-  RTX adds the bias and the ReLU inside the int8 kernel and writes float16, where it otherwise writes float32. Activations are
-  lowered by 127 steps, which doubles their steps: a 1x1 convolution pads nothing, so its bias can take that back.
+  RTX adds the bias and the ReLU inside the int8 kernel and writes float16, where it otherwise writes float32.
 - `trt8`: float32 around signed int8, opset 17, for TensorRT 8.6.
 - `cpu`: float32 around int8 for OpenVINO and ONNX Runtime on CPUs. Activations are unsigned, which doubles their steps, the
   concats before the last dense block are integers too, the first convolution reads the gray pixels, and weights are such
@@ -140,7 +140,7 @@ def calibrate(
         last = _behind_pooling(graph, -1)
         convs = [conv for conv in convs[1:] if conv.output[0] not in last]
     if dialect == "mixed":
-        convs = [conv for conv in convs if integers(conv, "kernel_shape", ()) == (1, 1)]
+        convs = [conv for conv in convs if _is_pointwise(conv)]
     body = [conv for conv in convs if conv is not convolutions(graph)[0]]
     parts = ConcatParts.of(model)
     tensors = {node.output[0] for node in graph.graph.node if node.op_type == "Relu"}
@@ -161,7 +161,7 @@ def choose_integers(calibrated: Calibrated) -> Prepared:
     is_for_cpu = calibrated.dialect == "cpu"
     body = [conv for conv in convolutions(calibrated.graph) if conv.output[0] in calibrated.body]
     graph, seen = equalise_inputs(calibrated.graph, body, calibrated.seen)
-    activations = {conv.input[0]: _of_input(seen, conv.input[0], calibrated.dialect) for conv in body}
+    activations = {conv.input[0]: _of_input(seen, conv, calibrated.dialect) for conv in body}
     if is_for_cpu:
         graph = normalise_parts(graph, calibrated.parts, seen)
         last = _behind_pooling(graph, -1)
@@ -177,6 +177,10 @@ def choose_integers(calibrated: Calibrated) -> Prepared:
     inputs = {conv.name: (conv.input[1], conv.input[0] if conv.input[0] in activations else None) for conv in convs}
     graph = to_float16(graph) if calibrated.dialect in FLOAT16_DIALECTS else graph
     return Prepared(calibrated.dialect, graph, inputs, activations, weights)
+
+
+def _is_pointwise(conv: onnx.NodeProto) -> bool:
+    return integers(conv, "kernel_shape", ()) == (1, 1)
 
 
 def _outputs(nodes: Iterable[onnx.NodeProto]) -> tuple[str, ...]:
@@ -198,9 +202,11 @@ def _behind_pooling(graph: onnx.ModelProto, which: int) -> frozenset[str]:
     )
 
 
-def _of_input(seen: Observed, tensor: str, dialect: Dialect) -> Quantised:
+def _of_input(seen: Observed, conv: onnx.NodeProto, dialect: Dialect) -> Quantised:
+    tensor = conv.input[0]
     largest = float(np.maximum(seen.high[tensor], -seen.low[tensor]).max())
-    is_unsigned, is_centred = dialect == "cpu", dialect == "mixed"
+    is_unsigned = dialect == "cpu"
+    is_centred = not is_unsigned and _is_pointwise(conv)
     n_steps = UINT8_MAX if is_unsigned else 2 * INT8_MAX if is_centred else INT8_MAX
     scale = np.float16(round_up_to_half(np.float64(largest / n_steps)))
     return Quantised(scale, is_unsigned=is_unsigned, is_centred=is_centred)

@@ -654,21 +654,23 @@ def test_calibration_images_are_seen_brighter_and_darker_too() -> None:
 # centred activations
 
 
-def test_a_centred_activation_by_hand() -> None:
+@pytest.mark.parametrize("half", [False, True])
+def test_a_centred_activation_by_hand(half: bool) -> None:
     # relu(pixels) in steps of 0.5, one below 0: 0 -> -127, 1.2 -> 2 steps above it, far beyond -> 127, which is 254 steps.
     nodes = [
         helper.make_node("Relu", ["pixels"], ["x"], "relu"),
         helper.make_node("Conv", ["x", "w"], ["y"], "conv", kernel_shape=[1, 1]),
     ]
-    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", 1, 1, 1]) for name in ("pixels", "y")]
+    kind, number = (TensorProto.FLOAT16, np.float16) if half else (TensorProto.FLOAT, np.float32)
+    values = [helper.make_tensor_value_info(name, kind, ["N", 1, 1, 1]) for name in ("pixels", "y")]
     graph = helper.make_graph(
-        nodes, "g", values[:1], values[1:], [numpy_helper.from_array(np.full((1, 1, 1, 1), 9.0, np.float32), "w")]
+        nodes, "g", values[:1], values[1:], [numpy_helper.from_array(np.full((1, 1, 1, 1), 9.0, number), "w")]
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     how = Quantised(np.float16(0.5), is_centred=True)
     weight = Quantised(np.float16(3.0), np.full((1, 1, 1, 1), 3, np.int8))
     quantised = insert_qdq(model, {"x": how}, {"w": weight})
-    pixels = np.array([-1.0, 0.0, 1.2, 1.3, 126.9, 200.0], np.float32).reshape(-1, 1, 1, 1)
+    pixels = np.array([-1.0, 0.0, 1.2, 1.3, 126.9, 200.0], number).reshape(-1, 1, 1, 1)
     (found,) = load_onnx(quantised.SerializeToString()).run(["y"], {"pixels": pixels})
     assert found.reshape(-1).tolist() == [0.0, 0.0, 9 * 1.0, 9 * 1.5, 9 * 127.0, 9 * 127.0]
 
