@@ -107,8 +107,9 @@ def parse_inspector(text: str) -> tuple[Layer, ...]:
     """Return the layer table of the engine inspector's JSON, of an engine built with ProfilingVerbosity.DETAILED.
 
     Types stand in prose up to TensorRT 10 ("Channel major FP16 format where channel % 8 == 0") and for fused layers
-    ("Half"); 8.6 says "N/A due to dynamic shapes" where the inspector was given no shapes. A row may be a name alone, or
-    lack any of its parts; what is no JSON has no rows. Read from engines of 8.6 and published outputs of 8.4 to 10.
+    ("Half"). Where the batch is open 8.6 says "N/A due to dynamic shapes", even for a context's shapes: weights' types alone
+    tell. A row may be a name alone, or lack any of its parts; what is no JSON has no rows. Read from engines of 8.6 and
+    published outputs of 8.4 to 10.
     """
     layers = []
     try:
