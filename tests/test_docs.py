@@ -181,76 +181,20 @@ def test_the_commands_on_other_peoples_models(bundles: dict[str, Bundle], phanto
     assert service.stop() == 0
 
 
-def test_the_table_is_made_from_the_committed_results() -> None:
-    from benchmarks.cpu.real import markdown_table, read_results
-
-    table = README.split("<!-- python -m benchmarks.cpu.real --table -->\n")[1].split("<!-- end -->")[0]
-    assert table.strip() == markdown_table(read_results())
-
-
-def test_the_peers_table_is_made_from_the_committed_results() -> None:
-    from benchmarks.cpu.peers import OUT
-    from benchmarks.cpu.peers_page import Results, markdown_table
-
-    page = (CHECKOUT / "docs" / "measurements.md").read_text()
-    table = page.split("<!-- python -m benchmarks.cpu.peers --table -->\n")[1].split("<!-- end -->")[0]
-    assert table.strip() == markdown_table(Results.model_validate_json(OUT.read_text())).strip()
+TABLES = [
+    (page, command)
+    for page in ("README.md", *(f"docs/{path.name}" for path in sorted((CHECKOUT / "docs").glob("*.md"))))
+    for command in re.findall(r"<!-- (python -m .*--table) -->", (CHECKOUT / page).read_text())
+]
 
 
-@pytest.mark.parametrize("name", ["phantoms", "real"])
-def test_the_quantisers_table_is_made_from_the_committed_results(name: str) -> None:
-    from benchmarks.int8.quantisers import RESULTS, Results, markdown_table
-
-    page = (CHECKOUT / "docs" / "quantisation.md").read_text()
-    table = page.split(f"<!-- python -m benchmarks.int8.quantisers --name {name} --table -->\n")[1].split(
-        "<!-- end -->"
-    )[0]
-    results = Results.model_validate_json((RESULTS / f"quantisers-{name}.json").read_text())
-    assert table.strip() == markdown_table(results)
-
-
-def test_the_table_of_int8_forms_is_made_from_the_committed_results() -> None:
-    from benchmarks.int8.variants import RESULTS, Results, markdown_table
-
-    page = (CHECKOUT / "docs" / "quantisation.md").read_text()
-    table = page.split("<!-- python -m benchmarks.int8.variants --name demo --table -->\n")[1].split("<!-- end -->")[0]
-    results = Results.model_validate_json((RESULTS / "int8-forms-demo.json").read_text())
-    assert table.strip() == markdown_table(results)
-
-
-def test_the_table_of_sources_is_made_from_the_committed_results() -> None:
-    from benchmarks.int8.sources import RESULTS, Results, markdown_table
-
-    page = (CHECKOUT / "docs" / "quantisation.md").read_text()
-    table = page.split("<!-- python -m benchmarks.int8.sources --name chexnet-96px --table -->\n")[1].split(
-        "<!-- end -->"
-    )[0]
-    results = Results.model_validate_json((RESULTS / "int8-sources-chexnet-96px.json").read_text())
-    assert table.strip() == markdown_table(results)
-
-
-def test_the_startup_table_is_made_from_the_committed_results() -> None:
-    from benchmarks.cpu.startup import OUT, markdown_table
-
-    table = EMBEDDING.split("<!-- python -m benchmarks.cpu.startup --table -->\n")[1].split("<!-- end -->")[0]
-    assert table.strip() == markdown_table(json.loads(OUT.read_text()))
-
-
-def test_the_table_of_embedded_starts_is_made_from_the_committed_results() -> None:
-    from benchmarks.cpu.startup import OUT_EMBEDDED, embedded_table
-
-    table = EMBEDDING.split("<!-- python -m benchmarks.cpu.startup --embedded --table -->\n")[1].split("<!-- end -->")[
-        0
-    ]
-    assert table.strip() == embedded_table(json.loads(OUT_EMBEDDED.read_text()))
-
-
-def test_the_serving_table_is_made_from_the_committed_results() -> None:
-    from benchmarks.services.serving import OUT, markdown_table
-
-    page = (CHECKOUT / "docs" / "serving.md").read_text()
-    table = page.split("<!-- python -m benchmarks.services.serving --table -->\n")[1].split("<!-- end -->")[0]
-    assert table.strip() == markdown_table(json.loads(OUT.read_text()))
+@pytest.mark.parametrize(("page", "command"), TABLES)
+def test_a_table_is_what_its_command_prints_of_the_committed_results(page: str, command: str) -> None:
+    table = (CHECKOUT / page).read_text().split(f"<!-- {command} -->\n")[1].split("<!-- end -->")[0]
+    done = subprocess.run(
+        [sys.executable, *shlex.split(command)[1:]], cwd=CHECKOUT, capture_output=True, text=True, check=True
+    )
+    assert table.strip() == done.stdout.strip()
 
 
 def test_the_embedding_guides_program_runs(bundles: dict[str, Bundle], phantom_root: Path, tmp_path: Path) -> None:
@@ -459,23 +403,8 @@ def test_the_commands_by_which_a_verdict_travels_run(
     assert (tmp_path / "BUNDLE" / "attestation.sig").is_file()
 
 
-def test_the_on_site_tables_are_made_from_the_committed_results() -> None:
-    from benchmarks.statistics.on_site import OUT, Results, markdown
-
-    tables = ON_SITE.split("<!-- python -m benchmarks.statistics.on_site --table -->\n")[1].split("<!-- end -->")[0]
-    assert tables.strip() == markdown(Results.model_validate_json(OUT.read_text()))
-
-
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in (CHECKOUT / "docs").glob("*.md"))])
 def test_every_file_a_page_names_exists(page: str) -> None:
     text = (CHECKOUT / page).read_text()
     for name in re.findall(r"`((?:training|engines|benchmarks|chexnet_deploy|tests)/[\w/.-]+)`", text):
         assert (CHECKOUT / name).exists(), name
-
-
-def test_the_scaling_tables_are_made_from_the_committed_results() -> None:
-    from benchmarks.cpu.scaling_page import OUT, Results, markdown, read_peers
-
-    page = (CHECKOUT / "docs" / "scaling.md").read_text()
-    tables = page.split("<!-- python -m benchmarks.cpu.scaling --table -->\n")[1].split("<!-- end -->")[0]
-    assert tables.strip() == markdown(Results.model_validate_json(OUT.read_text()), read_peers()).strip()

@@ -1,7 +1,7 @@
 """How much of one fp32 CheXNet each int8 recipe keeps: ours, ours with a step taken away, and what others make of it.
 
-    python -m benchmarks.int8.quantisers CHECKPOINT --data ROOT --name phantoms [--interpreter modelopt=PYTHON] [--only TEXT]
-    python -m benchmarks.int8.quantisers --name phantoms --table
+    python -m benchmarks.int8.quantisers CHECKPOINT --data ROOT --name real [--interpreter modelopt=PYTHON] [--only TEXT]
+    python -m benchmarks.int8.quantisers --name real --table
 
 Every recipe gets the same fp32 graph and the same calibration images of training patients; all are judged on test images, none of
 which took part in a choice. Each model runs where it is meant to: our `cpu` form and NNCF's in OpenVINO, with a fixed batch, as
