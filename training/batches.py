@@ -77,11 +77,11 @@ class ReadAhead:
         images: to train on.
         seed: of order and augmentation.
         epoch: from 0.
-        first_step: where a resumed epoch goes on.
         batch_size: over all processes.
+        pin_memory: for copies to a GPU that don't wait.
+        first_step: where a resumed epoch goes on.
         shards: parts of each batch, over all processes.
         mine: numbers of the shards that are this process's.
-        pin_memory: for copies to a GPU that don't wait.
 
     Attributes:
         waited_s: how long the trainer stood waiting for images.
@@ -93,11 +93,11 @@ class ReadAhead:
         *,
         seed: int,
         epoch: int,
-        first_step: int,
         batch_size: int,
-        shards: int,
-        mine: range,
         pin_memory: bool,
+        first_step: int = 0,
+        shards: int = 1,
+        mine: range = range(1),
     ) -> None:
         self._images, self._seed, self._epoch, self._first_step = images, seed, epoch, first_step
         self._batch_size, self._shard_size, self._mine, self._pin = batch_size, batch_size // shards, mine, pin_memory

@@ -67,16 +67,10 @@ def fine_tune(
     schedule = build_schedule(optimiser, recipe, each * recipe.epochs)
     done = 0
     for epoch in range(recipe.epochs):
-        for shards in ReadAhead(
-            train,
-            seed=recipe.seed,
-            epoch=epoch,
-            first_step=0,
-            batch_size=recipe.batch_size,
-            shards=1,
-            mine=range(1),
-            pin_memory=device.type == "cuda",
-        ):
+        batches = ReadAhead(
+            train, seed=recipe.seed, epoch=epoch, batch_size=recipe.batch_size, pin_memory=device.type == "cuda"
+        )
+        for shards in batches:
             shard = shards[0]
             pixels, truth, draws = (
                 each.to(device, non_blocking=True) for each in (shard.pixels, shard.truth, shard.draws)

@@ -141,16 +141,10 @@ def _our_steps(
     trainer.get_ready(images)
     epoch = 0
     while True:
-        for shards in ReadAhead(
-            images,
-            seed=recipe.seed,
-            epoch=epoch,
-            first_step=0,
-            batch_size=recipe.batch_size,
-            shards=1,
-            mine=range(1),
-            pin_memory=device.type == "cuda",
-        ):
+        batches = ReadAhead(
+            images, seed=recipe.seed, epoch=epoch, batch_size=recipe.batch_size, pin_memory=device.type == "cuda"
+        )
+        for shards in batches:
             trainer.step(shards)
             if device.type == "cuda":
                 torch.cuda.synchronize()
