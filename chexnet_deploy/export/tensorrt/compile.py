@@ -21,6 +21,8 @@ from chexnet_deploy.runtime.sessions.trt_versions import Family
 INPUT = "pixels"
 _MIB = 1 << 20
 
+_WHOLE_BUILD = "building, which takes minutes and tells no steps"  # TensorRT 8.6
+
 
 @dataclass(frozen=True, slots=True)
 class CompileOptions:
@@ -97,9 +99,13 @@ def compile_onnx(
             # Kept in a variable: the config does not keep it alive.
             monitor = _make_monitor(trt, cancelled, on_phase)
             config.progress_monitor = monitor
+        elif on_phase is not None:
+            on_phase(_WHOLE_BUILD, 0, 1)
         network_layers = (network.get_layer(i) for i in range(network.num_layers))
         conv_names = [layer.name for layer in network_layers if layer.type == trt.LayerType.CONVOLUTION]
         plan = builder.build_serialized_network(network, config)
+        if not family.has_progress_monitor and on_phase is not None:
+            on_phase(_WHOLE_BUILD, 1, 1)
         if cancelled is not None and cancelled.is_set():
             raise ExportError("the build was cancelled; nothing was kept.")
         if plan is None:

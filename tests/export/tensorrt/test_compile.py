@@ -121,6 +121,17 @@ def test_what_each_form_moves_at_64_px(
         assert {tensor.type for each in in_int8 for tensor in each.outputs} == {"float16"}
 
 
+@pytest.mark.slow
+def test_a_tensorrt_that_tells_no_steps_has_one_phase(
+    rtx: tuple[ModuleType, Family], bundles: dict[str, Bundle]
+) -> None:
+    trt, family = rtx
+    phases: list[tuple[str, int, int]] = []
+    silent = replace(family, has_progress_monitor=False)
+    compile_onnx(trt, silent, bundles["fp32"].read_model(), AMPERE, on_phase=lambda *phase: phases.append(phase))
+    assert [phase[1:] for phase in phases] == [(0, 1), (1, 1)]
+
+
 def test_every_build_option_is_taken(rtx: tuple[ModuleType, Family], bundles: dict[str, Bundle]) -> None:
     build = BuildOptions(workspace_mib=64, optimization_level=1, hardware_compatibility="ampere_plus")
     options = replace(AMPERE, spec=AMPERE.spec.model_copy(update={"build": build}))
