@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from chexnet_deploy.errors import MetricError
 from chexnet_deploy.evaluation.gates import GateResult, judge_limits
 from chexnet_deploy.evaluation.spec import Gate
-from chexnet_deploy.inputs import AnyFloat, MeasuredRecord
+from chexnet_deploy.inputs import AnyFloat, MeasuredRecord, name_some
 from chexnet_deploy.metrics.agreement import flips, noise_share, observed_quantile, rank_churn
 from chexnet_deploy.metrics.calibration import CalibrationGrowth, calibration_growth
 from chexnet_deploy.metrics.delong import compare_all
@@ -255,7 +255,7 @@ def compare(
         patients=patients,
     )
     failures = _failures(rows, limits, is_finite=is_finite)
-    doubts = _doubts(rows, limits, gate)
+    doubts = _doubts(rows, limits, gate, len(np.unique(patients)))
     mean_reference = mean_auroc({row.finding: _nan(row.auroc_reference) for row in rows})
     mean_candidate = mean_auroc({row.finding: _nan(row.auroc_candidate) for row in rows})
     low, high = math.nan, math.nan
@@ -314,7 +314,10 @@ def _compare_finding(
     else:
         verdict = "pass" if areas.non_inferiority_p(margin) < ALPHA else "inconclusive"
     changed = None if operating_point is None else flips(*probabilities, operating_point)
-    growth = calibration_growth(*probabilities, truth, patients) if is_finite else None
+    p_reference, p_candidate = (each[known] for each in probabilities)
+    growth = None
+    if is_finite and known.any():
+        growth = calibration_growth(p_reference, p_candidate, truth[known], patients[known])
     maps = None if map_correlation is None or np.isnan(map_correlation).all() else map_correlation
     return FindingParity(
         finding=name,
@@ -333,8 +336,8 @@ def _compare_finding(
         n_gained=None if changed is None else changed.gained,
         n_lost=None if changed is None else changed.lost,
         mcnemar_p=None if changed is None else mcnemar_exact_p(changed.gained, changed.lost),
-        ece_reference=_none(expected_calibration_error(probabilities[0][known], truth[known])),
-        ece_candidate=_none(expected_calibration_error(probabilities[1][known], truth[known])) if is_finite else None,
+        ece_reference=_none(expected_calibration_error(p_reference, truth[known])),
+        ece_candidate=_none(expected_calibration_error(p_candidate, truth[known])) if is_finite else None,
         calibration_growth=None if growth is None else growth.value,
         calibration_growth_low=None if growth is None else _none(growth.low),
         calibration_growth_high=None if growth is None else _none(growth.high),
@@ -417,14 +420,12 @@ def _failures(rows: tuple[FindingParity, ...], limits: tuple[GateResult, ...], *
     return (*reasons, *(each.reason for each in limits if each.verdict == "fail" and each.reason is not None))
 
 
-def _doubts(rows: tuple[FindingParity, ...], limits: tuple[GateResult, ...], gate: Gate) -> tuple[str, ...]:
+def _doubts(
+    rows: tuple[FindingParity, ...], limits: tuple[GateResult, ...], gate: Gate, n_patients: int
+) -> tuple[str, ...]:
     of_limits = tuple(each.reason for each in limits if each.verdict == "inconclusive" and each.reason is not None)
     if all(row.verdict == "not assessable" for row in rows):
-        n = gate.min_positive_patients
-        return (
-            f"no finding has {n} positive patients, so AUROC parity is not shown; use more labelled images",
-            *of_limits,
-        )
+        return (_why_none(rows, gate, n_patients), *of_limits)
     of_areas = (
         f"{row.finding}: AUROC difference {row.difference:+.4f} ({row.difference_low:+.4f} to {row.difference_high:+.4f}) does "
         f"not rule out a loss of {row.margin}; about {row.n_more_patients} more positive patients would decide it"
@@ -432,6 +433,19 @@ def _doubts(rows: tuple[FindingParity, ...], limits: tuple[GateResult, ...], gat
         if row.verdict == "inconclusive"
     )
     return (*of_areas, *of_limits)
+
+
+def _why_none(rows: tuple[FindingParity, ...], gate: Gate, n_patients: int) -> str:
+    """Return why no finding is assessable: in each one's own words where more images alone wouldn't help."""
+    n = gate.min_positive_patients
+    if n_patients == 1:
+        return "all images are of one patient, or nobody knows whose, so AUROC parity is not shown; use those of more patients"
+    if all(row.n_positive_patients < n for row in rows):
+        return f"no finding has {n} positive patients, so AUROC parity is not shown; use more labelled images"
+    named: dict[str, list[str]] = {}
+    for row in rows:
+        named.setdefault(row.why_not_assessable or "", []).append(row.finding)
+    return f"AUROC parity is not shown: {'; '.join(f'{name_some(names)}: {why}' for why, names in named.items())}"
 
 
 def _none(value: float) -> float | None:
