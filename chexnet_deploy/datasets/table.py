@@ -231,7 +231,8 @@ class _Table:
     def _find_patients(self) -> None:
         pattern, ids = self.stated.patient_in_path, self.patient_cells
         needed = "whose image it is, in the patients' column"
-        named = [patient_of(name.rpartition("/")[2]) for name in self.names]
+        # Copies of ChestX-ray14's images are .jpg or .dcm too, and their patients the same.
+        named = [patient_of(f"{os.path.splitext(name.rpartition('/')[2])[0]}.png") for name in self.names]  # noqa: PTH122
         if not ids and pattern is None:
             if all(number is not None for number in named):
                 self.patients = np.array(named, np.int64)

@@ -80,11 +80,12 @@ def run_bench(
     Raises:
         BundleError: the reference is of an engine's own family, and not its ancestor.
         DatasetError: no image is labelled for a finding that all know.
-        SpecError: a spec is for another precision or GPU, or the engines have no finding in common.
+        SpecError: a spec is for another precision, GPU or finding, or the engines have no finding in common.
         SessionError: an engine refuses to run here, or answers otherwise than when it was proven.
     """
     for engine, spec in engines:
         _refuse_mismatch(engine, spec, reference, provider)
+        spec.gate.refuse_strangers({*engine.findings, *reference.findings})
     findings = tuple(f for f in reference.findings if all(f in engine.findings for engine, _ in engines))
     labelled = () if images is None else images.findings
     if images is not None:

@@ -374,3 +374,10 @@ def test_a_list_may_hold_commas_and_it_is_said_what_none_holds(read: Open) -> No
     assert labels_of(read(table, toml.format("Nodule/Mass"), "a.png b.png"), "Mass", "Opacity") == [[1, 1], [0, 0]]
     assert labels_of(read(table, toml.format("hilum, left"), "a.png b.png"), "Mass", "Opacity") == [[0, 1], [1, 0]]
     assert read(table, toml.format("Mas"), "a.png b.png").notes[0] == "no list names 'Mas', so no image shows it"
+
+
+@pytest.mark.parametrize("name", ["00000007_001.jpg", "00000007_001.DCM", "00000007_001"])
+def test_a_patient_of_chestxray14_is_known_whatever_the_file_is_called(read: Open, name: str) -> None:
+    assert read(f"image,patient,Mass\nx/{name},7,1\n", images=f"x/{name}").images.patients.tolist() == [7]
+    with pytest.raises(DatasetError, match=f"row 2: found patient 'A' for x/{name}; needed the patient in the name, 7"):
+        read(f"image,patient,Mass\nx/{name},A,1\n", images=f"x/{name}")

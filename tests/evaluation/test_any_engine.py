@@ -258,7 +258,8 @@ def test_an_engine_that_was_trained_on_these_patients_is_refused(
 def test_refusals_say_what_is_missing(bundles: dict[str, Bundle], phantom: ChestXray14, tmp_path: Path) -> None:
     file, contract = write_onnx(tmp_path / "net.onnx", 2), write_contract(tmp_path / "c.toml", ("Mass", "Edema"))
     strange = write_contract(tmp_path / "s.toml", ("Lung Lesion", "Fracture"))
-    fp32, data = bundles["fp32"].path, ("--data", phantom.root)
+    fp32, data, misspelt = bundles["fp32"].path, ("--data", phantom.root), tmp_path / "misspelt.toml"
+    misspelt.write_text((CHECKOUT / "engines" / "fp32.toml").read_text().replace("0.001 }", "0.001, Hernya = 0.02 }"))
     as_bundle = ("--engine", fp32, "--reference", file)
     for words, found in (
         (("--engine", file, "--reference", fp32), "no contract; needed a TOML"),
@@ -268,6 +269,10 @@ def test_refusals_say_what_is_missing(bundles: dict[str, Bundle], phantom: Chest
         (
             (*as_bundle, "--reference-contract", strange, *data),
             "no finding that all engines know (net: Lung Lesion, Fracture; ",
+        ),
+        (
+            (*as_bundle, "--contract", contract, "--spec", misspelt),
+            "an auroc_margin for Hernya, found in no model here",
         ),
         ((*as_bundle, "--contract", contract, "--trust", tmp_path / "t"), "t is missing"),
         (("--engine", tmp_path / "no.onnx", "--reference", fp32, "--contract", contract, "--spec", "fp32"), "no.onnx"),
