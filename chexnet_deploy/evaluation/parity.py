@@ -19,7 +19,7 @@ from chexnet_deploy.inputs import AnyFloat, MeasuredRecord, name_some
 from chexnet_deploy.metrics.agreement import flips, noise_share, observed_quantile, rank_churn
 from chexnet_deploy.metrics.calibration import CalibrationGrowth, calibration_growth
 from chexnet_deploy.metrics.delong import compare_all
-from chexnet_deploy.metrics.intervals import ALPHA, PairedDifference, patients_needed
+from chexnet_deploy.metrics.intervals import ALPHA, PairedDifference, defined, patients_needed
 from chexnet_deploy.metrics.probabilities import expected_calibration_error, mcnemar_exact_p
 from chexnet_deploy.metrics.roc import mean_auroc
 from chexnet_deploy.runtime.sessions.base import Logits, sigmoid
@@ -265,10 +265,10 @@ def compare(
         n_images=len(patients),
         n_patients=len(np.unique(patients)),
         findings=rows,
-        mean_auroc_reference=_none(mean_reference.value),
-        mean_auroc_candidate=_none(mean_candidate.value),
-        mean_difference_low=_none(low),
-        mean_difference_high=_none(high),
+        mean_auroc_reference=defined(mean_reference.value),
+        mean_auroc_candidate=defined(mean_candidate.value),
+        mean_difference_low=defined(low),
+        mean_difference_high=defined(high),
         n_counted=mean_candidate.n_counted,
         left_out=tuple(row.finding for row in rows if row.difference is None),
         n_flips=sum(row.n_flips or 0 for row in rows),
@@ -323,11 +323,11 @@ def _compare_finding(
         finding=name,
         n_positive=int(truth[known].sum()),
         n_positive_patients=areas.reference.n_positive_patients,
-        auroc_reference=_none(areas.reference.area),
-        auroc_candidate=_none(area_candidate),
-        difference_low=_none(low),
-        difference_high=_none(high),
-        p_value=_none(areas.non_inferiority_p(margin)) if is_finite else None,
+        auroc_reference=defined(areas.reference.area),
+        auroc_candidate=defined(area_candidate),
+        difference_low=defined(low),
+        difference_high=defined(high),
+        p_value=defined(areas.non_inferiority_p(margin)) if is_finite else None,
         margin=margin,
         verdict=verdict,
         why_not_assessable=why_not,
@@ -336,13 +336,13 @@ def _compare_finding(
         n_gained=None if changed is None else changed.gained,
         n_lost=None if changed is None else changed.lost,
         mcnemar_p=None if changed is None else mcnemar_exact_p(changed.gained, changed.lost),
-        ece_reference=_none(expected_calibration_error(p_reference, truth[known])),
-        ece_candidate=_none(expected_calibration_error(p_candidate, truth[known])) if is_finite else None,
+        ece_reference=defined(expected_calibration_error(p_reference, truth[known])),
+        ece_candidate=defined(expected_calibration_error(p_candidate, truth[known])) if is_finite else None,
         calibration_growth=None if growth is None else growth.value,
-        calibration_growth_low=None if growth is None else _none(growth.low),
-        calibration_growth_high=None if growth is None else _none(growth.high),
+        calibration_growth_low=None if growth is None else defined(growth.low),
+        calibration_growth_high=None if growth is None else defined(growth.high),
         rank_churn=rank_churn(reference, candidate) if is_finite else None,
-        noise_share=_none(noise_share(reference, candidate)) if is_finite else None,
+        noise_share=defined(noise_share(reference, candidate)) if is_finite else None,
         map_correlation_median=None if maps is None else float(np.nanmedian(maps)),
         map_correlation_p01=None if maps is None else float(np.nanquantile(maps, 0.01, method="lower")),
     )
@@ -396,8 +396,8 @@ def _compare_group(
         n_patients=len(np.unique(patients[chosen])),
         n_assessable=len(assessable),
         mean_difference=None if mean is None else mean.difference,
-        difference_low=_none(low),
-        difference_high=_none(high),
+        difference_low=defined(low),
+        difference_high=defined(high),
         worst_finding=None if worst is None else findings[worst],
         worst_difference=None if worst is None else areas.findings[worst].difference,
         max_abs_probability_difference=float(np.abs(p_reference - p_candidate).max()),
@@ -446,10 +446,6 @@ def _why_none(rows: tuple[FindingParity, ...], gate: Gate, n_patients: int) -> s
     for row in rows:
         named.setdefault(row.why_not_assessable or "", []).append(row.finding)
     return f"AUROC parity is not shown: {'; '.join(f'{name_some(names)}: {why}' for why, names in named.items())}"
-
-
-def _none(value: float) -> float | None:
-    return None if math.isnan(value) else value
 
 
 def _nan(value: float | None) -> float:
