@@ -7,7 +7,7 @@ The form is canonical JSON (RFC 8785; all values are text or whole numbers), so 
 import json
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from chexnet_deploy.bundle.signing.signatures import WrittenRecord
 from chexnet_deploy.errors import TrustError
@@ -70,16 +70,26 @@ class Attestation(WrittenRecord):
         record = self.model_dump(mode="json")
         return json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
-    def refuse_other(self, bundle_id: Sha256, where: str) -> None:
-        """Refuse the attestation of another bundle.
+    @model_validator(mode="after")
+    def _is_consistent(self) -> "Attestation":
+        if self.verdict == "PASS" and (self.data_sha256 is None or not 1 <= self.n_patients <= self.n_images):
+            raise ValueError("a PASS needs images, and no more patients than these")
+        return self
+
+    def refuse_other(self, bundle_id: Sha256, model_sha256: Sha256, where: str) -> None:
+        """Refuse the attestation of another bundle or model.
 
         Raises:
-            TrustError: names both.
+            TrustError: names both bundles, or the file.
         """
         if self.bundle_id != bundle_id:
             raise TrustError(
                 f"{where}: the attestation is of the bundle {self.bundle_id[:12]}…, needed one of {bundle_id[:12]}…. "
                 f"Run: chexnet-deploy bench --engine {where}"
+            )
+        if self.model_sha256 != model_sha256:
+            raise TrustError(
+                f"{where}: the attestation is of another model file. Take the one that `bench` wrote of it."
             )
 
     def refuse_elsewhere(self, here: RunsOn, where: str) -> None:

@@ -177,13 +177,16 @@ class Trust(StrictRecord):
         """Refuse a site file that no trusted key has signed; arguments and errors as check_manifest."""
         self._check_signature(site, SITE_TYPE, "site file", signatures, where, signed_in)
 
-    def check_attestation(self, attestation: bytes, signatures: bytes, bundle_id: Sha256, where: str) -> Attestation:
+    def check_attestation(
+        self, attestation: bytes, signatures: bytes, bundle_id: Sha256, model_sha256: Sha256, where: str
+    ) -> Attestation:
         """Return a bundle's attestation, where it is a PASS that counts here.
 
         Args:
             attestation: the bytes of attestation.json.
             signatures: the bytes of attestation.sig.
             bundle_id: of the bundle it lies in.
+            model_sha256: of its model file.
             where: the bundle, for errors.
 
         Raises:
@@ -194,7 +197,7 @@ class Trust(StrictRecord):
         # Before it is parsed: what nobody vouches for gets to no parser.
         self.check_attestation_signature(attestation, signatures, where)
         found = Attestation.parse(attestation, f"{where}/{ATTESTATION}")
-        found.refuse_other(bundle_id, where)
+        found.refuse_other(bundle_id, model_sha256, where)
         if found.verdict != "PASS":
             raise TrustError(f"{where} is attested as {found.summary}; needed a PASS. Don't use it.")
         if found.spec_sha256 not in self.passing_specs:
