@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chexnet_deploy.datasets.chestxray14 import SPLITS, is_validation_patient, tenth_of
-from chexnet_deploy.datasets.csv_rows import Row, letters_of, read_rows
+from chexnet_deploy.datasets.csv_rows import Row, image_name, letters_of, read_rows
 from chexnet_deploy.datasets.data_set import DataSet
 from chexnet_deploy.datasets.labelled import LabelledImages, Sex, View
 from chexnet_deploy.datasets.nih_tables import patient_of
@@ -373,15 +373,13 @@ def _block_rows(rows: Iterator[Row]) -> Iterator[tuple[NDArray[np.int64], Block]
 
 
 def _names_of(columns: Columns, block: Block) -> list[str]:
-    """Return the images' paths as their rows give them, stripped; Windows' separators become those of all others."""
+    """Return the images' paths as their rows give them."""
     if columns.template is None:
         (place,) = columns.image
-        return [cell.strip().replace("\\", "/") for cell in block[place]]
+        return [*map(image_name, block[place])]
     parts = [[cell.strip() for cell in block[place]] for place in columns.image]
     # A path that lacks a part is none.
-    return [
-        columns.template.format(*cells).replace("\\", "/") if all(cells) else "" for cells in zip(*parts, strict=True)
-    ]
+    return [image_name(columns.template.format(*cells)) if all(cells) else "" for cells in zip(*parts, strict=True)]
 
 
 def _normal(path: str) -> str:
