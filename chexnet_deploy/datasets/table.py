@@ -254,7 +254,7 @@ class _Table:
         shortened = {each: bool(_SHORTENED.fullmatch(each) or each.startswith("##")) for each in set(ids)}
         self._refuse_first(
             np.array([shortened[each] for each in ids]),
-            lambda i: f"the patient {ids[i]!r}, which a spreadsheet has shortened",
+            lambda i: f"the patient {ids[i]!r}, which a spreadsheet or a float has shortened",
             "the whole number; make the column text in the spreadsheet, and write the table again",
         )
         number_of = _Memo(_number_of)
