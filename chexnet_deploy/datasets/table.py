@@ -34,9 +34,7 @@ Block: TypeAlias = Sequence[Sequence[str]]
 _BLOCK_ROWS: Final = 8192
 _AGE: Final = re.compile(r"(\d{1,3})(?:[.,](\d+))?([YMD]?)", re.ASCII)
 _WHOLE: Final = re.compile(r"(\d{1,38})\.0", re.ASCII)  # pandas writes whole numbers as 12.0 beside a gap
-_SHORTENED: Final = re.compile(
-    r"\d([.,]\d+)?E\+\d+", re.IGNORECASE | re.ASCII
-)  # 1.23457E+12: others are written the same
+_SHORTENED: Final = re.compile(r"\d([.,]\d+)?E\+\d+", re.IGNORECASE | re.ASCII)  # 1.23457E+12, as many others' are
 _NOBODY: Final = ("nan", "na", "n/a", "#n/a", "<na>", "nat", "none", "null", "unknown", "?", "-")
 _CHEXPERT_PATIENT: Final = r"(?:^|/)(patient\d+)/"
 _LATERAL: Final = ("l", "ll", "rl", "lateral", "lat")

@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from numpy.typing import NDArray
+from onnx import numpy_helper
 
 from chexnet_deploy.bundle.bundle import Bundle
 from chexnet_deploy.datasets.chestxray14 import ChestXray14
@@ -284,6 +286,21 @@ def test_refusals_say_what_is_missing(bundles: dict[str, Bundle], phantom: Chest
         complaint = " ".join(done.stderr.split())
         assert any(each in complaint for each in found.split("|")), complaint
         assert not (tmp_path / "out").exists()
+
+
+def test_a_batch_that_is_open_outside_alone_says_what_to_do(phantom_root: Path, tmp_path: Path) -> None:
+    """torch.onnx.export of a model that calls view(1, -1) takes any batch, and fails on more than one image."""
+    model = onnx.load(str(write_onnx(tmp_path / "net.onnx", 2)))
+    flatten = next(node for node in model.graph.node if node.op_type == "Flatten")
+    flatten.op_type = "Reshape"
+    flatten.input.append("shape")
+    model.graph.initializer.append(numpy_helper.from_array(np.array([1, 64]), "shape"))
+    onnx.save(model, str(tmp_path / "net.onnx"))
+    contract = write_contract(tmp_path / "c.toml", ("Mass", "Edema"))
+    done = chexnet("evaluate", tmp_path / "net.onnx", "--contract", contract, "--data", phantom_root)
+    assert_one_line_error(
+        done, 2, "found no answer to a batch of 4, needed one. Export it with its batch open throughout"
+    )
 
 
 @pytest.mark.parametrize(

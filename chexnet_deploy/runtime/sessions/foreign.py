@@ -211,7 +211,10 @@ class OnnxTransport:
         try:
             (values,) = self._session.run([self._output], {self._input: tensor})
         except Exception as err:
-            raise SessionError(f"{self.name}: ONNX Runtime failed on a batch of {len(tensor)}: {err}") from err
+            raise SessionError(
+                f"{self.name}: found no answer to a batch of {len(tensor)}, needed one. Export it with its batch open throughout, "
+                f"or fixed. ONNX Runtime says: {err}"
+            ) from err
         answer: NDArray[Any] = np.asarray(values)
         return answer
 
