@@ -143,7 +143,8 @@ class Bundle:
                         raise trust.refuse_unattested(str(path))
                     said = _file(path, ATTESTATION, MAX_ATTESTATION_BYTES, folder, error=TrustError).read()
                     signed = _file(path, ATTESTATION_SIGNATURE, MAX_SIGNATURE_BYTES, folder, error=TrustError).read()
-                    attestation = trust.check_attestation(said, signed, actual, str(path))
+                    model_sha256 = manifest.files[manifest.model_name]
+                    attestation = trust.check_attestation(said, signed, actual, model_sha256, str(path))
             _refuse_extra(path, entries - {*_BESIDE, *manifest.files})
             bundle = cls(path, manifest, actual, trust=trust, signers=signers, attestation=attestation)
             for name in manifest.files:
@@ -232,11 +233,7 @@ class Bundle:
             signed = _file(self.path, ATTESTATION_SIGNATURE, MAX_SIGNATURE_BYTES, error=TrustError).read()
             self._trust.check_attestation_signature(raw, signed, where)
         found = Attestation.parse(raw, str(path))
-        found.refuse_other(self.id, where)
-        if found.model_sha256 != self.model_sha256:
-            raise TrustError(
-                f"{where}: the attestation is of another model file. Take the one that `bench` wrote of it."
-            )
+        found.refuse_other(self.id, self.model_sha256, where)
         return found, sha256_hex(raw)
 
     def read_probe(self) -> Probe:

@@ -14,7 +14,7 @@ from chexnet_deploy.datasets.patients import PatientSet
 from chexnet_deploy.errors import BundleError
 from chexnet_deploy.files import Sha256, sha256_hex
 from chexnet_deploy.images import Preprocessing, ScopePolicy
-from chexnet_deploy.inputs import Record
+from chexnet_deploy.inputs import Record, describe
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -267,11 +267,8 @@ def parse_manifest(path: Path, raw: bytes) -> Manifest:
         json.loads(raw, object_pairs_hook=_refuse_repeated_keys)
         return Manifest.model_validate_json(raw, strict=True)
     except ValidationError as err:
-        first = err.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "manifest"
         raise BundleError(
-            f"{path}: {where}: {first['msg']} ({err.error_count()} problem(s)). "
-            f"Use the chexnet-deploy version that wrote it, or export again."
+            f"{path}: {describe(err)}. Use the chexnet-deploy version that wrote it, or export again."
         ) from err
     except (ValueError, RecursionError) as err:
         raise BundleError(f"{path} is not valid JSON: {err}. Copy the bundle again or export it again.") from err

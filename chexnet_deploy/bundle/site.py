@@ -20,7 +20,7 @@ from chexnet_deploy.bundle.signing.signatures import MAX_SIGNATURE_BYTES
 from chexnet_deploy.bundle.signing.trust import Trust
 from chexnet_deploy.errors import BundleError, TrustError
 from chexnet_deploy.files import PlainFile, Sha256, sha256_hex
-from chexnet_deploy.inputs import Record, name_some
+from chexnet_deploy.inputs import Record, describe, name_some
 
 Rate: TypeAlias = Literal["sensitivity", "specificity", "ppv", "npv"]
 
@@ -230,9 +230,7 @@ def read_site(bundle: Path, bundle_id: str, manifest: Manifest, trust: Trust | N
     try:
         file = _SiteFile.model_validate_json(raw, strict=True)
     except ValidationError as err:
-        first = err.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "file"
-        raise BundleError(f"{path}: {where}: {first['msg']}. {_AGAIN}") from err
+        raise BundleError(f"{path}: {describe(err)}. {_AGAIN}") from err
     # As it would be written, or a key could be there twice.
     if file.sha256 != file.site.id or file.site.to_json() != raw:
         raise BundleError(f"{path} was changed after it was written. {_AGAIN}")

@@ -78,6 +78,8 @@ def bench(
             if reference is None:
                 first = Bundle.open(Path(engine[0]), trust=before_pass)
                 reference = str(find_reference(first, trust=before_pass).path)
+            elif before_pass is not None:
+                Bundle.open(Path(reference), trust=before_pass)
             folder = out.parent / f"{out.name}-plans"
             with cancellation() as cancelled:
                 engines = [
@@ -87,7 +89,7 @@ def bench(
                         Path(path), folder, builds, spec, trust=trusted, cancelled=cancelled, on_phase=on_phase
                     )
                 ]
-            trusted = None  # what they are built of has shown it, and plans are signed after `bench`
+            trusted = None  # the reference and what they are built of have shown it; plans are signed after `bench`
         report = bench(
             engines,
             reference,

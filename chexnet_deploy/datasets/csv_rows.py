@@ -117,7 +117,7 @@ def read_names(path: Path) -> tuple[str, ...]:
     """
     rows: dict[str, int] = {}
     for number, line in enumerate(read_text(path).splitlines(), start=1):
-        name = line.strip()
+        name = image_name(line)
         if name in rows:
             raise Row(path, number, (name,)).error(f"{name} again (first in row {rows[name]})", "each name once")
         if name:
@@ -125,6 +125,11 @@ def read_names(path: Path) -> tuple[str, ...]:
     if not rows:
         raise DatasetError(f"{path}: found no image name; needed at least one. Next: copy the list again.")
     return tuple(rows)
+
+
+def image_name(cell: str) -> str:
+    """Return an image's name or path as a cell gives it, stripped; Windows' separators become those of all others."""
+    return cell.strip().replace("\\", "/")
 
 
 def letters_of(name: str) -> str:

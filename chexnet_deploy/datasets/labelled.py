@@ -138,6 +138,11 @@ class LabelledImages:
             if column is not None:
                 labels[:, place] = self.labels[:, column]
         if not (labels != NOT_LABELLED).any():
+            if alike := [self.findings[column] for column in columns if column is not None]:
+                raise DatasetError(
+                    f"found no image labelled for {name_some(alike)}, as all cells are empty or uncertain; needed one at least. "
+                    f"Next: label them, or say in a TOML what empty and -1 stand for."
+                )
             raise DatasetError(
                 f"found labels of {name_some(self.findings) or 'no finding'}; needed at least one image labelled for a finding "
                 f'out of {", ".join(findings)}. Next: name their columns in a TOML, [findings] {findings[0]} = "...".'

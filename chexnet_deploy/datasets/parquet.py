@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Final
 
 import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet
 
 from chexnet_deploy.errors import DatasetError
+
+_EXACT: Final = 2.0**53  # below it each whole number is a float of its own
 
 
 def read_blocks(path: Path, n_rows: int) -> Iterator[Sequence[Sequence[str]]]:
@@ -32,4 +35,11 @@ def _texts(column: pa.Array) -> list[str]:
     if pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         return [f"a {kind}"] * len(column)  # pictures, say: no column of a table of images
     texts: list[str] = pa.compute.fill_null(column.cast(kind).cast(pa.string()), "").to_pylist()
-    return ["" if text == "nan" else text for text in texts] if pa.types.is_floating(kind) else texts
+    return [_of_float(text) for text in texts] if pa.types.is_floating(kind) else texts
+
+
+def _of_float(text: str) -> str:
+    """Return a number's digits: pandas makes floats of whole numbers beside a gap, and 1.2e+12 would name somebody else."""
+    if "e+" in text and abs(float(text)) < _EXACT:
+        return f"{float(text):.0f}"
+    return "" if text == "nan" else text

@@ -23,6 +23,7 @@ from chexnet_deploy.datasets.csv_rows import (
     Row,
     find_column,
     find_findings,
+    image_name,
     letters_of,
     read_rows,
     require_column,
@@ -178,7 +179,7 @@ def _without_quarantined(rows: Iterable[Row], header: Row, status: int, quaranti
     image = require_column(header, IMAGE_COLUMNS, IMAGE_COLUMN_NEEDED)
     for row in rows:
         if row.fields[status] == QUARANTINED:
-            quarantined.add(row.fields[image].strip())
+            quarantined.add(image_name(row.fields[image]))
         else:
             yield row
 
@@ -194,7 +195,7 @@ def _collect(
     by_image: dict[str, dict[str, float]] = {}
     seen: dict[str, str | None] = {}  # the few finding names as written -> the name of ours, if any
     for row, raw_image, written, text in cells:
-        image = raw_image.strip()
+        image = image_name(raw_image)
         scores = by_image.setdefault(image, {})
         if written not in seen:
             seen[written] = by_letters.get(letters_of(written))

@@ -19,13 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chexnet_deploy.datasets.chestxray14 import SPLITS, is_validation_patient, tenth_of
-from chexnet_deploy.datasets.csv_rows import Row, letters_of, read_rows
+from chexnet_deploy.datasets.csv_rows import Row, image_name, letters_of, read_rows
 from chexnet_deploy.datasets.data_set import DataSet
 from chexnet_deploy.datasets.labelled import LabelledImages, Sex, View
 from chexnet_deploy.datasets.nih_tables import patient_of
 from chexnet_deploy.datasets.table_columns import Columns, Description, find_columns, read_description
 from chexnet_deploy.datasets.table_labels import Labels
 from chexnet_deploy.errors import DatasetError, require
+from chexnet_deploy.inputs import quote_some
 
 Block: TypeAlias = Sequence[Sequence[str]]
 """Some rows, column by column."""
@@ -33,6 +34,8 @@ Block: TypeAlias = Sequence[Sequence[str]]
 _BLOCK_ROWS: Final = 8192
 _AGE: Final = re.compile(r"(\d{1,3})(?:[.,](\d+))?([YMD]?)", re.ASCII)
 _WHOLE: Final = re.compile(r"(\d{1,38})\.0", re.ASCII)  # pandas writes whole numbers as 12.0 beside a gap
+_SHORTENED: Final = re.compile(r"\d([.,]\d+)?E\+\d+", re.IGNORECASE | re.ASCII)  # 1.23457E+12, as many others' are
+_NOBODY: Final = ("nan", "na", "n/a", "#n/a", "<na>", "nat", "none", "null", "unknown", "?", "-")
 _CHEXPERT_PATIENT: Final = r"(?:^|/)(patient\d+)/"
 _LATERAL: Final = ("l", "ll", "rl", "lateral", "lat")
 _SPLIT_WORDS: Final = (
@@ -162,6 +165,8 @@ class _Table:
         )
         if labels.n_uncertain:
             table.notes.append(f"{labels.n_uncertain:,} labels of -1 are taken as uncertain: {stated.uncertain}")
+        if labels.named_nowhere:
+            table.notes.append(f"no list names {quote_some(labels.named_nowhere)}, so no image shows it")
         if columns.split is None and stated.split is None:
             table.notes.append(f"{path.name} has no split, so every row is a test image")
         table._check()
@@ -224,7 +229,8 @@ class _Table:
     def _find_patients(self) -> None:
         pattern, ids = self.stated.patient_in_path, self.patient_cells
         needed = "whose image it is, in the patients' column"
-        named = [patient_of(name.rpartition("/")[2]) for name in self.names]
+        # Copies of ChestX-ray14's images are .jpg or .dcm too, and their patients the same.
+        named = [patient_of(f"{os.path.splitext(name.rpartition('/')[2])[0]}.png") for name in self.names]  # noqa: PTH122
         if not ids and pattern is None:
             if all(number is not None for number in named):
                 self.patients = np.array(named, np.int64)
@@ -243,6 +249,12 @@ class _Table:
                 return
         self.patient_cells = []
         self._refuse_first(np.array([not each for each in ids]), lambda i: f"no patient for {self.names[i]}", needed)
+        shortened = {each: bool(_SHORTENED.fullmatch(each) or each.startswith("##")) for each in set(ids)}
+        self._refuse_first(
+            np.array([shortened[each] for each in ids]),
+            lambda i: f"the patient {ids[i]!r}, which a spreadsheet or a float has shortened",
+            "the whole number; make the column text in the spreadsheet, and write the table again",
+        )
         number_of = _Memo(_number_of)
         patients = [number_of[each] if number is None else number for each, number in zip(ids, named, strict=True)]
         for i, (each, number) in enumerate(zip(ids, named, strict=True)):
@@ -359,15 +371,13 @@ def _block_rows(rows: Iterator[Row]) -> Iterator[tuple[NDArray[np.int64], Block]
 
 
 def _names_of(columns: Columns, block: Block) -> list[str]:
-    """Return the images' paths as their rows give them, stripped; Windows' separators become those of all others."""
+    """Return the images' paths as their rows give them."""
     if columns.template is None:
         (place,) = columns.image
-        return [cell.strip().replace("\\", "/") for cell in block[place]]
+        return [*map(image_name, block[place])]
     parts = [[cell.strip() for cell in block[place]] for place in columns.image]
     # A path that lacks a part is none.
-    return [
-        columns.template.format(*cells).replace("\\", "/") if all(cells) else "" for cells in zip(*parts, strict=True)
-    ]
+    return [image_name(columns.template.format(*cells)) if all(cells) else "" for cells in zip(*parts, strict=True)]
 
 
 def _normal(path: str) -> str:
@@ -387,7 +397,7 @@ def _views_of(places: Sequence[int], block: Block) -> Sequence[str]:
 def _id_of(cell: str) -> str:
     text = cell.strip()
     whole = _WHOLE.fullmatch(text)
-    return whole[1] if whole else "" if text.lower() == "nan" else text
+    return whole[1] if whole else "" if text.lower() in _NOBODY else text
 
 
 def _number_of(patient: str) -> int:

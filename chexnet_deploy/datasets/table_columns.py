@@ -22,6 +22,7 @@ Every key but `table` may be omitted. Reads no row.
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from typing import Annotated, Final, Literal
 from pydantic import Field, ValidationError, field_validator
 
 from chexnet_deploy.datasets.csv_rows import Row, find_column, find_findings, letters_of, require_column
-from chexnet_deploy.errors import SpecError
+from chexnet_deploy.errors import DatasetError, SpecError
 from chexnet_deploy.inputs import Record, describe, quote_some, read_toml
 
 IMAGE_COLUMNS: Final = (
@@ -107,6 +108,7 @@ class Columns:
         view: the first that isn't empty counts.
         is_nih: the lists are ChestX-ray14's, whose names are known.
         findings: of columns of labels, name -> place. Some may hold something else.
+        refused: of these, those that another is spelt like.
         are_named: the findings are those of a TOML, so no column may hold anything but labels.
     """
 
@@ -119,6 +121,7 @@ class Columns:
     view: tuple[int, ...]
     split: int | None
     findings: Mapping[str, int]
+    refused: Mapping[str, DatasetError]
     are_named: bool
     is_nih: bool
 
@@ -149,15 +152,15 @@ def find_columns(header: Row, stated: Description) -> Columns:
     ) if views is None else tuple(_named(header, name) for name in views)  # fmt: skip
     used = {*image, *view, *others.values(), labels}
     if labels is not None:
-        findings: Mapping[str, int] = {}
+        named: list[tuple[str, int]] = []
     elif stated.findings:
-        findings = {finding: _named(header, name) for finding, name in stated.findings.items()}
+        named = [(finding, _named(header, name)) for finding, name in stated.findings.items()]
     else:
         known = {p: finding for finding, p in wide.items()}
-        free = [
+        named = [
             (known.get(p, name.strip()), p) for p, name in enumerate(header.fields) if p not in used and name.strip()
         ]
-        findings = dict(free)
+    findings, times = dict(named), Counter(letters_of(finding) for finding, _ in named)
     if labels is None and not findings:
         raise header.column_error("a column of 0 and 1 for each finding, or one of lists, such as Finding Labels")
     return Columns(
@@ -166,6 +169,13 @@ def find_columns(header: Row, stated: Description) -> Columns:
         labels=labels,
         view=view,
         findings=findings,
+        refused={
+            finding: header.error(
+                f"{times[letters_of(finding)]} columns of {finding}", "one; rename or drop the others"
+            )
+            for finding in findings
+            if times[letters_of(finding)] > 1
+        },
         are_named=bool(stated.findings),
         is_nih=labels is not None and header.fields[labels] == NIH_LABELS and not stated.findings,
         **others,

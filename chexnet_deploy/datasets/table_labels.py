@@ -4,13 +4,14 @@ A column that nobody named in a TOML may hold something else. It is then no find
 """
 
 import ast
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from chexnet_deploy.datasets.csv_rows import letters_of
+from chexnet_deploy.datasets.csv_rows import FINDING_BY_LETTERS, letters_of
 from chexnet_deploy.datasets.findings import FINDINGS, NO_FINDING
 from chexnet_deploy.datasets.labelled import NOT_LABELLED
 from chexnet_deploy.datasets.table_columns import Columns, Description
@@ -40,11 +41,13 @@ class Labels:
     Attributes:
         refused: finding -> why its column can't be read.
         n_uncertain: cells of -1 to which the policy was applied.
+        named_nowhere: words of the TOML that no list holds: a typing error, or rare.
     """
 
     def __init__(self, stated: Description, columns: Columns, row_error: RowError) -> None:
-        self.refused: dict[str, DatasetError] = {}
+        self.refused = dict(columns.refused)
         self.n_uncertain = 0
+        self.named_nowhere: tuple[str, ...] = ()
         self._stated, self._columns, self._row_error = stated, columns, row_error
         self._codes = _CODES | dict.fromkeys(_EMPTY, _POLICIES[stated.empty])
         self._parts: dict[str, list[NDArray[np.int8]]] = {finding: [] for finding in columns.findings}
@@ -120,6 +123,27 @@ class Labels:
             raise self._row_error(i, repr(cell), f"{NO_FINDING} alone or findings alone")
         return found
 
+    def _check_words(self, columns: Collection[str]) -> None:
+        """Refuse lists parted by something else than |, whose findings would all be absent; note what no list names.
+
+        Args:
+            columns: findings by their letters.
+
+        Raises:
+            DatasetError: names the row.
+        """
+        read = {letters_of(name) for names in self._named for name in names or ()}
+        stated = {word: letters_of(word) for word in self._stated.findings.values()}
+        self.named_nowhere = tuple(word for word, letters in stated.items() if letters not in read)
+        known = {*columns, *FINDING_BY_LETTERS}
+        for number, names in enumerate(self._named):
+            for name in names or ():
+                whole, parts = letters_of(name), {*map(letters_of, re.split("[,;]", name))}
+                if len(parts) > 1 and whole not in stated.values() and not parts.isdisjoint(known):
+                    first = int((np.concatenate(self._numbers) == number).argmax())
+                    needed = "names parted by |, or a list like ['mass', 'edema']"
+                    raise self._row_error(first, f"labels {name!r}", needed)
+
     def _matrix_of_lists(self) -> tuple[tuple[str, ...], NDArray[np.int8]]:
         if self._stated.findings:
             word_of = dict(self._stated.findings)
@@ -127,6 +151,7 @@ class Labels:
             words = FINDINGS if self._columns.is_nih else [name for names in self._named for name in names or ()]
             word_of = {word: word for word in words}
         column_of = {letters_of(word): c for c, word in enumerate(word_of.values())}
+        self._check_words(column_of)
         each = np.zeros((len(self._named), len(word_of)), np.int8)
         for i, names in enumerate(self._named):
             if names is None:

@@ -19,7 +19,9 @@ _LOG = logging.getLogger(__name__)
 def attest(
     run: BenchRun, engines: Sequence[Engine], reference: Engine, specs_sha256: Sequence[str], on_phase: OnPhase
 ) -> dict[str, Attestation]:
-    """Return an attestation for each bundle of a run, by the name of its file; none beside a reference that is no bundle.
+    """Return an attestation for each bundle of a run, by the name of its file.
+
+    None beside a reference that is no bundle, or was itself made of another: by itself every bundle passes, and margins add up.
 
     Args:
         run: of `engines`, in their order.
@@ -28,7 +30,7 @@ def attest(
         specs_sha256: of the file of each engine's spec.
         on_phase: called while images are hashed.
     """
-    if not isinstance(reference, Bundle):
+    if not isinstance(reference, Bundle) or reference.manifest.ancestors:
         return {}
     data_sha256 = None if run.images is None else _hash_images(run.images, on_phase)
     made = {}

@@ -186,7 +186,7 @@ def limit_rows(report: BenchReport) -> list[dict[str, str]]:
             "measured (95 %)": each.measured,
             "worst finding": each.finding or "",
             "at": "not gated" if each.limit is None else f"{each.limit:g}",
-            "verdict": "" if each.limit is None else each.verdict,
+            "verdict": "" if each.limit is None else "not measured" if each.value is None else each.verdict,
         }
         for engine in report.engines
         if engine.parity is not None

@@ -79,15 +79,24 @@ def run_bench(
 
     Raises:
         BundleError: the reference is of an engine's own family, and not its ancestor.
-        DatasetError: no finding is known to all.
-        SpecError: a spec is for another precision or GPU.
+        DatasetError: no image is labelled for a finding that all know.
+        SpecError: a spec is for another precision, GPU or finding, or the engines have no finding in common.
         SessionError: an engine refuses to run here, or answers otherwise than when it was proven.
     """
     for engine, spec in engines:
         _refuse_mismatch(engine, spec, reference, provider)
+        spec.gate.refuse_strangers({*engine.findings, *reference.findings})
     findings = tuple(f for f in reference.findings if all(f in engine.findings for engine, _ in engines))
     labelled = () if images is None else images.findings
     if images is not None:
+        if not findings:
+            known = "; ".join(
+                f"{each.name}: {name_some(each.findings)}" for each in (reference, *(e for e, _ in engines))
+            )
+            raise SpecError(
+                f"found no finding that all engines know ({known}); needed one of the same name. Next: write it in the contract "
+                f"as the other writes it, or compare models of the same findings."
+            )
         images = images.for_findings(images.shared_with(findings))
         findings = images.findings
     names = _distinct_names([engine for engine, _ in engines])

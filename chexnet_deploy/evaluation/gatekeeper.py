@@ -44,9 +44,11 @@ class Gatekeeper:
 
     Raises:
         ImageError, SessionError: the parent can't answer the validation images.
+        SpecError: the gate names another model's findings.
     """
 
     def __init__(self, parent: Bundle, gate: Gate, validation: LabelledImages | None = None) -> None:
+        gate.refuse_strangers(parent.findings)
         self._manifest = parent.manifest
         self._probe = parent.read_probe()
         self._gate = gate

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from chexnet_deploy.evaluation.spec import Gate
 from chexnet_deploy.inputs import MeasuredRecord
 from chexnet_deploy.metrics.calibration import CalibrationGrowth
-from chexnet_deploy.metrics.intervals import Proportion, clustered_proportion
+from chexnet_deploy.metrics.intervals import Proportion, clustered_proportion, defined
 
 
 class GateResult(MeasuredRecord):
@@ -125,15 +125,15 @@ def _share(
     if share is None:
         return GateResult(gate=name, value=None, limit=limit, verdict="not gated" if limit is None else "pass")
     value, low, high = share.value, share.low, share.high
-    if is_least:
-        verdict, more = _judge(-value, -low, None if limit is None else -limit, n_patients)
+    if is_least:  # as many agree as don't differ
+        verdict, more = _judge(1 - value, 1 - low, None if limit is None else 1 - limit, n_patients, is_share=True)
     else:
-        verdict, more = _judge(value, high, limit, n_patients)
+        verdict, more = _judge(value, high, limit, n_patients, is_share=True)
     return GateResult(
         gate=name,
         value=value,
-        low=None if math.isnan(low) else low,
-        high=None if math.isnan(high) else high,
+        low=defined(low),
+        high=defined(high),
         limit=limit,
         n_more_patients=more,
         verdict=verdict,
@@ -157,8 +157,8 @@ def _of_the_worst(
     return GateResult(
         gate=name,
         value=value,
-        low=low if is_estimate and not math.isnan(low) else None,
-        high=high if is_estimate and not math.isnan(high) else None,
+        low=defined(low) if is_estimate else None,
+        high=defined(high) if is_estimate else None,
         limit=limit,
         finding=finding,
         n_beyond=n_beyond,
@@ -168,7 +168,7 @@ def _of_the_worst(
 
 
 def _judge(
-    value: float, end: float, limit: float | None, n_patients: int
+    value: float, end: float, limit: float | None, n_patients: int, *, is_share: bool = False
 ) -> tuple[Literal["pass", "fail", "inconclusive", "not gated"], int | None]:
     """Return the verdict on an estimate whose interval ends at `end`, and how many more patients would decide it."""
     if limit is None:
@@ -179,8 +179,11 @@ def _judge(
         return "pass", None
     if math.isnan(end) or value == limit:
         return "inconclusive", None
-    # Intervals shrink with the root of the number of patients.
-    return "inconclusive", max(1, math.ceil(n_patients * (((end - value) / (limit - value)) ** 2 - 1)))
+    # Intervals shrink with the root of the number of patients, Wilson's at its end: (end - value)^2 n = t^2 end (1 - end).
+    times = ((end - value) / (limit - value)) ** 2
+    if is_share:
+        times *= limit * (1 - limit) / (end * (1 - end))
+    return "inconclusive", max(1, math.ceil(n_patients * (times - 1)))
 
 
 def _last_if_nan(value: float) -> float:

@@ -55,7 +55,7 @@ class SiteRequest:
 
     Attributes:
         bundle: its folder; the site file goes beside it.
-        data: ChestX-ray14's layout.
+        data: as open_data takes it.
         split: whose images; never train.
         images: list that narrows them further.
         rates: sensitivity alone, specificity alone, or PPV, NPV or both.

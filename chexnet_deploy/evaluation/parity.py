@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from chexnet_deploy.errors import MetricError
 from chexnet_deploy.evaluation.gates import GateResult, judge_limits
 from chexnet_deploy.evaluation.spec import Gate
-from chexnet_deploy.inputs import AnyFloat, MeasuredRecord
+from chexnet_deploy.inputs import AnyFloat, MeasuredRecord, name_some
 from chexnet_deploy.metrics.agreement import flips, noise_share, observed_quantile, rank_churn
 from chexnet_deploy.metrics.calibration import CalibrationGrowth, calibration_growth
 from chexnet_deploy.metrics.delong import compare_all
-from chexnet_deploy.metrics.intervals import ALPHA, PairedDifference, patients_needed
+from chexnet_deploy.metrics.intervals import ALPHA, PairedDifference, defined, patients_needed
 from chexnet_deploy.metrics.probabilities import expected_calibration_error, mcnemar_exact_p
 from chexnet_deploy.metrics.roc import mean_auroc
 from chexnet_deploy.runtime.sessions.base import Logits, sigmoid
@@ -255,7 +255,7 @@ def compare(
         patients=patients,
     )
     failures = _failures(rows, limits, is_finite=is_finite)
-    doubts = _doubts(rows, limits, gate)
+    doubts = _doubts(rows, limits, gate, len(np.unique(patients)))
     mean_reference = mean_auroc({row.finding: _nan(row.auroc_reference) for row in rows})
     mean_candidate = mean_auroc({row.finding: _nan(row.auroc_candidate) for row in rows})
     low, high = math.nan, math.nan
@@ -265,10 +265,10 @@ def compare(
         n_images=len(patients),
         n_patients=len(np.unique(patients)),
         findings=rows,
-        mean_auroc_reference=_none(mean_reference.value),
-        mean_auroc_candidate=_none(mean_candidate.value),
-        mean_difference_low=_none(low),
-        mean_difference_high=_none(high),
+        mean_auroc_reference=defined(mean_reference.value),
+        mean_auroc_candidate=defined(mean_candidate.value),
+        mean_difference_low=defined(low),
+        mean_difference_high=defined(high),
         n_counted=mean_candidate.n_counted,
         left_out=tuple(row.finding for row in rows if row.difference is None),
         n_flips=sum(row.n_flips or 0 for row in rows),
@@ -314,17 +314,20 @@ def _compare_finding(
     else:
         verdict = "pass" if areas.non_inferiority_p(margin) < ALPHA else "inconclusive"
     changed = None if operating_point is None else flips(*probabilities, operating_point)
-    growth = calibration_growth(*probabilities, truth, patients) if is_finite else None
+    p_reference, p_candidate = (each[known] for each in probabilities)
+    growth = None
+    if is_finite and known.any():
+        growth = calibration_growth(p_reference, p_candidate, truth[known], patients[known])
     maps = None if map_correlation is None or np.isnan(map_correlation).all() else map_correlation
     return FindingParity(
         finding=name,
         n_positive=int(truth[known].sum()),
         n_positive_patients=areas.reference.n_positive_patients,
-        auroc_reference=_none(areas.reference.area),
-        auroc_candidate=_none(area_candidate),
-        difference_low=_none(low),
-        difference_high=_none(high),
-        p_value=_none(areas.non_inferiority_p(margin)) if is_finite else None,
+        auroc_reference=defined(areas.reference.area),
+        auroc_candidate=defined(area_candidate),
+        difference_low=defined(low),
+        difference_high=defined(high),
+        p_value=defined(areas.non_inferiority_p(margin)) if is_finite else None,
         margin=margin,
         verdict=verdict,
         why_not_assessable=why_not,
@@ -333,13 +336,13 @@ def _compare_finding(
         n_gained=None if changed is None else changed.gained,
         n_lost=None if changed is None else changed.lost,
         mcnemar_p=None if changed is None else mcnemar_exact_p(changed.gained, changed.lost),
-        ece_reference=_none(expected_calibration_error(probabilities[0][known], truth[known])),
-        ece_candidate=_none(expected_calibration_error(probabilities[1][known], truth[known])) if is_finite else None,
+        ece_reference=defined(expected_calibration_error(p_reference, truth[known])),
+        ece_candidate=defined(expected_calibration_error(p_candidate, truth[known])) if is_finite else None,
         calibration_growth=None if growth is None else growth.value,
-        calibration_growth_low=None if growth is None else _none(growth.low),
-        calibration_growth_high=None if growth is None else _none(growth.high),
+        calibration_growth_low=None if growth is None else defined(growth.low),
+        calibration_growth_high=None if growth is None else defined(growth.high),
         rank_churn=rank_churn(reference, candidate) if is_finite else None,
-        noise_share=_none(noise_share(reference, candidate)) if is_finite else None,
+        noise_share=defined(noise_share(reference, candidate)) if is_finite else None,
         map_correlation_median=None if maps is None else float(np.nanmedian(maps)),
         map_correlation_p01=None if maps is None else float(np.nanquantile(maps, 0.01, method="lower")),
     )
@@ -393,8 +396,8 @@ def _compare_group(
         n_patients=len(np.unique(patients[chosen])),
         n_assessable=len(assessable),
         mean_difference=None if mean is None else mean.difference,
-        difference_low=_none(low),
-        difference_high=_none(high),
+        difference_low=defined(low),
+        difference_high=defined(high),
         worst_finding=None if worst is None else findings[worst],
         worst_difference=None if worst is None else areas.findings[worst].difference,
         max_abs_probability_difference=float(np.abs(p_reference - p_candidate).max()),
@@ -417,14 +420,12 @@ def _failures(rows: tuple[FindingParity, ...], limits: tuple[GateResult, ...], *
     return (*reasons, *(each.reason for each in limits if each.verdict == "fail" and each.reason is not None))
 
 
-def _doubts(rows: tuple[FindingParity, ...], limits: tuple[GateResult, ...], gate: Gate) -> tuple[str, ...]:
+def _doubts(
+    rows: tuple[FindingParity, ...], limits: tuple[GateResult, ...], gate: Gate, n_patients: int
+) -> tuple[str, ...]:
     of_limits = tuple(each.reason for each in limits if each.verdict == "inconclusive" and each.reason is not None)
     if all(row.verdict == "not assessable" for row in rows):
-        n = gate.min_positive_patients
-        return (
-            f"no finding has {n} positive patients, so AUROC parity is not shown; use more labelled images",
-            *of_limits,
-        )
+        return (_why_none(rows, gate, n_patients), *of_limits)
     of_areas = (
         f"{row.finding}: AUROC difference {row.difference:+.4f} ({row.difference_low:+.4f} to {row.difference_high:+.4f}) does "
         f"not rule out a loss of {row.margin}; about {row.n_more_patients} more positive patients would decide it"
@@ -434,8 +435,17 @@ def _doubts(rows: tuple[FindingParity, ...], limits: tuple[GateResult, ...], gat
     return (*of_areas, *of_limits)
 
 
-def _none(value: float) -> float | None:
-    return None if math.isnan(value) else value
+def _why_none(rows: tuple[FindingParity, ...], gate: Gate, n_patients: int) -> str:
+    """Return why no finding is assessable: in each one's own words where more images alone wouldn't help."""
+    n = gate.min_positive_patients
+    if n_patients == 1:
+        return "all images are of one patient, or nobody knows whose, so AUROC parity is not shown; use those of more patients"
+    if all(row.n_positive_patients < n for row in rows):
+        return f"no finding has {n} positive patients, so AUROC parity is not shown; use more labelled images"
+    named: dict[str, list[str]] = {}
+    for row in rows:
+        named.setdefault(row.why_not_assessable or "", []).append(row.finding)
+    return f"AUROC parity is not shown: {'; '.join(f'{name_some(names)}: {why}' for why, names in named.items())}"
 
 
 def _nan(value: float | None) -> float:

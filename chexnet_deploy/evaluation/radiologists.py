@@ -146,7 +146,7 @@ def compare_with_readers(
             f"least one. Next: score images of the official test list."
         )
     at = {threshold.finding: threshold.probability for threshold in thresholds}
-    columns = [c for c, finding in enumerate(labelled.findings) if finding in at]
+    columns = [c for c, finding in enumerate(labelled.findings) if finding in at and finding in FINDINGS]
     if not columns:
         raise DatasetError(f"found no finding with a threshold: {why_none}. Next: give --thresholds FILE.")
     findings = tuple(labelled.findings[c] for c in columns)
@@ -160,7 +160,8 @@ def compare_with_readers(
         thresholds_from=thresholds_from,
         thresholds=tuple(threshold for threshold in thresholds if threshold.finding in findings),
         left_out={
-            **{finding: why_none for finding in labelled.findings if finding not in at},
+            **{finding: "not read by them" for finding in labelled.findings if finding not in FINDINGS},
+            **{finding: why_none for finding in labelled.findings if finding in FINDINGS and finding not in at},
             **{finding: "not scored" for finding in FINDINGS if finding not in labelled.findings},
         },
         majority_readers=MAJORITY_READERS,

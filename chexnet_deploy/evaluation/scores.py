@@ -21,7 +21,7 @@ from chexnet_deploy.evaluation.records import (
     SubgroupFinding,
 )
 from chexnet_deploy.metrics.delong import AreaComparison, compare_all, estimate_area
-from chexnet_deploy.metrics.intervals import AreaEstimate, clustered_proportion
+from chexnet_deploy.metrics.intervals import AreaEstimate, clustered_proportion, defined
 from chexnet_deploy.metrics.probabilities import (
     average_precision,
     brier_score,
@@ -73,7 +73,7 @@ def evaluate_scores(labelled: LabelledScores, operating_points: Mapping[str, flo
     interval, undefined = _mean_interval(findings, comparison)
     return Scored(
         findings=findings,
-        mean_auroc=_none(mean.value),
+        mean_auroc=defined(mean.value),
         mean_auroc_interval=interval,
         n_counted=mean.n_counted,
         left_out=left_out,
@@ -121,9 +121,9 @@ def _score_finding(
         n_positive=estimate.n_positive,
         n_positive_patients=estimate.n_positive_patients,
         n_negative_patients=estimate.n_negative_patients,
-        auroc=_none(estimate.area),
+        auroc=defined(estimate.area),
         auroc_interval=interval_of(estimate),
-        auprc=_none(average_precision(labelled.scores[rows, column], truth)),
+        auprc=defined(average_precision(labelled.scores[rows, column], truth)),
         brier=brier,
         ece=ece,
         operating_point=point,
@@ -159,7 +159,7 @@ def _decide(
 def _share(is_counted: NDArray[np.bool_], patients: NDArray[np.int64]) -> Share:
     share = clustered_proportion(is_counted, patients)
     return Share(
-        value=_none(share.value),
+        value=defined(share.value),
         interval=None if math.isnan(share.low) else (share.low, share.high),
         n_images=share.n_images,
         n_patients=share.n_patients,
@@ -222,7 +222,3 @@ def _subgroup_finding(
         auroc_interval=None if estimate is None else interval_of(estimate),
         why_not=why_not,
     )
-
-
-def _none(value: float) -> float | None:
-    return None if math.isnan(value) else value

@@ -3,7 +3,7 @@
 A spec is written before anything is measured: margins chosen after looking at results prove nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,7 +12,7 @@ from pydantic import Field, StringConstraints, ValidationError, model_validator
 from chexnet_deploy.bundle.manifest import Precision
 from chexnet_deploy.datasets.findings import FINDINGS
 from chexnet_deploy.errors import SpecError
-from chexnet_deploy.inputs import Record, describe, read_toml
+from chexnet_deploy.inputs import Record, describe, name_some, read_toml
 
 _PACKAGE = Path(__file__).parents[1]
 # In the wheel the specs lie inside the package; in a checkout beside it.
@@ -74,11 +74,26 @@ class Gate(Record):
     latency: LatencyGate | Literal["unproven", "not gated"]
 
     @model_validator(mode="after")
-    def _names_known_findings(self) -> "Gate":
-        unknown = sorted(set(self.auroc_margin) - {"default", *FINDINGS})
-        if unknown or "default" not in self.auroc_margin:
-            raise ValueError(f"auroc_margin needs `default` and known findings; unknown: {unknown}")
+    def _has_a_default(self) -> "Gate":
+        if "default" not in self.auroc_margin:
+            raise ValueError("auroc_margin needs `default`")
         return self
+
+    def refuse_strangers(self, findings: Collection[str]) -> None:
+        """Refuse a margin of a finding that no model here has: misspelt, its finding would get the default one.
+
+        Args:
+            findings: of the models; ChestX-ray14's may be named for all.
+
+        Raises:
+            SpecError: names it.
+        """
+        strangers = sorted(set(self.auroc_margin) - {"default", *FINDINGS, *findings})
+        if strangers:
+            raise SpecError(
+                f"the spec has an auroc_margin for {name_some(strangers)}, found in no model here; needed names out of "
+                f"{name_some(sorted(findings))}. Correct the spec."
+            )
 
     def margin_of(self, finding: str) -> float:
         """Return how much AUROC this finding may lose."""

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from chexnet_deploy.errors import MetricError
+from chexnet_deploy.metrics.intervals import defined
 from chexnet_deploy.metrics.roc import Scores
 
 LEVEL: Final = 0.95
@@ -102,9 +103,7 @@ def estimate_each(point: NDArray[np.float64], resampled: NDArray[np.float64]) ->
             low, high = np.quantile(samples[~is_undefined], _QUANTILES).tolist()
             if low == high:  # no true positive at all gives 0 in every resample: a width of 0 would look like certainty
                 low = high = None
-        estimates.append(
-            Estimate(value=None if math.isnan(value) else value, low=low, high=high, undefined_share=share)
-        )
+        estimates.append(Estimate(value=defined(value), low=low, high=high, undefined_share=share))
     return tuple(estimates)
 
 

@@ -227,6 +227,11 @@ def _with_patients(comparison: PairedDifference, times: float) -> PairedDifferen
     )
 
 
+def defined(value: float) -> float | None:
+    """Return a figure, or None where it is undefined, which is NaN in this package's arithmetic."""
+    return None if math.isnan(value) else value
+
+
 def _logistic(x: float) -> float:
     return 1 / (1 + math.exp(-x)) if x > -700 else 0.0
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
+from chexnet_deploy.datasets.csv_rows import letters_of
 from chexnet_deploy.errors import SessionError, SpecError
 from chexnet_deploy.images import Pixels, Resizing
 from chexnet_deploy.inputs import StrictRecord, describe, read_toml
@@ -128,9 +129,10 @@ class Output(StrictRecord):
     @model_validator(mode="after")
     def _is_consistent(self) -> "Output":
         named = [finding for finding in self.findings if finding != IGNORED]
-        if not named or len(set(named)) < len(named):
+        n_different = len(set(map(letters_of, named)))  # capitals and blanks don't tell columns of labels apart
+        if not named or n_different < len(named):
             raise ValueError(
-                f"findings: {len(named)} names, {len(set(named))} of them different; needed one or more, each once"
+                f"findings: {len(named)} names, {n_different} of them different; needed one or more, each once"
             )
         if (self.values == "logits") != (self.score is not None):
             raise ValueError(

@@ -73,13 +73,16 @@ def score_files(
 
     Raises:
         ImageError: a file can't be read without guessing.
-        SessionError: a session refused or failed, or an endpoint answers the same images in two ways.
+        SessionError: a session refused or failed, an endpoint answers the same images in two ways, or a model's logits are none.
     """
     own = preprocessing if isinstance(preprocessing, Mapping) else dict.fromkeys(sessions, preprocessing)
     different = list(dict.fromkeys(own.values()))
     collected: dict[str, list[Logits]] = {name: [] for name in sessions}
-    # A served model may be changed while it is measured, or be several that answer in turns.
-    first: dict[str, tuple[ForeignSession, Pixels, Logits]] = {}
+    # A served model may be changed while it is measured, or be several that answer in turns. Each batch is asked for again when the
+    # next one has been, so that a change shows wherever it begins and ends, and the first one at the end.
+    foreign = {name: session for name, session in sessions.items() if isinstance(session, ForeignSession)}
+    first: dict[str, tuple[Pixels, Logits]] = {}
+    last: dict[str, tuple[Pixels, Logits]] = {}
     done = 0
     batch_size = min([BATCH_SIZE, *(session.batch_range[1] for session in sessions.values())])
     for rows in iter_lists(_iter_prepared(paths, different), batch_size):
@@ -88,14 +91,18 @@ def score_files(
         for name, session in sessions.items():
             logits, maps[name] = run_padded(session, batches[own[name]])
             collected[name].append(logits)
-            if isinstance(session, ForeignSession) and session.is_remote:
-                session.check_again(batches[own[name]], logits)
-                first.setdefault(name, (session, batches[own[name]], logits))
+            if name in foreign and foreign[name].is_remote:
+                if name in last:
+                    foreign[name].check_again(*last[name])
+                last[name] = batches[own[name]], logits
+                first.setdefault(name, last[name])
         if on_maps is not None:
             on_maps(maps)
         done += len(rows)
         if on_images is not None:
             on_images(done)
-    for session, batch, logits in first.values():
-        session.check_again(batch, logits)
+    for name, answer in (*last.items(), *first.items()):
+        foreign[name].check_again(*answer)
+    for each in foreign.values():
+        each.refuse_probabilities()
     return {name: np.concatenate(logits) for name, logits in collected.items()}

@@ -71,7 +71,7 @@ def attested(bundle: Bundle, **changes: Any) -> Attestation:
         "verdict": "PASS",
         "summary": "PASS on 1 of 1",
         "bundle_id": bundle.id,
-        "model_sha256": "1" * 64,
+        "model_sha256": bundle.model_sha256,
         "reference_id": bundle.id,
         "reference_model_sha256": "1" * 64,
         "spec_sha256": SPEC,
@@ -177,6 +177,19 @@ def test_the_attestation_of_another_bundle_is_refused(bundle: Bundle, trust_file
     assert_refused(bundle, trust_file, f"is of the bundle {other.id[:12]}", bundle.id[:12])
     with pytest.raises(TrustError, match="is of the bundle"):  # `sign` doesn't put it there either
         sign_bundle(bundle.path, KEYS["release"], other.path / ATTESTATION)
+
+
+def test_what_contradicts_the_bundle_or_itself_is_not_signed(bundle: Bundle, tmp_path: Path) -> None:
+    file = tmp_path / "said.json"
+    for changes, found in (
+        ({"model_sha256": "3" * 64}, "is of another model file"),
+        ({"n_images": 0, "n_patients": 0}, "a PASS needs images"),
+        ({"n_patients": 4}, "no more patients than these"),
+        ({"data_sha256": None}, "a PASS needs images"),
+    ):
+        file.write_bytes(attested(bundle).model_copy(update=changes).to_bytes())
+        with pytest.raises(TrustError, match=found):
+            sign_bundle(bundle.path, KEYS["release"], file)
 
 
 def test_an_attestation_that_nobody_trusted_signed_is_refused(bundle: Bundle, trust_file: Path, tmp_path: Path) -> None:

@@ -63,6 +63,31 @@ def test_the_worst_of_three_builds_decides(
         assert said.reference_id == bundles["fp32"].id
 
 
+def test_builds_are_judged_by_no_reference_that_trust_refuses(
+    bundles: dict[str, Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "build_tensorrt_plan", copy_of)
+    bundle, key, trust = (tmp_path / name for name in ("fp32", "key.pem", "trust.toml"))
+    shutil.copytree(bundles["fp32"].path, bundle)
+    trust.write_text(f"format = 1\n{chexnet('keygen', key).stdout}")
+    assert chexnet("sign", bundle, "--key", key).returncode == 0
+    words = ("--engine", bundle, "--builds", "1", "--trust", trust, "--out", tmp_path / "bench")
+    done = chexnet("bench", *words, "--reference", bundles["fp32"].path)
+    assert_one_line_error(done, 2, f"{bundles['fp32'].path} is not signed")
+
+
+def test_beside_itself_a_bundle_gets_no_attestation(
+    bundles: dict[str, Bundle], phantom_root: Path, tmp_path: Path
+) -> None:
+    """Every bundle passes beside itself, which says nothing of the model it was made of; nor do patients whom both know."""
+    fp16, fp32 = bundles["fp16"].path, bundles["fp32"].path
+    few = ("--min-runs", "1", "--min-duration-s", "0", "--no-html", "--data", phantom_root)
+    for name, reference, split in (("itself", fp16, "test"), ("known", fp32, "train"), ("parent", fp32, "test")):
+        chexnet("bench", "--engine", fp16, "--reference", reference, "--out", tmp_path / name, "--split", split, *few)
+        assert (tmp_path / name / "report.json").exists()
+    assert [path.parent.name for path in tmp_path.rglob("attestation-*.json")] == ["parent"]
+
+
 SPEC = """\
 description = "lenient enough for forty patients"
 precision = "fp32"

@@ -11,6 +11,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from chexnet_deploy.datasets.chestxray14 import ChestXray14, truth
+from chexnet_deploy.datasets.csv_rows import read_names
 from chexnet_deploy.datasets.findings import FINDINGS
 from chexnet_deploy.datasets.predictions import LabelledScores, read_predictions
 from chexnet_deploy.datasets.table import read_labels
@@ -197,6 +198,16 @@ def test_patients_without_numbers_are_hashed_and_kept_apart(read: Read) -> None:
 
 def test_the_patient_is_read_off_an_nih_name_where_the_labels_have_none(read: Read) -> None:
     assert read(WIDE, "image,Mass\n" + "".join(f"{name},1\n" for name in IMAGES)).patients.tolist() == [2, 4, 4]
+
+
+def test_windows_separators_are_those_of_the_labels(tmp_path: Path) -> None:
+    """The same table written on Windows names its images with backslashes, in each of the files that name them."""
+    (tmp_path / "p.csv").write_text("image,prob_Mass\nscans\\a.png,0.9\nscans/b.png,0.1\n")
+    (tmp_path / "l.csv").write_text("image,patient,Mass\nscans/a.png,A,1\nscans\\b.png,B,0\n")
+    (tmp_path / "list.txt").write_text("scans\\b.png\r\n")
+    scored = read_predictions(tmp_path / "p.csv", read_labels(tmp_path / "l.csv"))
+    assert (scored.names, scored.truth.tolist()) == (("scans/a.png", "scans/b.png"), [[True], [False]])
+    assert read_names(tmp_path / "list.txt") == ("scans/b.png",)
 
 
 def test_commas_at_the_end_of_lines_mean_nothing(read: Read) -> None:

@@ -7,12 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from numpy.typing import NDArray
+from onnx import numpy_helper
 
 from chexnet_deploy.bundle.bundle import Bundle
 from chexnet_deploy.datasets.chestxray14 import ChestXray14
 from chexnet_deploy.datasets.findings import FINDINGS
+from chexnet_deploy.datasets.patients import PatientSet
 from chexnet_deploy.export.from_torch import import_legacy
 from chexnet_deploy.export.from_torch.checkpoint import read_checkpoint, write_checkpoint
 from chexnet_deploy.export.from_torch.model import CheXNet
@@ -234,17 +237,45 @@ def test_somebody_elses_int8_beside_its_float_form(real_small: tuple[Path, Path]
     assert evaluated["mean_auroc"] == pytest.approx(0.728, abs=6e-4)
 
 
+def test_an_engine_that_was_trained_on_these_patients_is_refused(
+    bundles: dict[str, Bundle], phantom: ChestXray14, tmp_path: Path
+) -> None:
+    """Also beside a model that doesn't say whom it was trained on: it would look better than that one."""
+    source = bundles["fp32"]
+    trained_on = PatientSet.of([phantom.split("test")[0].patient])
+    knowing = Bundle.write(
+        tmp_path / "knowing",
+        source.manifest.model_copy(update={"trained_on": trained_on}),
+        source.read_model(),
+        source.read_probe_bytes(),
+    )
+    file, contract = write_onnx(tmp_path / "net.onnx", 2), write_contract(tmp_path / "c.toml", ("Mass", "Edema"))
+    done = chexnet(
+        "bench", "--engine", knowing.path, "--reference", file, "--contract", contract, "--data", phantom.root,
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert_one_line_error(done, 2, "Found 1 of 40 patients that the model was trained on")
+
+
 def test_refusals_say_what_is_missing(bundles: dict[str, Bundle], phantom: ChestXray14, tmp_path: Path) -> None:
     file, contract = write_onnx(tmp_path / "net.onnx", 2), write_contract(tmp_path / "c.toml", ("Mass", "Edema"))
     strange = write_contract(tmp_path / "s.toml", ("Lung Lesion", "Fracture"))
-    fp32, data = bundles["fp32"].path, ("--data", phantom.root)
+    fp32, data, misspelt = bundles["fp32"].path, ("--data", phantom.root), tmp_path / "misspelt.toml"
+    misspelt.write_text((CHECKOUT / "engines" / "fp32.toml").read_text().replace("0.001 }", "0.001, Hernya = 0.02 }"))
     as_bundle = ("--engine", fp32, "--reference", file)
     for words, found in (
         (("--engine", file, "--reference", fp32), "no contract; needed a TOML"),
         (("--engine", file, "--contract", contract), "found no --reference"),
         (("--engine", file, "--contract", contract, "--reference", fp32), "found no --spec"),
         (("--engine", fp32, "--contract", contract), "for bundles, which say what they take themselves"),
-        ((*as_bundle, "--reference-contract", strange, *data), "needed at least one image labelled for a finding"),
+        (
+            (*as_bundle, "--reference-contract", strange, *data),
+            "no finding that all engines know (net: Lung Lesion, Fracture; ",
+        ),
+        (
+            (*as_bundle, "--contract", contract, "--spec", misspelt),
+            "an auroc_margin for Hernya, found in no model here",
+        ),
         ((*as_bundle, "--contract", contract, "--trust", tmp_path / "t"), "t is missing"),
         (("--engine", tmp_path / "no.onnx", "--reference", fp32, "--contract", contract, "--spec", "fp32"), "no.onnx"),
         (("--engine", file, "--reference", fp32, "--contract", contract, "--spec", "l4-int8"), "runs on ONNX Runtime"),
@@ -257,6 +288,21 @@ def test_refusals_say_what_is_missing(bundles: dict[str, Bundle], phantom: Chest
         assert not (tmp_path / "out").exists()
 
 
+def test_a_batch_that_is_open_outside_alone_says_what_to_do(phantom_root: Path, tmp_path: Path) -> None:
+    """torch.onnx.export of a model that calls view(1, -1) takes any batch, and fails on more than one image."""
+    model = onnx.load(str(write_onnx(tmp_path / "net.onnx", 2)))
+    flatten = next(node for node in model.graph.node if node.op_type == "Flatten")
+    flatten.op_type = "Reshape"
+    flatten.input.append("shape")
+    model.graph.initializer.append(numpy_helper.from_array(np.array([1, 64]), "shape"))
+    onnx.save(model, str(tmp_path / "net.onnx"))
+    contract = write_contract(tmp_path / "c.toml", ("Mass", "Edema"))
+    done = chexnet("evaluate", tmp_path / "net.onnx", "--contract", contract, "--data", phantom_root)
+    assert_one_line_error(
+        done, 2, "found no answer to a batch of 4, needed one. Export it with its batch open throughout"
+    )
+
+
 @pytest.mark.parametrize(
     ("changes", "replaced", "found"),
     [
@@ -265,6 +311,8 @@ def test_refusals_say_what_is_missing(bundles: dict[str, Bundle], phantom: Chest
         ({}, {"size": "64"}, "needed [?, 1, 64, 64]"),
         ({"n_outputs": 3}, {}, "found an answer of float32 [4, 3], needed floats [4, 2]"),
         ({"tail": "Sqrt"}, {}, "found NaN or infinity"),
+        ({"tail": "Sigmoid"}, {}, "found answers of 0 to 1 alone to 78 images, needed logits"),
+        ({"tail": "Softmax"}, {"score": '"softmax"'}, "found answers of 0 to 1 alone to 78 images, needed logits"),
         ({"tail": "Abs", "weight": 400.0}, {"values": '"sigmoids"'}, "needed 0 to 1"),
         ({"tail": "Sigmoid"}, {"values": '"softmax"'}, "needed 1, as the contract calls them a softmax"),
         ({}, {"layout": '"NCHW"\nname = "pixels"'}, "found inputs 'x', and 'pixels' in the contract"),

@@ -1,6 +1,7 @@
 """Every figure of `evaluate` on data small enough to check by hand, and against scikit-learn on published predictions."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from time import process_time
 from types import SimpleNamespace
@@ -302,6 +303,16 @@ def test_the_reader_study_by_hand() -> None:
     assert as_text.short_names(found) == {"1": "R1", "2": "R2"} | {
         r: f"R{i}" for i, r in enumerate(MAJORITY_READERS, 3)
     }
+
+
+def test_a_finding_that_readers_did_not_read_is_named() -> None:
+    scored = replace(
+        make_scores(["00000000_000.png", "00000001_000.png"], [0.9, 0.1]), findings=("Mass", "Lung Opacity")
+    )
+    points = [Threshold(finding=name, probability=0.5) for name in scored.findings]
+    found = compare_with_readers(scored, make_labels([[1, 0]] * 5), points, thresholds_from="hand")
+    assert (found.left_out["Lung Opacity"], found.left_out["Nodule"]) == ("not read by them", "not scored")
+    assert [threshold.finding for threshold in found.thresholds] == ["Mass"]
 
 
 def test_readers_without_a_common_image_or_a_threshold() -> None:

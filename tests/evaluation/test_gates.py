@@ -62,9 +62,9 @@ def test_a_share_beyond_its_limit_fails_and_one_whose_interval_reaches_it_is_inc
     assert failed.reasons[0].endswith("limit 0.009")
     doubtful = judge(logits(8, 1), gate(flip_share=0.015))
     assert (doubtful.verdict, doubtful.summary) == ("INCONCLUSIVE", "INCONCLUSIVE by flip_share")
-    # (0.0196 - 0.01) / (0.015 - 0.01) = 1.9: 1.9 squared times 400 patients, less the 400.
+    # Wilson's interval ends at 0.015 where t² / n is 0.005² / (0.015 * 0.985): of 2274 decisions, two a patient.
     more = result(doubtful, "flip_share").n_more_patients
-    assert more == pytest.approx(400 * (1.92**2 - 1), rel=0.05)
+    assert more == pytest.approx(1.965**2 * 0.015 * 0.985 / 0.005**2 / 2 - 400, rel=0.02)
     assert f"about {more} more patients would decide it" in doubtful.reasons[0]
 
 
@@ -100,6 +100,23 @@ def test_agreement_of_the_likeliest_finding() -> None:
     assert report.reasons == (f"likeliest_finding_agreement 0.9000 ({same.low:.4f} to {same.high:.4f}), limit 0.95",)
     assert judge(candidate, gate(likeliest_finding_agreement=0.85)).verdict == "PASS"
     assert judge(candidate, gate(likeliest_finding_agreement=0.89)).verdict == "INCONCLUSIVE"
+
+
+def test_as_many_more_patients_as_it_says_decide() -> None:
+    """None that differs: t² / (n + t²) is below 0.03 from 127 patients on."""
+
+    def alike(n: int) -> GateResult:
+        truth, numbers = np.array([[True, True], [False, False]] * (n // 2)), np.arange(n)
+        limits = gate(likeliest_finding_agreement=0.97)
+        return result(
+            compare(logits()[:n], logits()[:n], truth, numbers, NAMES, POINTS, limits), "likeliest_finding_agreement"
+        )
+
+    few = alike(30)
+    assert few.n_more_patients is not None
+    assert (few.verdict, alike(126).verdict, alike(128).verdict) == ("inconclusive", "inconclusive", "pass")
+    assert 96 <= few.n_more_patients <= 106  # t is larger of few patients
+    assert alike(30 + 2 * (few.n_more_patients // 2)).verdict == "pass"
 
 
 def test_growth_of_the_calibration_error_names_the_finding() -> None:

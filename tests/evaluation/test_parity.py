@@ -348,3 +348,26 @@ def test_a_finding_that_nobody_labels_is_named_and_costs_the_others_nothing() ->
         None,
     )
     assert report.left_out == ("Hernia",)
+
+
+def test_what_needs_labels_is_of_the_labelled_images_alone() -> None:
+    """An image without a label is not one without the finding: figures are those of the others by themselves."""
+    rng = np.random.default_rng(0)
+    truth, numbers = rng.random((60, 2)) < 0.4, np.arange(60)
+    reference = (2 * truth + rng.normal(0, 1, (60, 2))).astype(np.float32)
+    candidate = reference + rng.normal(0.3, 0.2, (60, 2)).astype(np.float32)
+    labelled = np.arange(60)[:, None] < np.array([30, 60])
+    whole = compare(reference, candidate, truth & labelled, numbers, NAMES, POINTS, gate(), labelled=labelled)
+    part = compare(reference[:30], candidate[:30], truth[:30], numbers[:30], NAMES, POINTS, gate())
+    of_labels = ("n_positive", "difference", "difference_low", "p_value", "ece_reference", "ece_candidate")
+    for name in (*of_labels, "calibration_growth", "calibration_growth_low", "calibration_growth_high"):
+        assert getattr(whole.findings[0], name) == pytest.approx(getattr(part.findings[0], name)), name
+
+
+def test_why_nothing_is_assessable_is_said_in_its_own_words() -> None:
+    for changed, found in (
+        ({"patients": np.zeros(8, np.int64)}, "all images are of one patient, or nobody knows whose"),
+        ({"truth": np.ones_like(TRUTH)}, "AUROC parity is not shown: Mass, Hernia: one class only"),
+        ({"truth": np.zeros_like(TRUTH)}, "no finding has 4 positive patients"),
+    ):
+        assert judge(LOGITS, gate(), **changed).reasons[0].startswith(found)  # type: ignore[arg-type]

@@ -45,7 +45,6 @@ def test_latency_limits_are_a_table(tmp_path: Path) -> None:
         ("description", "colour = 1\ndescription", "colour"),
         ("max_abs_prob", "speed = 1\nmax_abs_prob", "gate.speed"),
         ("default = 0.005, ", "", "default"),
-        ("Hernia", "Hernya", "Hernya"),
         ("default = 0.005", "default = 0.0", "auroc_margin"),
         ("default = 0.005", "default = nan", "auroc_margin"),
         ("[gate]", "[build]\ndla_core = 0\n[gate]", "DLA is not supported"),
@@ -66,6 +65,16 @@ def test_a_wrong_spec_is_refused_with_its_place(tmp_path: Path, old: str, new: s
         parse(tmp_path, GOOD.replace(old, new, 1))
     assert named in str(caught.value)
     assert "engine.toml" in str(caught.value)
+
+
+def test_a_margin_may_be_of_any_models_finding_and_of_no_others(tmp_path: Path) -> None:
+    gate = parse(tmp_path, GOOD.replace("Hernia", '"Lung Opacity"')).gate
+    assert (gate.margin_of("Lung Opacity"), gate.margin_of("Hernia")) == (0.02, 0.005)
+    gate.refuse_strangers(("Lung Opacity", "Mass"))
+    with pytest.raises(
+        SpecError, match="an auroc_margin for Lung Opacity, found in no model here; needed names out of Mass"
+    ):
+        gate.refuse_strangers(("Mass",))
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:

@@ -124,6 +124,7 @@ def test_a_contract_is_read(tmp_path: Path) -> None:
         ("range = [0, 1]", "range = [0, 1]\nmean = [0.1, 0.2, 0.3]", "3 numbers for 1 channels"),
         ('interpolation = "bilinear"', 'interpolation = "area"', "input.interpolation"),
         ('"Mass", "", "Hernia"', '"Mass", "Mass"', "2 names, 1 of them different"),
+        ('"Mass", "", "Hernia"', '"Lung Opacity", "lung_opacity"', "2 names, 1 of them different"),
         ('"Mass", "", "Hernia"', '"", ""', "0 names"),
         ('"Mass", "", "Hernia"', '"../Mass"', "output.findings"),
         ('values = "logits"', 'values = "probabilities"', "output.values"),

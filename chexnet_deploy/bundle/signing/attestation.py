@@ -7,11 +7,12 @@ The form is canonical JSON (RFC 8785; all values are text or whole numbers), so 
 import json
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, model_validator
 
+from chexnet_deploy.bundle.signing.signatures import WrittenRecord
 from chexnet_deploy.errors import TrustError
 from chexnet_deploy.files import Sha256
-from chexnet_deploy.inputs import StrictRecord, describe
+from chexnet_deploy.inputs import StrictRecord
 
 ATTESTATION = "attestation.json"
 ATTESTATION_SIGNATURE = "attestation.sig"
@@ -34,7 +35,7 @@ class RunsOn(StrictRecord):
     platform: str
 
 
-class Attestation(StrictRecord):
+class Attestation(WrittenRecord):
     """The verdict on a bundle.
 
     Attributes:
@@ -45,6 +46,9 @@ class Attestation(StrictRecord):
         tools: versions of the packages that took part.
         finished_utc: when, ISO 8601.
     """
+
+    writer = "bench"
+    again = "Take the file that `bench` wrote."
 
     format: Literal[1] = 1
     verdict: Literal["PASS", "FAIL", "INCONCLUSIVE"]
@@ -61,40 +65,31 @@ class Attestation(StrictRecord):
     tools: dict[str, str]
     finished_utc: str
 
-    @classmethod
-    def parse(cls, content: bytes, where: str) -> "Attestation":
-        """Read attestation.json; only the bytes that to_bytes would write are accepted.
-
-        Args:
-            content: at most MAX_ATTESTATION_BYTES.
-            where: the file, for errors.
-
-        Raises:
-            TrustError: any other form.
-        """
-        try:
-            parsed = cls.model_validate_json(content)
-        except ValidationError as err:
-            raise TrustError(f"{where} is no attestation: {describe(err)}. Take the file that `bench` wrote.") from err
-        if parsed.to_bytes() != content:
-            raise TrustError(f"{where} is not in the form that `bench` writes. Take the file that it wrote.")
-        return parsed
-
     def to_bytes(self) -> bytes:
         """Return the bytes of attestation.json."""
         record = self.model_dump(mode="json")
         return json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
-    def refuse_other(self, bundle_id: Sha256, where: str) -> None:
-        """Refuse the attestation of another bundle.
+    @model_validator(mode="after")
+    def _is_consistent(self) -> "Attestation":
+        if self.verdict == "PASS" and (self.data_sha256 is None or not 1 <= self.n_patients <= self.n_images):
+            raise ValueError("a PASS needs images, and no more patients than these")
+        return self
+
+    def refuse_other(self, bundle_id: Sha256, model_sha256: Sha256, where: str) -> None:
+        """Refuse the attestation of another bundle or model.
 
         Raises:
-            TrustError: names both.
+            TrustError: names both bundles, or the file.
         """
         if self.bundle_id != bundle_id:
             raise TrustError(
                 f"{where}: the attestation is of the bundle {self.bundle_id[:12]}…, needed one of {bundle_id[:12]}…. "
                 f"Run: chexnet-deploy bench --engine {where}"
+            )
+        if self.model_sha256 != model_sha256:
+            raise TrustError(
+                f"{where}: the attestation is of another model file. Take the one that `bench` wrote of it."
             )
 
     def refuse_elsewhere(self, here: RunsOn, where: str) -> None:

@@ -13,7 +13,7 @@ from pydantic import Field, StringConstraints, ValidationError
 
 from chexnet_deploy.errors import TrustError
 from chexnet_deploy.files import PlainFile, write_file
-from chexnet_deploy.inputs import Record
+from chexnet_deploy.inputs import Record, describe
 
 LOCK_TIMEOUT_S = 5.0  # the lock is held for one small write; whoever holds it longer hangs, and this must not
 _MAX_FLOOR_BYTES = 1024
@@ -60,9 +60,7 @@ def read_floor(path: Path) -> Release:
     try:
         return _Floor.model_validate_json(content, strict=True).release
     except ValidationError as err:
-        raise TrustError(
-            f"{path} is no floor file: {err.errors()[0]['msg']}. Put back the one that was there."
-        ) from err
+        raise TrustError(f"{path} is no floor file: {describe(err)}. Put back the one that was there.") from err
 
 
 def start_floor(path: Path, release: Release) -> None:

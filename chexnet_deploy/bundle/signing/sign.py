@@ -91,7 +91,7 @@ def sign_site(path: Path, key: Ed25519PrivateKey) -> SignedBundle:
 
 def _attest(bundle: Bundle, key: Ed25519PrivateKey, file: Path) -> None:
     content = _file(file, MAX_ATTESTATION_BYTES, "Give the file that `bench` wrote.", follows_links=True).read()
-    Attestation.parse(content, str(file)).refuse_other(bundle.id, str(bundle.path))
+    Attestation.parse(content, str(file)).refuse_other(bundle.id, bundle.model_sha256, str(bundle.path))
     place = bundle.path / ATTESTATION
     if not place.exists() or place.read_bytes() != content:
         # The signatures go first: cut short here, the bundle has none, and is refused.

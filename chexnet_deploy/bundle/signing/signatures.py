@@ -7,13 +7,17 @@ a standard's way of saying what is signed, so that no signature made for anythin
 """
 
 import json
-from typing import Annotated, Literal
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, StringConstraints, ValidationError
 
 from chexnet_deploy.errors import TrustError
 from chexnet_deploy.files import Sha256
-from chexnet_deploy.inputs import StrictRecord
+from chexnet_deploy.inputs import StrictRecord, describe
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 SIGNATURE = "manifest.sig"
 MANIFEST_TYPE = b"application/vnd.chexnet-deploy.manifest.v1+json"
@@ -38,8 +42,46 @@ class Signature(StrictRecord):
     ed25519: Ed25519Hex
 
 
-class SignatureFile(StrictRecord):
+class WrittenRecord(StrictRecord):
+    """A file that has one form: only the bytes that to_bytes writes are accepted, so none of them is without meaning.
+
+    Attributes:
+        writer: the command that writes it.
+        again: what to do with another form.
+    """
+
+    writer: ClassVar[str]
+    again: ClassVar[str]
+
+    @classmethod
+    def parse(cls, content: bytes, where: str) -> "Self":
+        """Read such a file.
+
+        Args:
+            content: of a bounded size.
+            where: the file, for errors.
+
+        Raises:
+            TrustError: any other form.
+        """
+        try:
+            parsed = cls.model_validate_json(content)
+        except ValidationError as err:
+            raise TrustError(f"{where}: {describe(err)}. {cls.again}") from err
+        if parsed.to_bytes() != content:
+            raise TrustError(f"{where} is not in the form that `{cls.writer}` writes. {cls.again}")
+        return parsed
+
+    @abstractmethod
+    def to_bytes(self) -> bytes:
+        """Return the bytes of the file."""
+
+
+class SignatureFile(WrittenRecord):
     """All signatures of one file; more than one while a fleet changes from a key to its successor."""
+
+    writer = "sign"
+    again = "Copy the bundle again, or delete it and sign again."
 
     format: Literal[1] = 1
     signatures: Annotated[tuple[Signature, ...], Field(min_length=1, max_length=MAX_SIGNATURES)]
@@ -59,33 +101,9 @@ class SignatureFile(StrictRecord):
             )
         return cls(signatures=tuple(by_key[key] for key in sorted(by_key)))
 
-    @classmethod
-    def parse(cls, content: bytes, where: str) -> "SignatureFile":
-        """Read such a file; only the bytes that to_bytes would write are accepted, so none of them is without meaning.
-
-        Args:
-            content: at most MAX_SIGNATURE_BYTES.
-            where: the file, for errors.
-
-        Raises:
-            TrustError: any other form.
-        """
-        try:
-            parsed = cls.model_validate_json(content)
-            is_canonical = cls.of(parsed.signatures).to_bytes() == content
-        except ValidationError as err:
-            first = err.errors()[0]
-            field = ".".join(map(str, first["loc"])) or "file"
-            raise TrustError(f"{where}: {field}: {first['msg']}. Copy the bundle again or sign it again.") from err
-        if not is_canonical:
-            raise TrustError(
-                f"{where} is not in the form that `sign` writes. Copy the bundle again, or delete it and sign again."
-            )
-        return parsed
-
     def to_bytes(self) -> bytes:
-        """Return the bytes of the file."""
-        return (json.dumps(self.model_dump(mode="json"), indent=2) + "\n").encode()
+        """Return the bytes of the file, the signatures in the order of their keys."""
+        return (json.dumps(self.of(self.signatures).model_dump(mode="json"), indent=2) + "\n").encode()
 
 
 def message_to_sign(content: bytes, payload_type: bytes) -> bytes:

@@ -55,7 +55,7 @@ from chexnet_deploy.bundle.signing.signatures import (
 )
 from chexnet_deploy.errors import TrustError, require
 from chexnet_deploy.files import PlainFile, Sha256, sha256_hex
-from chexnet_deploy.inputs import StrictRecord
+from chexnet_deploy.inputs import StrictRecord, describe
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -152,9 +152,7 @@ class Trust(StrictRecord):
             # By way of JSON, where strict takes a list for a tuple and a string for a path; TOML's dates have no place.
             trust = cls.model_validate_json(json.dumps(tomllib.loads(content.decode("utf-8-sig"))))
         except ValidationError as err:
-            first = err.errors()[0]
-            field = ".".join(map(str, first["loc"])) or "file"
-            raise TrustError(f"{path}: {field}: {first['msg']}. Correct it.") from err
+            raise TrustError(f"{path}: {describe(err)}. Correct it.") from err
         except (ValueError, TypeError, RecursionError) as err:
             raise TrustError(f"{path} is no trust file in TOML: {err}. Correct it.") from err
         if trust.floor_file is None:
@@ -177,15 +175,18 @@ class Trust(StrictRecord):
 
     def check_site(self, site: bytes, signatures: bytes, where: str, signed_in: str) -> None:
         """Refuse a site file that no trusted key has signed; arguments and errors as check_manifest."""
-        self._check_signature(site, SITE_TYPE, "site", signatures, where, signed_in)
+        self._check_signature(site, SITE_TYPE, "site file", signatures, where, signed_in)
 
-    def check_attestation(self, attestation: bytes, signatures: bytes, bundle_id: Sha256, where: str) -> Attestation:
+    def check_attestation(
+        self, attestation: bytes, signatures: bytes, bundle_id: Sha256, model_sha256: Sha256, where: str
+    ) -> Attestation:
         """Return a bundle's attestation, where it is a PASS that counts here.
 
         Args:
             attestation: the bytes of attestation.json.
             signatures: the bytes of attestation.sig.
             bundle_id: of the bundle it lies in.
+            model_sha256: of its model file.
             where: the bundle, for errors.
 
         Raises:
@@ -196,7 +197,7 @@ class Trust(StrictRecord):
         # Before it is parsed: what nobody vouches for gets to no parser.
         self.check_attestation_signature(attestation, signatures, where)
         found = Attestation.parse(attestation, f"{where}/{ATTESTATION}")
-        found.refuse_other(bundle_id, where)
+        found.refuse_other(bundle_id, model_sha256, where)
         if found.verdict != "PASS":
             raise TrustError(f"{where} is attested as {found.summary}; needed a PASS. Don't use it.")
         if found.spec_sha256 not in self.passing_specs:

@@ -17,6 +17,8 @@ from chexnet_deploy.runtime.sessions.base import MAX_BATCH, Logits, Maps, Provid
 
 REPEAT_TOLERANCE: Final = 2e-3
 """What an answer may differ by when the same images are asked again, in logits times max(1, |logit|)."""
+MIN_IMAGES: Final = 32
+"""On so many at the least some logit lies outside 0 to 1."""
 _ONNX_TYPES: Final = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -77,6 +79,7 @@ class ForeignSession:
         self._transport = transport
         self._table = contract.input.table(transport.dtype)
         self._is_open = True
+        self._n_images, self._is_beyond = 0, False  # answered; with a value that no probability has
 
     @property
     def is_remote(self) -> bool:
@@ -91,6 +94,8 @@ class ForeignSession:
         tensor = self._contract.input.fill(pixels, self._table)
         step = self._transport.batch
         values = np.concatenate([self._ask(tensor[i : i + step]) for i in range(0, len(tensor), step)])
+        self._n_images += len(values)
+        self._is_beyond = self._is_beyond or bool((values < 0.0).any() or (values > 1.0).any())
         try:
             logits = self._contract.output.to_logits(values)
         except SessionError as err:
@@ -109,6 +114,18 @@ class ForeignSession:
             raise SessionError(
                 f"{self._transport.name}: asked for the same images again it answers otherwise, by {gap:.2g} logits; needed the "
                 f"same answer. Find out whether it draws at random, or is several models, or was changed meanwhile."
+            )
+
+    def refuse_probabilities(self) -> None:
+        """Refuse logits that have all been between 0 and 1, on images enough to tell.
+
+        Raises:
+            SessionError: they are probabilities: as logits each would be one of 0.5 to 0.73.
+        """
+        if self._contract.output.values == "logits" and self._n_images >= MIN_IMAGES and not self._is_beyond:
+            raise SessionError(
+                f"{self._transport.name}: found answers of 0 to 1 alone to {self._n_images:,} images, needed logits, as the "
+                f"contract calls them. Correct output.values: a sigmoid's or a softmax's answers look so."
             )
 
     def conv_types(self) -> Mapping[str, int]:
@@ -137,9 +154,9 @@ class ForeignSession:
                 f"{name}: found an answer of {values.dtype} {list(values.shape)}, needed floats [{len(tensor)}, {n_outputs}], "
                 f"{n_outputs} being the contract's findings. Correct output.name and output.findings, or the model."
             )
-        if not np.isfinite(values).all():
+        if not (np.abs(values) <= np.finfo(np.float32).max).all():
             raise SessionError(
-                f"{name}: found NaN or infinity in an answer, needed numbers. Don't use this model; mend it first."
+                f"{name}: found NaN or infinity in an answer, needed numbers of float32. Don't use this model; mend it first."
             )
         return values.reshape(len(tensor), n_outputs)[:n].astype(np.float64)
 
@@ -194,7 +211,10 @@ class OnnxTransport:
         try:
             (values,) = self._session.run([self._output], {self._input: tensor})
         except Exception as err:
-            raise SessionError(f"{self.name}: ONNX Runtime failed on a batch of {len(tensor)}: {err}") from err
+            raise SessionError(
+                f"{self.name}: found no answer to a batch of {len(tensor)}, needed one. Export it with its batch open throughout, "
+                f"or fixed. ONNX Runtime says: {err}"
+            ) from err
         answer: NDArray[Any] = np.asarray(values)
         return answer
 

@@ -223,6 +223,24 @@ def test_a_model_that_is_changed_while_it_is_measured_is_an_error(
         score_files({"net": session}, paths, Preprocessing(resize_px=32))
 
 
+@pytest.mark.parametrize("first", range(3, 8))
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_a_model_that_is_another_for_a_while_is_an_error(
+    first: int, n: int, server: Server, contract: Contract, phantom_root: Path
+) -> None:
+    """Two batches take requests 3 to 7. Were a batch asked for twice in a row, both answers could be the other model's."""
+
+    def change(answer: Answer, number: int, handler: BaseHTTPRequestHandler) -> Answer:
+        data = [value + (first <= number < first + n) for value in output(answer)["data"]]
+        return {**answer, "outputs": [{**output(answer), "data": data}]}
+
+    server.spoil = change
+    session = open_engine(find_engine(server.url, contract))
+    paths = sorted((phantom_root / "images").glob("*.png"))[:20]
+    with pytest.raises(SessionError, match="by 1 logits"):
+        score_files({"net": session}, paths, Preprocessing(resize_px=32))
+
+
 @pytest.mark.parametrize(
     "url",
     [
