@@ -26,7 +26,8 @@
 A message says what was found, what was needed, and the next step. Errors of other libraries are translated in
 the module that uses them, `from err`. Anything else that escapes is a bug: the command line exits 70.
 
-OnPhase is how long work reports progress: one signature for all, and no progress bar below the command line.
+OnPhase is how long work reports progress: one signature for all, and no progress bar below the command line. OnStage tells whoever
+measures that a stage of one image has ended.
 require() wraps the import of an optional package; require_linux() says what rests on Linux.
 """
 
@@ -179,6 +180,9 @@ class UnsupportedSystemError(ChexnetError):
 
 OnPhase: TypeAlias = Callable[[str, int, int], None]
 """Called with the phase's name, what is done and of how much; a phase begins when it is first named."""
+
+OnStage: TypeAlias = Callable[[str], None]
+"""Called with a stage's name as it ends, in the thread that works."""
 
 
 @contextmanager

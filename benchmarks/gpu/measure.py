@@ -10,8 +10,7 @@ import numpy as np
 
 from benchmarks.gpu.meter import Meter
 from benchmarks.gpu.rows import Task
-from chexnet_deploy.evaluation.engines import MIN_RUNS_FOR_P99
-from chexnet_deploy.evaluation.latency import LatencyReport, measure_latency
+from chexnet_deploy.evaluation.latency import MIN_RUNS_FOR_P99, LatencyReport, measure_latency
 from chexnet_deploy.images.preprocessing import Pixels
 from chexnet_deploy.runtime.sessions.base import Logits, Session
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from chexnet_deploy.errors import SessionError
-from chexnet_deploy.evaluation.engines import MIN_RUNS_FOR_P99
+from chexnet_deploy.evaluation.latency import MIN_RUNS_FOR_P99
 from chexnet_deploy.terminal import run_program
 
 app = typer.Typer(add_completion=False)

@@ -18,6 +18,7 @@ from chexnet_deploy.cli.options import (
     read_trust,
 )
 from chexnet_deploy.cli.printing import print_evaluation, print_record
+from chexnet_deploy.errors import require
 from chexnet_deploy.terminal import cancellation, progress
 
 app = typer.Typer()
@@ -48,6 +49,10 @@ def bench(
     data: DataOption = None,
     split: Annotated[SplitName, typer.Option(help="Whose images.")] = SplitName.TEST,
     images: ImagesOption = None,
+    dicom: Annotated[
+        Path | None,
+        typer.Option(help="Folder of DICOM radiographs: time bundles from file to structured report too, by stage."),
+    ] = None,
     spec: Annotated[str | None, typer.Option(help="A spec's name or .toml; default: that of the precision.")] = None,
     builds: Annotated[
         int | None,
@@ -67,6 +72,11 @@ def bench(
     from chexnet_deploy.evaluation.engines import Effort
     from chexnet_deploy.evaluation.parity import EXIT_CODES
 
+    measure_dicom = None
+    if dicom is not None:
+        with require("dicom-out"):
+            from chexnet_deploy.dicom.results.measure import DicomFolder
+        measure_dicom = DicomFolder.open(dicom).measure
     trusted = read_trust(trust)
     engines = engine
     with progress() as on_phase:
@@ -99,6 +109,7 @@ def bench(
             spec,
             out,
             effort=Effort(min_runs, min_duration_s),
+            measure_dicom=measure_dicom,
             contract=contract,
             reference_contract=reference_contract,
             trust=trusted,

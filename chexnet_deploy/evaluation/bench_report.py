@@ -11,6 +11,7 @@ from pydantic import computed_field
 
 from chexnet_deploy.bundle.manifest import EngineCard, Precision, Target
 from chexnet_deploy.datasets.labelled import LabelledImages
+from chexnet_deploy.evaluation.dicom_times import STAGES, DicomTimes
 from chexnet_deploy.evaluation.invariance import InvarianceReport
 from chexnet_deploy.evaluation.latency import LatencyReport
 from chexnet_deploy.evaluation.machine import Machine
@@ -31,6 +32,8 @@ def print_bench(report: "BenchReport", page: Path) -> None:
     print_table(summary_rows(report))
     if limits := limit_rows(report):
         print_table(limits)
+    if times := dicom_rows(report):
+        print_table(times)
     for note in report.notes:
         typer.echo(note)
     for result in report.engines:
@@ -57,6 +60,7 @@ class EngineResult(ReportRecord):
         card: of a plan, what the builder made.
         spec: what it had to pass, with every limit.
         stage_times_ms: median times of one image in each stage, where the backend tells them apart.
+        dicom: from DICOM files to reports; None where none were given.
         invariance: how far one image's answers spread over slots, batch sizes and threads.
         parity: None where no labelled images were given; the verdict is then never PASS.
     """
@@ -78,6 +82,7 @@ class EngineResult(ReportRecord):
     single_stream: LatencyReport
     offline: LatencyReport
     stage_times_ms: dict[str, float] = {}
+    dicom: DicomTimes | None = None
     verdict: Verdict
     reasons: tuple[str, ...]
 
@@ -191,6 +196,24 @@ def limit_rows(report: BenchReport) -> list[dict[str, str]]:
         for engine in report.engines
         if engine.parity is not None
         for each in engine.parity.gates
+    ]
+
+
+def dicom_rows(report: BenchReport) -> list[dict[str, str]]:
+    """Return one row an engine and kind of DICOM files, as text: median / 99th percentile of each stage."""
+    return [
+        {
+            "engine": engine.name,
+            "DICOM to report": f"{each.kind}, {each.megapixels:.1f} MP",
+            **{f"{name} ms": f"{each.p50_ms[name]:.1f} / {each.p99_ms[name]:.1f}" for name in (*STAGES, "total")},
+            "after idle": f"{each.after_idle_p50_ms['total']:.1f}",
+            "p99 / model": f"{each.p99_over_model_p50:.1f}",
+            "at most": f"{limits[each.kind]:g}" if each.kind in limits else "not gated",
+        }
+        for engine in report.engines
+        if engine.dicom is not None
+        for limits in (engine.spec.gate.dicom_p99_over_model_p50 or {},)
+        for each in engine.dicom.kinds
     ]
 
 

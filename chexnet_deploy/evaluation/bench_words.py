@@ -112,6 +112,7 @@ def not_measured(report: BenchReport) -> list[tuple[str, str]]:
     add("Latency of {}", "nobody has measured its limits yet", lambda engine: engine.spec.gate.latency == "unproven")
     add("A limit on the latency of {}", "none is set", lambda engine: engine.spec.gate.latency == "not gated")
     add("The type {} computes in", "the backend does not show it", lambda engine: not engine.conv_types)
+    found += _dicom_not_measured(report)
     compared = [engine.parity for engine in report.engines if engine.parity is not None]
     if compared:
         found += _findings_not_measured(compared)
@@ -123,6 +124,21 @@ def not_measured(report: BenchReport) -> list[tuple[str, str]]:
         ),
     )
     return [*found, *((name, why) for name, _, why in (note.partition(": ") for note in report.notes))]
+
+
+def _dicom_not_measured(report: BenchReport) -> list[tuple[str, str]]:
+    """Return the DICOM files that no engine took, and the kinds that have a limit and no file."""
+    found = {}
+    for engine in report.engines:
+        if engine.dicom is None:
+            continue
+        if engine.dicom.refused:
+            why = ", ".join(f"{reason} {n:,}" for reason, n in engine.dicom.refused.items())
+            found["Files of --dicom that are refused"] = why
+        limited = engine.spec.gate.dicom_p99_over_model_p50 or {}
+        for kind in sorted(set(limited) - {each.kind for each in engine.dicom.kinds}):
+            found[f"DICOM to report, {kind}"] = "there was no such file"
+    return list(found.items())
 
 
 def _findings_not_measured(compared: Sequence[ParityReport]) -> list[tuple[str, str]]:

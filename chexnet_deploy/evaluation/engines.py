@@ -6,7 +6,7 @@ Draws no pages: see pages/bench_page.py. A speed is never reported without the a
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import TypeGuard
+from typing import TypeAlias, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +18,9 @@ from chexnet_deploy.datasets.csv_rows import letters_of
 from chexnet_deploy.datasets.labelled import LabelledImages
 from chexnet_deploy.errors import BundleError, OnPhase, SpecError
 from chexnet_deploy.evaluation.bench_report import BenchReport, BenchRun, EngineResult, ShownMaps
+from chexnet_deploy.evaluation.dicom_times import DicomTimes, judge_dicom
 from chexnet_deploy.evaluation.invariance import InvarianceReport, measure_invariance
-from chexnet_deploy.evaluation.latency import LatencyReport, measure_latency
+from chexnet_deploy.evaluation.latency import MIN_RUNS_FOR_P99, LatencyReport, measure_latency
 from chexnet_deploy.evaluation.machine import describe_machine
 from chexnet_deploy.evaluation.parity import compare
 from chexnet_deploy.evaluation.spec import EngineSpec, LatencyGate
@@ -41,7 +42,6 @@ RUNS_ON: Mapping[Provider, str] = {
 }
 STAGE_RUNS = 20
 N_SHOWN = 3
-MIN_RUNS_FOR_P99 = 100  # a 99th percentile of fewer is their maximum, and says nothing of the hundredth
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +52,10 @@ class Effort:
     min_duration_s: float = 3.0
 
 
+MeasureDicom: TypeAlias = Callable[[Bundle, Session, Effort, OnPhase | None], DicomTimes]
+"""See dicom/results/measure.py, which this package does not know."""
+
+
 def run_bench(
     engines: Sequence[tuple[Engine, EngineSpec]],
     reference: Engine,
@@ -60,6 +64,7 @@ def run_bench(
     data: str,
     patients_note: str = "",
     effort: Effort,
+    measure_dicom: MeasureDicom | None = None,
     threads: int | None = None,
     provider: Provider = "auto",
     on_phase: OnPhase | None = None,
@@ -73,6 +78,7 @@ def run_bench(
         data: what the images are, for the report.
         patients_note: on their overlap with the training patients, for the report.
         effort: how long to measure.
+        measure_dicom: measures bundles from DICOM files to reports too.
         threads: CPU threads for one call; None takes all cores.
         provider: what runs the ONNX engines, see open_engine; a reference always runs on ONNX Runtime's CPU.
         on_phase: called with the phase's name, what is done and of how much.
@@ -80,12 +86,17 @@ def run_bench(
     Raises:
         BundleError: the reference is of an engine's own family, and not its ancestor.
         DatasetError: no image is labelled for a finding that all know.
-        SpecError: a spec is for another precision, GPU or finding, or the engines have no finding in common.
+        SpecError: a spec is for another precision, GPU or finding; the engines have no finding in common; or an engine is no
+            bundle, and DICOM files are to be measured.
         SessionError: an engine refuses to run here, or answers otherwise than when it was proven.
     """
     for engine, spec in engines:
         _refuse_mismatch(engine, spec, reference, provider)
         spec.gate.refuse_strangers({*engine.findings, *reference.findings})
+        if measure_dicom is not None and not isinstance(engine, Bundle):
+            raise SpecError(
+                f"{engine.place} is no bundle, and --dicom measures what the DICOM node runs, bundles. Bench it without --dicom."
+            )
     findings = tuple(f for f in reference.findings if all(f in engine.findings for engine, _ in engines))
     labelled = () if images is None else images.findings
     if images is not None:
@@ -108,6 +119,11 @@ def run_bench(
         answers = _score(sessions, everyone, images, on_phase)
         shown = _look(sessions, everyone, images, answers.logits)
         speed = _measure(sessions, everyone, engines, effort, on_phase)
+        dicom = {
+            name: measure_dicom(engine, sessions[name], effort, on_phase)
+            for name, engine in everyone.items()
+            if measure_dicom is not None and name != REFERENCE and isinstance(engine, Bundle)
+        }
         results = tuple(
             _judge(
                 name,
@@ -119,6 +135,7 @@ def run_bench(
                 images,
                 measure_invariance(sessions[name], probe_pixels(engine), spec.batch.max),
                 speed[name],
+                dicom.get(name),
             )
             for name, (engine, spec) in zip(names, engines, strict=True)
         )
@@ -307,6 +324,7 @@ def _judge(
     images: LabelledImages | None,
     invariance: InvarianceReport,
     speed: tuple[LatencyReport, LatencyReport],
+    dicom: DicomTimes | None,
 ) -> EngineResult:
     parity = None
     failures: list[str] = []
@@ -342,6 +360,9 @@ def _judge(
         if len(speed[0].samples_ms) < MIN_RUNS_FOR_P99:
             doubts.append(f"p99 of {len(speed[0].samples_ms)} runs; needed {MIN_RUNS_FOR_P99}. Give --min-runs")
         failures += [f"{which} {value:.2f} ms, limit {most} ms" for which, value, most in limits if not value <= most]
+    slow, unsure = judge_dicom(dicom, spec.gate.dicom_p99_over_model_p50)
+    failures += slow
+    doubts += unsure
     conv_types = dict(session.conv_types())
     if conv_types.get(UNKNOWN):
         doubts.append(f"precision: the layer table does not show which type {conv_types[UNKNOWN]} convolutions run in")
@@ -369,6 +390,7 @@ def _judge(
         single_stream=speed[0],
         offline=speed[1],
         stage_times_ms=_stage_times_ms(session, probe_pixels(engine)[:1]),
+        dicom=dicom,
         verdict="FAIL" if failures else "INCONCLUSIVE" if doubts else "PASS",
         reasons=(*failures, *doubts),
     )

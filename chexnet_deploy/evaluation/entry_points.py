@@ -14,7 +14,7 @@ from chexnet_deploy.datasets.labelled import LabelledImages
 from chexnet_deploy.errors import OnPhase, SpecError, require
 from chexnet_deploy.evaluation.attest import attest
 from chexnet_deploy.evaluation.bench_report import BenchReport, write_predictions
-from chexnet_deploy.evaluation.engines import Effort, run_bench
+from chexnet_deploy.evaluation.engines import Effort, MeasureDicom, run_bench
 from chexnet_deploy.evaluation.records import Evaluation
 from chexnet_deploy.evaluation.request import EvaluationRequest
 from chexnet_deploy.evaluation.run import run_evaluation
@@ -37,6 +37,7 @@ def bench(
     out: Path,
     *,
     effort: Effort,
+    measure_dicom: MeasureDicom | None = None,
     contract: Path | None = None,
     reference_contract: Path | None = None,
     trust: Trust | None = None,
@@ -81,6 +82,7 @@ def bench(
             data=data,
             patients_note=patients_note,
             effort=effort,
+            measure_dicom=measure_dicom,
             threads=threads,
             provider=provider,
             on_phase=on_phase,

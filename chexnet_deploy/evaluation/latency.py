@@ -17,6 +17,7 @@ from chexnet_deploy.inputs import ReportRecord
 from chexnet_deploy.runtime.sessions.base import Session
 
 WARMUP_RUNS = 3
+MIN_RUNS_FOR_P99 = 100  # a 99th percentile of fewer is their maximum, and says nothing of the hundredth
 
 
 class LatencyReport(ReportRecord):

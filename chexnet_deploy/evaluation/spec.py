@@ -12,6 +12,7 @@ from pydantic import Field, StringConstraints, ValidationError, model_validator
 from chexnet_deploy.bundle.manifest import Precision
 from chexnet_deploy.datasets.findings import FINDINGS
 from chexnet_deploy.errors import SpecError
+from chexnet_deploy.evaluation.dicom_times import DicomKind
 from chexnet_deploy.inputs import Record, describe, name_some, read_toml
 
 _PACKAGE = Path(__file__).parents[1]
@@ -60,6 +61,8 @@ class Gate(Record):
         invariance_abs_probability_difference: between an image's answers in any slot, batch size or thread.
         latency: limits, "unproven" where nobody has measured this target yet (the verdict is then INCONCLUSIVE), or
             "not gated" for specs that promise no speed.
+        dicom_p99_over_model_p50: by kind of DICOM file, the 99th percentile of the time from the file to its report, as a multiple
+            of the model's own median.
     """
 
     auroc_margin: dict[str, Annotated[float, Field(gt=0.0, le=0.5)]]
@@ -72,6 +75,7 @@ class Gate(Record):
     calibration_error_growth: Share | None = None
     invariance_abs_probability_difference: Share = 0.02
     latency: LatencyGate | Literal["unproven", "not gated"]
+    dicom_p99_over_model_p50: dict[DicomKind, Positive] | None = None
 
     @model_validator(mode="after")
     def _has_a_default(self) -> "Gate":

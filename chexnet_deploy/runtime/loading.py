@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 from chexnet_deploy.bundle.manifest import Manifest
-from chexnet_deploy.errors import ImageRefusedError, RefusalReason
+from chexnet_deploy.errors import ImageRefusedError, OnStage, RefusalReason
 from chexnet_deploy.images import Gray, ImageReader, Pixels, Resizing, ScopePolicy
 from chexnet_deploy.images.content_check import check_image
 
@@ -88,12 +88,14 @@ class PixelLoader:
                 if err.reason is not RefusalReason.BUSY or attempts < 1:
                     raise
 
-    def read_dicom(self, path: Path) -> "DicomImage":
+    def read_dicom(self, path: Path, on_stage: OnStage | None = None) -> "DicomImage":
         """Return a DICOM file's header, gray picture and pixels' hash, checked against the header's scope.
 
-        `load` checks the content.
+        `load` checks the content. For on_stage see Decoder.decode.
 
         Raises:
             ImageError, MissingPackageError: as `read`; and any other format is refused.
         """
-        return self.reader.decoder.decode(path, scope=self.scope, is_identified=True, resizing=self.preprocessing)
+        return self.reader.decoder.decode(
+            path, scope=self.scope, is_identified=True, resizing=self.preprocessing, on_stage=on_stage
+        )

@@ -16,7 +16,7 @@ from PIL import Image
 
 from chexnet_deploy.bundle import Bundle, Manifest, Trust
 from chexnet_deploy.bundle.site import OperatingPoints
-from chexnet_deploy.errors import ImageError, ImageRefusedError, RefusalReason, SessionError
+from chexnet_deploy.errors import ImageError, ImageRefusedError, OnStage, RefusalReason, SessionError
 from chexnet_deploy.files import FileContent
 from chexnet_deploy.images import Gray, ImageReader, Pixels
 from chexnet_deploy.images.gray import read_image_file
@@ -143,19 +143,20 @@ class Predictor:
         """How `predict_stream` moves images through the session."""
         return self._flow
 
-    def predict(self, image: ImageSource) -> Prediction:
+    def predict(self, image: ImageSource, on_stage: OnStage | None = None) -> Prediction:
         """Return the findings in one radiograph.
 
         Args:
             image: a PNG, JPEG or DICOM file, by path or as bytes; or gray uint8 [H, W] with bone bright.
+            on_stage: called when its pixels are there ("resize"), and when the "model" has answered.
 
         Raises:
             ImageError: the image can't be read without guessing, or is out of the model's scope.
         """
-        return self.predict_batch([image])[0]
+        return self.predict_batch([image], on_stage)[0]
 
-    def predict_batch(self, images: Sequence[ImageSource]) -> list[Prediction]:
-        """Return the findings in several radiographs, in order, run as one batch.
+    def predict_batch(self, images: Sequence[ImageSource], on_stage: OnStage | None = None) -> list[Prediction]:
+        """Return the findings in several radiographs, in order, run as one batch; on_stage as in `predict`.
 
         Raises:
             ImageError: an image can't be read without guessing, or is out of the model's scope.
@@ -166,7 +167,11 @@ class Predictor:
         if not images:
             raise SessionError("got no images, needed at least one.")
         pixels = [self.loader.load(image).pixels for image in images]
+        if on_stage is not None:
+            on_stage("resize")
         logits, maps = self._session.run(pixels[0] if len(pixels) == 1 else np.concatenate(pixels))
+        if on_stage is not None:
+            on_stage("model")
         return [self._name(*row) for row in zip(logits, maps, strict=True)]
 
     def self_test(self) -> None:

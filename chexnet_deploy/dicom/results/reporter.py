@@ -13,7 +13,7 @@ from chexnet_deploy.dicom.results.files import build_files
 from chexnet_deploy.dicom.results.identity import ImageIdentity, header_sha256
 from chexnet_deploy.dicom.results.result import Device, Refusal, Result, encode
 from chexnet_deploy.dicom.results.source_header import read_source_image
-from chexnet_deploy.errors import DicomError, ImageError, ImageRefusedError, RefusalReason
+from chexnet_deploy.errors import DicomError, ImageError, ImageRefusedError, OnStage, RefusalReason
 from chexnet_deploy.images.dicom.elements import read_structure
 from chexnet_deploy.images.dicom.header import TRANSFER_SYNTAXES
 from chexnet_deploy.images.gray import read_image_file
@@ -61,21 +61,24 @@ class Reporter:
         self._predictor.loader.reader.decoder.warm_up()
         from chexnet_deploy.dicom.results import secondary_capture, structured_report  # noqa: F401 - loaded, not used
 
-    def report(self, path: Path, made_at: datetime) -> Report:
+    def report(self, path: Path, made_at: datetime, on_stage: OnStage | None = None) -> Report:
         """Return the findings in a DICOM file and the objects that say so.
 
         Args:
             path: the file.
             made_at: the time that the objects state, with a zone; the same time gives the same bytes.
+            on_stage: called as "header", "decode", "resize" and "model" end; the rest is the objects.
 
         Raises:
             ImageRefusedError: the file can't be used, is out of the model's scope, or its results could not be filed.
             ImageError: there is no such file.
             MissingPackageError: highdicom is not installed.
         """
-        image = self._predictor.loader.read_dicom(path)
+        image = self._predictor.loader.read_dicom(path, on_stage)
+        if on_stage is not None:
+            on_stage("decode")
         # First, so that a picture is refused for the same reason here as by whoever makes no results of it.
-        prediction = self._predictor.predict(image.gray)
+        prediction = self._predictor.predict(image.gray, on_stage)
         # Of the header as it was sent: read_dataset's says how the picture lies that was made of it.
         identity = ImageIdentity(header_sha256(dcmread(BytesIO(image.header.raw))), image.pixels_sha256)
         try:

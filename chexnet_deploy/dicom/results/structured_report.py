@@ -73,6 +73,7 @@ def build_structured_report(result: Result) -> Dataset:
     """
     device = result.device
     algorithm = _algorithm(result)
+    first, *others = (_group(result, finding, algorithm) for finding in result.manifest.findings)
     report = MeasurementReport(
         observation_context=ObservationContext(
             observer_device_context=ObserverContext(
@@ -86,7 +87,7 @@ def build_structured_report(result: Result) -> Dataset:
             )
         ),
         procedure_reported=IMAGING,
-        imaging_measurements=[_group(result, finding, algorithm) for finding in result.manifest.findings],
+        imaging_measurements=[first],
     )
     # TID 1500 is extensible, and this must stay with the numbers wherever the tree is shown.
     report[0].ContentSequence.append(
@@ -109,6 +110,11 @@ def build_structured_report(result: Result) -> Dataset:
         series_description=f"{ALGORITHM} findings: {DISCLAIMER}",
         coding_schemes=[CodingSchemeIdentificationItem(PRIVATE_SCHEME, name=PRIVATE_SCHEME_NAME)],
     )
+    # The document copies its content, and looks for images in all of it. Every group names the same one, so the others come
+    # after that: a third of the time, and the same bytes.
+    (measurements,) = _children(built, _IMAGING_MEASUREMENTS)
+    for group in others:
+        measurements.ContentSequence.extend(group)
     finish(built, result)
     return built
 

@@ -10,7 +10,7 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
-from chexnet_deploy.evaluation.bench_report import BenchReport, BenchRun, limit_rows, summary_rows
+from chexnet_deploy.evaluation.bench_report import BenchReport, BenchRun, dicom_rows, limit_rows, summary_rows
 from chexnet_deploy.evaluation.bench_words import (
     evidence,
     headline,
@@ -53,6 +53,7 @@ def write_html(path: Path, run: BenchRun) -> None:
         summary=summary_rows(report),
         engines=[(engine, mark(numbers[engine.name])) for engine in compared],
         limits=_limits(report),
+        dicom=dicom_rows(report),
         rows=bench_rows,
         latency=_latency_rows(report),
         roc=_draw_rocs(run, numbers),

@@ -14,7 +14,7 @@ from weakref import WeakSet
 import numpy as np
 from numpy.typing import NDArray
 
-from chexnet_deploy.errors import ImageRefusedError, RefusalReason, SessionError, UnsupportedSystemError
+from chexnet_deploy.errors import ImageRefusedError, OnStage, RefusalReason, SessionError, UnsupportedSystemError
 from chexnet_deploy.images.dicom.header import DicomHeader, read_header
 from chexnet_deploy.images.dicom.process import START_DEADLINE_S, DecodeError, DecodeRequest, DecodingProcess
 from chexnet_deploy.images.gray import Gray, read_image_file, refusal
@@ -111,6 +111,7 @@ class Decoder:
         name: object = "the DICOM object",
         is_identified: bool = False,
         resizing: Resizing | None = None,
+        on_stage: OnStage | None = None,
     ) -> DicomImage:
         """Return one radiograph.
 
@@ -120,6 +121,7 @@ class Decoder:
             name: what messages call bytes; a file is called by its path.
             is_identified: give the pixels' hash too, which costs 1 to 3 ns a byte.
             resizing: what the picture is read for, which may ask for a smaller one; None: for any use.
+            on_stage: called when the "header" is read and found good; what follows is decoding.
 
         Raises:
             ImageRefusedError: the file can't be used; its `reason` says why.
@@ -133,9 +135,10 @@ class Decoder:
         header = read_header(name, content)
         if scope is not None:
             check_scope(name, header, scope)
+        if on_stage is not None:
+            on_stage("header")
         if header.is_compressed:
-            halvings = 0 if resizing is None else min(resizing.halvings(header.rows, header.columns), header.n_smaller)
-            return self._decode(name, header, halvings, is_identified=is_identified)
+            return self._decode(name, header, header.halvings(resizing), is_identified=is_identified)
         n_pixels = header.rows * header.columns
         words = np.frombuffer(header.pixel_data, f"<u{header.grayscale.bits_allocated // 8}", n_pixels)
         return _image(name, header, words.reshape(header.rows, header.columns), is_identified=is_identified)

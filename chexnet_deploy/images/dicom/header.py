@@ -28,6 +28,7 @@ from chexnet_deploy.images.dicom.elements import IMPLICIT_LITTLE_ENDIAN, PIXEL_D
 from chexnet_deploy.images.dicom.grayscale import Grayscale, read_grayscale
 from chexnet_deploy.images.dicom.orientation import Orientation, read_orientation
 from chexnet_deploy.images.gray import MAX_FILE_MIB, MAX_PIXELS, MIN_SIDE_PX
+from chexnet_deploy.images.preprocessing import Resizing
 
 UNCOMPRESSED: Final = frozenset({IMPLICIT_LITTLE_ENDIAN, "1.2.840.10008.1.2.1"})
 TRANSFER_SYNTAXES: Final = UNCOMPRESSED | JPEG_LOSSLESS | JPEG_LS | JPEG_2000 | {JPEG_BASELINE, JPEG_EXTENDED, RLE}
@@ -113,6 +114,10 @@ class DicomHeader:
     def is_compressed(self) -> bool:
         """Whether a codec is needed."""
         return self.transfer_syntax_uid not in UNCOMPRESSED
+
+    def halvings(self, resizing: Resizing | None) -> int:
+        """Return how often the sides are halved in decoding, for what the picture is read for."""
+        return 0 if resizing is None else min(resizing.halvings(self.rows, self.columns), self.n_smaller)
 
     def read_dataset(self) -> pydicom.FileDataset:
         """Return the data set without pixel data, e.g. for what is written about this image; holds the patient's name.
