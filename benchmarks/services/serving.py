@@ -6,9 +6,9 @@
 The service runs in a process of its own, the client in this one, on the same cores: rates are lower than they would be with a
 client elsewhere. Capacity is what 16 clients that ask one request after another get. Load is open: requests are sent whether or
 not earlier ones were answered, at even distances and at random moments (Poisson), and a request's time counts from when it was
-due. At random moments even an ideal server that takes one after another has a p99 of 11 service times at 0.8 of its capacity
-(the queue M/D/1). With and without batching take turns, round after round, and who goes first changes. NaN stands for a
-percentile of nothing.
+due. Beside each load stands what the same rule of batching comes to on a machine that never hesitates (queue_model.py), its
+batches slowed down until it has the capacity that was measured. With and without batching take turns, round after round, and who
+goes first changes. NaN stands for a percentile of nothing.
 """
 
 import asyncio
@@ -25,17 +25,21 @@ import numpy as np
 import typer
 
 from benchmarks.common import COMMAND, RESULTS, resident_mib, write_results
+from benchmarks.services.queue_model import ideal_latencies_ms
 from benchmarks.services.serving_client import (
     Client,
     Sample,
     attack,
     closed_loop,
+    due_times_s,
     infer_request,
     open_loop,
     percentile_ms,
 )
 from chexnet_deploy.bundle.bundle import Bundle
 from chexnet_deploy.runtime.sessions.open import open_session
+from chexnet_deploy.serving.http.batching import BatchPlan, measure_plan
+from chexnet_deploy.serving.http.config import ServeConfig
 from chexnet_deploy.terminal import run_program
 
 OUT = RESULTS / "serving-cpu.json"
@@ -118,6 +122,21 @@ def measure_session(bundle: Bundle, runs: int) -> dict[str, float]:
     return {"p50_ms": float(np.percentile(times_ms, 50)), "p99_ms": float(np.percentile(times_ms, 99))}
 
 
+def measure_batches(bundle: Bundle) -> BatchPlan:
+    """Time batches in this process as a service does when it starts."""
+    session = open_session(bundle)
+    plan = measure_plan(session, bundle.read_probe().pixels, ServeConfig(bundle.path).max_batch)
+    session.close()
+    return plan
+
+
+def model_load(plan: BatchPlan, capacity: float, rate: float, seconds: float, seed: int | None) -> dict[str, float]:
+    """Return what a service without hesitation would take at a rate."""
+    slowdown = 1000.0 / capacity / plan.ms_per_image[-1]  # by HTTP and the client, on the same cores
+    latencies_ms = ideal_latencies_ms(plan, due_times_s(rate=rate, seconds=seconds, seed=seed), slowdown=slowdown)
+    return {"p50_ms": float(np.percentile(latencies_ms, 50)), "p99_ms": float(np.percentile(latencies_ms, 99))}
+
+
 def measure_batching(bundle: Path, request: bytes, rounds: int, seconds: float) -> dict[str, Any]:
     """Run one client, then sixteen, with batching and without, in turns."""
     with Service(bundle) as batched, Service(bundle, "--max-batch", "1") as alone:
@@ -190,12 +209,13 @@ def main(
         raise typer.BadParameter("give a bundle")
     opened = Bundle.open(bundle)
     request = infer_request(MODEL, opened.read_probe().pixels[:1])
-    starts = [measure_start(opened) for _ in range(3)]
+    starts, plan = [measure_start(opened) for _ in range(3)], measure_batches(opened)
     results: dict[str, Any] = {
         "bundle": {"id": opened.id, "precision": opened.manifest.precision.value},
         "resize_px": opened.manifest.preprocessing.resize_px,
         "start": starts,
         "session": measure_session(opened, 300),
+        "batch_ms_per_image": dict(zip(plan.sizes, plan.ms_per_image, strict=True)),
         "batching": measure_batching(opened.path, request, rounds, turn_s),
     }
     with Service(opened.path) as service:
@@ -206,11 +226,14 @@ def main(
         results["attack"] = measure_attack(service, request)
         for name, (_, share, seed) in LOADS.items():
             results[f"load_{name}"] = measure_load(service, request, share * capacity, seconds, seed)
+            if share < 1.0:
+                results[f"load_{name}"]["ideal"] = model_load(plan, capacity, share * capacity, seconds, seed)
             sleep(1.0)
         results["exit_code"] = service.stop()
     results["bars"] = judge(results)
     write_results(out, results)
-    typer.echo(json.dumps({name: results[name] for name in ("capacity_images_per_s", "bars")}, indent=1))
+    shown = ("capacity_images_per_s", *(f"load_{name}" for name in LOADS), "bars")
+    typer.echo(json.dumps({name: results[name] for name in shown}, indent=1))
 
 
 def judge(found: dict[str, Any]) -> dict[str, bool]:
@@ -218,14 +241,14 @@ def judge(found: dict[str, Any]) -> dict[str, bool]:
     even, random, hard, attacked = (
         found[name] for name in ("load_even_0.8", "load_random_0.8", "load_random_3", "attack")
     )
-    slowest_ms = 3.0 * found["single_stream"]["p50_ms"]  # a batching window would be added, and is 0 unless asked for
+    service_ms = found["single_stream"]["p50_ms"]
     return {
         "starts within 5 s": max(start["first_verified_answer_s"] for start in found["start"]) <= 5.0,
         "batching gains 1.2 times": found["batching"]["gain"] >= 1.2,
         "batching adds at most 1 ms when idle": found["batching"]["added_idle_p50_ms"] <= 1.0,
         "no errors at 0.8": set(even["answers"]) | set(random["answers"]) == {"200"},
-        "p99 at an even 0.8 within 3 single-stream p50": even["p99_ms"] <= slowest_ms,
-        "p99 at a random 0.8 within 3 single-stream p50": random["p99_ms"] <= slowest_ms,
+        "p99 at an even 0.8 within 10 single-stream p50": even["p99_ms"] <= 10.0 * service_ms,
+        "p50 at an even 0.8 within 2.5 single-stream p50": even["p50_ms"] <= 2.5 * service_ms,
         "goodput at 3 at least 0.9 of capacity": hard["goodput"] >= 0.9 * found["capacity_images_per_s"],
         "nothing but 200 and 503 at 3": set(hard["answers"]) <= {"200", "503"},
         "503 within 100 ms at 3": hard["refusal_p99_ms"] <= 100.0,

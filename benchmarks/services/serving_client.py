@@ -104,6 +104,16 @@ async def closed_loop(port: int, request: bytes, *, clients: int, seconds: float
     return samples, rate
 
 
+def due_times_s(*, rate: float, seconds: float, seed: int | None) -> list[float]:
+    """Return when requests are due, from the start on: at random moments (Poisson), or without a seed at even distances."""
+    rng, due_s, found = random.Random(seed), 0.0, list[float]()
+    while True:
+        due_s += 1.0 / rate if seed is None else rng.expovariate(rate)
+        if due_s > seconds:
+            return found
+        found.append(due_s)
+
+
 async def open_loop(port: int, request: bytes, *, rate: float, seconds: float, seed: int | None) -> list[Sample]:
     """Send requests whatever becomes of those before; a late start counts as latency.
 
@@ -114,17 +124,15 @@ async def open_loop(port: int, request: bytes, *, rate: float, seconds: float, s
         seconds: for how long.
         seed: of random moments (Poisson); None sends at even distances.
     """
-    client, rng = Client(port), random.Random(seed)
+    client = Client(port)
     tasks, samples = set[asyncio.Task[None]](), list[Sample]()
 
     async def ask(due_s: float) -> None:
         samples.append((await client.ask(request, due_s))[0])
 
-    began_s = due_s = perf_counter()
-    while True:
-        due_s += 1.0 / rate if seed is None else rng.expovariate(rate)
-        if due_s - began_s > seconds:
-            break
+    began_s = perf_counter()
+    for each_s in due_times_s(rate=rate, seconds=seconds, seed=seed):
+        due_s = began_s + each_s
         await asyncio.sleep(max(0.0, due_s - perf_counter()))
         task = asyncio.ensure_future(ask(due_s))
         tasks.add(task)

@@ -4,6 +4,7 @@ Everything but opening, decoding and inference happens on one event loop, so not
 """
 
 import asyncio
+import gc
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -222,6 +223,10 @@ class Service:
 
     def _take(self, engine: Engine) -> None:
         self._engine = engine
+        # What is loaded now is not looked at again: a full collection would keep all requests waiting for a tenth of a second.
+        gc.unfreeze()  # of the engine before, which has gone or goes soon
+        gc.collect()
+        gc.freeze()
         self.metrics.set_engine(engine.bundle, engine.points, engine.backend)
         sizes = ", ".join(map(str, engine.plan.sizes))
         why = "" if engine.plan.is_invariant else " (batches change its answers here, or can't be compared)"

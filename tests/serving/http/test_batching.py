@@ -180,6 +180,16 @@ def test_the_plan_keeps_sizes_that_gain() -> None:
     assert measure_plan(SumSession(image_s=0.02), images(1, 2, 3), 4).sizes == (1,)
 
 
+def test_a_moment_in_which_the_machine_is_slow_does_not_choose_the_sizes() -> None:
+    class Slow(SumSession):
+        def run(self, pixels: Pixels) -> tuple[Logits, Maps]:
+            # After 8 images alone the sizes 1, 2, 3, 4, 8 are run, again and again.
+            sleep(0.1 * (len(self.sizes) in (10, 11)))
+            return super().run(pixels)
+
+    assert measure_plan(Slow(batch_s=0.02), images(1, 2, 3), 8).sizes == (1, 2, 3, 4, 8)
+
+
 def test_no_batch_is_made_where_it_changes_answers() -> None:
     plan = measure_plan(SumSession(slot_noise=1e-3), images(1, 2, 3), 8)
     assert (plan.sizes, plan.is_invariant) == ((1,), False)
