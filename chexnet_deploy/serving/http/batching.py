@@ -23,9 +23,8 @@ from chexnet_deploy.runtime.sessions.base import Logits, Maps, Session
 log = logging.getLogger("chexnet_deploy.serving")
 
 _SIZES = (1, 2, 3, 4, 8, 16, 32, 64, 128, 256)
-_RUNS = (
-    3  # of each size, in turns; the quickest counts, as a machine that is slow for a moment must not choose the sizes
-)
+# Of each size, in turns; the quickest counts, as a machine that is slow for a moment must not choose the sizes.
+_RUNS = 3
 _WORTH = 0.97  # a larger batch must take at most this share of a smaller one's time per image
 
 
