@@ -9,6 +9,7 @@ import pytest
 from chexnet_deploy.errors import ServeError, SessionError
 from chexnet_deploy.images.preprocessing import Pixels
 from chexnet_deploy.runtime.sessions.base import Logits, Maps
+from chexnet_deploy.serving.http import batching
 from chexnet_deploy.serving.http.batching import BatchPlan, DeadlineError, Lane, measure_plan
 from chexnet_deploy.serving.http.config import ServeConfig
 from chexnet_deploy.serving.http.refusals import RequestError
@@ -21,19 +22,19 @@ PLAN = BatchPlan((1, 2, 4), (4.0, 3.0, 2.0), is_invariant=True)
 class SumSession:
     """Answers with each image's sum, once it may; 255 in the first pixel makes a run fail."""
 
-    def __init__(self, *, lowest: int = 1, slot_noise: float = 0.0, image_s: float = 0.0, batch_s: float = 0.0) -> None:
+    def __init__(self, *, lowest: int = 1, slot_noise: float = 0.0, image_s: float = 0.0) -> None:
         self.batch_range = (lowest, 64)
         self.sizes: list[int] = []
         self.checks: list[bool] = []
         self.probe = 0
         self.may_run = threading.Event()
         self.may_run.set()
-        self._slot_noise, self._image_s, self._batch_s = slot_noise, image_s, batch_s
+        self._slot_noise, self._image_s = slot_noise, image_s
 
     def run(self, pixels: Pixels) -> tuple[Logits, Maps]:
         self.may_run.wait()
         self.sizes.append(len(pixels))
-        sleep(self._batch_s + self._image_s * len(pixels))
+        sleep(self._image_s * len(pixels))
         if (pixels[:, 0, 0, 0] == 255).any():
             raise SessionError("a fault")
         sums = pixels.reshape(len(pixels), -1).sum(axis=1, dtype=np.float32)[:, None]
@@ -173,21 +174,35 @@ def test_closing_answers_what_waits_and_takes_nothing_more() -> None:
         lane.submit(images(1), FOREVER_S)
 
 
-def test_the_plan_keeps_sizes_that_gain() -> None:
-    # 30 ms a run and nothing an image: each larger batch is far cheaper per image.
-    assert measure_plan(SumSession(batch_s=0.03), images(1, 2, 3), 8).sizes == (1, 2, 3, 4, 8)
-    # Nothing a run and 20 ms an image: no batch gains.
-    assert measure_plan(SumSession(image_s=0.02), images(1, 2, 3), 4).sizes == (1,)
+class TimedSession(SumSession):
+    """Takes as long as it says, by a clock of its own: 1 s at the runs whose numbers are `slow_at`."""
+
+    def __init__(self, *, batch_s: float = 0.0, image_s: float = 0.0, slow_at: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.now_s = 0.0
+        self._takes = lambda n: batch_s + image_s * n + 1.0 * (len(self.sizes) in slow_at)
+
+    def run(self, pixels: Pixels) -> tuple[Logits, Maps]:
+        self.now_s += self._takes(len(pixels))
+        return super().run(pixels)
 
 
-def test_a_moment_in_which_the_machine_is_slow_does_not_choose_the_sizes() -> None:
-    class Slow(SumSession):
-        def run(self, pixels: Pixels) -> tuple[Logits, Maps]:
-            # After 8 images alone the sizes 1, 2, 3, 4, 8 are run, again and again.
-            sleep(0.1 * (len(self.sizes) in (10, 11)))
-            return super().run(pixels)
-
-    assert measure_plan(Slow(batch_s=0.02), images(1, 2, 3), 8).sizes == (1, 2, 3, 4, 8)
+@pytest.mark.parametrize(
+    ("session", "sizes"),
+    [
+        # Nothing an image: each larger batch is far cheaper per image.
+        (TimedSession(batch_s=0.03), (1, 2, 3, 4, 8)),
+        # Nothing a run: no batch gains.
+        (TimedSession(image_s=0.02), (1,)),
+        # After 8 images alone the sizes 1, 2, 3, 4, 8 are run, again and again: a moment decides nothing.
+        (TimedSession(batch_s=0.02, slow_at=(10, 11)), (1, 2, 3, 4, 8)),
+    ],
+)
+def test_the_plan_keeps_sizes_that_gain(
+    session: TimedSession, sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batching, "monotonic", lambda: session.now_s)
+    assert measure_plan(session, images(1, 2, 3), 8).sizes == sizes
 
 
 def test_no_batch_is_made_where_it_changes_answers() -> None:
