@@ -200,8 +200,8 @@ def refuse_training_patients(evaluated: Iterable[int], trained_on: PatientSet | 
     n_strangers = sum(number > MAX_PATIENT for number in numbers)
     if n_strangers:
         return (
-            f"{n_strangers:,} of the {len(numbers):,} patients are a table's own, and the model was trained on another data set's: "
-            f"nothing shows that they are other people."
+            f"The model was trained on patients of another data set, so nothing shows that {n_strangers:,} of these "
+            f"{len(numbers):,} are not among them. Make sure that they are not."
         )
     return f"None of the {len(numbers):,} patients is among the {trained_on.n_patients:,} the model was trained on."
 

@@ -259,7 +259,10 @@ class _Table:
         patients = [number_of[each] if number is None else number for each, number in zip(ids, named, strict=True)]
         for i, (each, number) in enumerate(zip(ids, named, strict=True)):
             if number is not None and (not each.isdecimal() or int(each) != number):
-                needed = f"the patient in the name, {number}, as ChestX-ray14 names images so; name others otherwise"
+                needed = (
+                    f"patient {number}, as ChestX-ray14 names that patient's images so. Images of your own patients need "
+                    f"other names, e.g. own_{os.path.basename(self.names[i])}: rename the files"  # noqa: PTH119
+                )
                 self._refuse(i, f"patient {each!r} for {self.names[i]}", needed)
         self.patients = np.array(patients, np.int64)
 

@@ -193,7 +193,9 @@ def _notes(everyone: Mapping[str, Engine], labelled: Sequence[str], findings: Se
     for name, engine in everyone.items():
         left = [finding for finding in engine.findings if finding not in findings]
         if left:
-            notes.append(f"{name}: not measured, as not all engines and labels know them: {name_some(left)}.")
+            notes.append(
+                f"{name}: {len(left)} of its findings not measured, as the labels or an engine lack them: {', '.join(left)}."
+            )
         if isinstance(engine, Bundle) and not _is_of_family(engine, everyone[REFERENCE]):
             notes.append(f"{name}: of other weights than the reference.")
     return tuple(notes)

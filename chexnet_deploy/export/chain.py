@@ -3,6 +3,7 @@
 The command line, the demo and the benchmarks call these.
 """
 
+import logging
 import tempfile
 import threading
 from collections.abc import Sequence
@@ -18,7 +19,8 @@ from chexnet_deploy.bundle.signing.releases import Release
 from chexnet_deploy.datasets.csv_rows import read_names
 from chexnet_deploy.datasets.data_set import DataSet, open_data
 from chexnet_deploy.datasets.labelled import LabelledImages
-from chexnet_deploy.errors import BundleError, CalibrationError, OnPhase, require
+from chexnet_deploy.datasets.patients import refuse_training_patients
+from chexnet_deploy.errors import BundleError, CalibrationError, DatasetError, OnPhase, require
 from chexnet_deploy.evaluation.spec import read_spec
 from chexnet_deploy.files import write_file
 from chexnet_deploy.images.scope import ScopePolicy
@@ -29,6 +31,7 @@ from chexnet_deploy.runtime.sessions.trt_versions import Backend, open_tensorrt
 if TYPE_CHECKING:
     from chexnet_deploy.export.from_torch.import_legacy import LegacyImport
 
+_LOG = logging.getLogger(__name__)
 
 MAX_GATE_IMAGES = 512  # enough to catch a broken quantisation in a minute; `bench` is where the whole set is used
 CHOSEN_LIST = "calibration.txt"
@@ -93,6 +96,14 @@ def _validation(dataset: DataSet, fp32: Bundle) -> LabelledImages:
     return val.take(np.arange(min(len(val.names), MAX_GATE_IMAGES))).for_findings(fp32.manifest.findings)
 
 
+def _warn_of_known(dataset: DataSet, fp32: Bundle) -> None:
+    """Say before minutes of work what `bench` will refuse after it."""
+    try:
+        refuse_training_patients(dataset.patients_of("test"), fp32.manifest.trained_on, purpose="bench")
+    except DatasetError as err:
+        _LOG.warning("warning: bench will refuse the test images. %s", err)
+
+
 def export_bundles(
     checkpoint: Path,
     out: Path,
@@ -148,6 +159,8 @@ def export_bundles(
     if names is not None and calibration_list is None:
         write_file(out / CHOSEN_LIST, "".join(f"{name}\n" for name in names).encode())
     on_phase("export fp32", 1, 1)
+    if dataset is not None:
+        _warn_of_known(dataset, fp32)
     bundles = [fp32]
     if len(precisions) == 1:
         return bundles

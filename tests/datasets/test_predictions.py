@@ -253,7 +253,7 @@ LABELS = "image,patient,Mass\na,1,0\nb,2,1\n"
         (
             WIDE,
             NIH.replace("4,041Y", "6,041Y"),
-            "found patient '6' for 00000004_000.png; needed the patient in the name, 4",
+            "found patient '6' for 00000004_000.png; needed patient 4, as ChestX-ray14 names",
         ),
         (
             WIDE,
@@ -274,7 +274,7 @@ LABELS = "image,patient,Mass\na,1,0\nb,2,1\n"
         (
             WIDE,
             WIDE_LABELS.replace("png,2", "png,8"),
-            "found patient '8' for 00000002_000.png; needed the patient in the name, 2",
+            "found patient '8' for 00000002_000.png; needed patient 2, as ChestX-ray14 names",
         ),
         (
             WIDE,

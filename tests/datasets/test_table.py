@@ -232,7 +232,7 @@ def test_images_named_as_nih_s_are_of_its_patients(read: Open) -> None:
     images = "00000002_000.png x/00000003_000.png"
     assert read(table, None, images).images.patients.tolist() == [2, 3]
     with pytest.raises(
-        DatasetError, match=r"row 3: found patient '4' for x/00000003_000.png; needed the patient in the name"
+        DatasetError, match=r"row 3: found patient '4' for x/00000003_000.png; needed patient 3, as ChestX-ray14 names"
     ):
         read("image,patient,Mass\n00000002_000.png,2,1\nx/00000003_000.png,4,0\n", None, images)
 
@@ -392,5 +392,7 @@ def test_a_list_may_hold_commas_and_it_is_said_what_none_holds(read: Open) -> No
 @pytest.mark.parametrize("name", ["00000007_001.jpg", "00000007_001.DCM", "00000007_001"])
 def test_a_patient_of_chestxray14_is_known_whatever_the_file_is_called(read: Open, name: str) -> None:
     assert read(f"image,patient,Mass\nx/{name},7,1\n", images=f"x/{name}").images.patients.tolist() == [7]
-    with pytest.raises(DatasetError, match=f"row 2: found patient 'A' for x/{name}; needed the patient in the name, 7"):
+    with pytest.raises(
+        DatasetError, match=f"row 2: found patient 'A' for x/{name}; needed patient 7, as ChestX-ray14 names"
+    ):
         read(f"image,patient,Mass\nx/{name},A,1\n", images=f"x/{name}")

@@ -89,8 +89,8 @@ def test_findings_that_all_know_are_measured_and_the_others_named(bench: Bench, 
     assert report["findings"] == ["Mass", "Edema"]
     assert report["notes"] == [
         "labels: not measured, as no engine knows them: Atelectasis, Cardiomegaly, Effusion, Infiltration, Nodule and 6 more.",
-        "reference: not measured, as not all engines and labels know them: No Finding, Hernia.",
-        "net: not measured, as not all engines and labels know them: Lung Lesion.",
+        "reference: 2 of its findings not measured, as the labels or an engine lack them: No Finding, Hernia.",
+        "net: 1 of its findings not measured, as the labels or an engine lack them: Lung Lesion.",
     ]
     for note in report["notes"]:
         assert note in report["stdout"].replace("\n", " ")
