@@ -139,7 +139,7 @@ def _find_table(root: Path) -> Path:
             return root / name
     raise DatasetError(
         f"{root}: found none of {', '.join(TABLES)}; needed one of them directly in this folder. "
-        f"Next: give the folder that holds the ChestX-ray14 table."
+        f"Next: give the folder that holds it, or a table of your own (CSV, Parquet, or a TOML that describes one)."
     )
 
 
