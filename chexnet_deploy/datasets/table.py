@@ -229,8 +229,9 @@ class _Table:
     def _find_patients(self) -> None:
         pattern, ids = self.stated.patient_in_path, self.patient_cells
         needed = "whose image it is, in the patients' column"
+        files = [name.rpartition("/")[2] for name in self.names]
         # Copies of ChestX-ray14's images are .jpg or .dcm too, and their patients the same.
-        named = [patient_of(f"{os.path.splitext(name.rpartition('/')[2])[0]}.png") for name in self.names]  # noqa: PTH122
+        named = [patient_of(f"{os.path.splitext(file)[0]}.png") for file in files]  # noqa: PTH122 - text, a million times
         if not ids and pattern is None:
             if all(number is not None for number in named):
                 self.patients = np.array(named, np.int64)
@@ -261,7 +262,7 @@ class _Table:
             if number is not None and (not each.isdecimal() or int(each) != number):
                 needed = (
                     f"patient {number}, as ChestX-ray14 names that patient's images so. Images of your own patients need "
-                    f"other names, e.g. own_{os.path.basename(self.names[i])}: rename the files"  # noqa: PTH119
+                    f"other names, e.g. own_{files[i]}: rename the files"
                 )
                 self._refuse(i, f"patient {each!r} for {self.names[i]}", needed)
         self.patients = np.array(patients, np.int64)
