@@ -7,6 +7,7 @@ joins quantised tensors of different scales; the known answers would refuse such
 import os
 from collections import Counter
 from collections.abc import Mapping
+from functools import cache
 from queue import SimpleQueue
 from threading import Lock
 from typing import Any
@@ -25,6 +26,8 @@ from chexnet_deploy.runtime.sessions.known_answers import KnownAnswers
 # which take 0.8 of that of four images on all cores. A single image takes all cores, to be answered soonest.
 PIECE = 4  # the known answers are whole pieces
 _TYPE_NAMES = (("_i8", "int8"), ("_u8", "int8"), ("_f16", "float16"), ("_bf16", "bfloat16"), ("_f32", "float32"))
+
+_CORES: list[Any] = []
 
 
 class OpenvinoSession:
@@ -58,7 +61,7 @@ class OpenvinoSession:
         self._lock = Lock()
         n_single = max(1, cores // self._threads)
         try:
-            self._core = openvino.Core()
+            self._core = _core(os.getpid())
             self._model = self._core.read_model(model)
         except Exception as err:
             raise _refusal(err) from err
@@ -162,6 +165,18 @@ class OpenvinoSession:
             return self._core.compile_model(self._model, "CPU", settings)
         except Exception as err:
             raise _refusal(err) from err
+
+
+@cache
+def _core(process: int) -> Any:
+    """Return the one Core of a process.
+
+    It is never freed. OpenVINO (to 2026.4) gives the thread that makes a Core a stack for signals, and frees that stack with the
+    Core: where Cores come and go, the next signal, as Ctrl-C or SIGTERM, ends the process by a segmentation fault.
+    """
+    core = openvino.Core()
+    _CORES.append(core)  # of two threads that come first, both keep theirs
+    return core
 
 
 def _refusal(err: Exception) -> SessionError:

@@ -148,6 +148,34 @@ session.run(pixels)
     assert done.stdout == "this session was opened before a fork. Open the bundle in each process.\n"
 
 
+@pytest.mark.parametrize("closed_in", ["the order of opening", "the other order", "another thread"])
+def test_signals_are_survived_when_sessions_have_been_closed(bundles: dict[str, Bundle], closed_in: str) -> None:
+    code = f"""
+import gc, signal, threading
+from pathlib import Path
+from chexnet_deploy.bundle.bundle import Bundle
+from chexnet_deploy.runtime.sessions.openvino import OpenvinoSession
+
+sessions = [OpenvinoSession.open(Bundle.open(Path({str(bundles["fp32"].path)!r}))) for _ in range(2)]
+
+def close_all(order):
+    while sessions:
+        sessions.pop(order).close()
+        gc.collect()
+
+if {closed_in!r} == "another thread":
+    thread = threading.Thread(target=close_all, args=(0,))
+    thread.start()
+    thread.join()
+else:
+    close_all(0 if {closed_in!r} == "the order of opening" else -1)
+signal.signal(signal.SIGTERM, lambda number, frame: print("told to stop"))
+signal.raise_signal(signal.SIGTERM)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "told to stop\n")
+
+
 def test_auto_takes_openvino_where_it_is(bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_provider("auto") == "openvino"
     assert resolve_provider("cpu") == "cpu"
