@@ -62,7 +62,7 @@ def fine_tune(
     """Run all epochs of a recipe; no epoch is chosen."""
     network.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     loss = Loss(recipe.loss, torch.from_numpy(train.truth)).to(device)
-    optimiser = build_optimiser(network, recipe, device)
+    optimiser = build_optimiser(network, recipe)
     each = steps_per_epoch(len(train.rows), recipe.batch_size)
     schedule = build_schedule(optimiser, recipe, each * recipe.epochs)
     done = 0

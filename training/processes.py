@@ -1,6 +1,8 @@
 """The processes of one run, as torchrun started them, or this one alone: who writes, and how answers come together."""
 
+import ctypes
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +11,8 @@ import torch.utils.deterministic
 from torch import distributed
 
 from chexnet_deploy.errors import SpecError, require_linux
+
+_M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1  # glibc's malloc.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +80,19 @@ def join_processes() -> Processes:
         torch.cuda.set_device(device)
     distributed.init_process_group("nccl" if has_gpu else "gloo")
     return Processes(distributed.get_rank(), distributed.get_world_size(), device)
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory that tensors free, and take it in huge pages.
+
+    A step on a CPU frees gigabytes and takes them again, page by page. torch listens before its first tensor only, and
+    glibc alone has mallopt; elsewhere nothing happens.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    with suppress(AttributeError, OSError, TypeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def leave_processes(processes: Processes) -> None:

@@ -42,7 +42,7 @@ from training.cache import Cache
 from training.logbook import append_throughput, draw_curve, epoch_line, write_card, write_metrics, write_scalars
 from training.objective import Loss, build_optimiser, build_schedule, start_from_prevalence
 from training.prepare import prepare
-from training.processes import Processes
+from training.processes import Processes, keep_freed_memory
 from training.recipe import Recipe
 from training.start import copy_outputs, read_start, trained_on
 from training.teacher import Teacher, read_teacher
@@ -106,6 +106,8 @@ def train(
         SpecError: the recipe doesn't fit the data, the processes or the files given; or the folder holds something else.
         CheckpointError: resume.pt belongs to another recipe or split, or the loss is no longer finite.
     """
+    if processes.device.type == "cpu":
+        keep_freed_memory()
     dataset = open_data(root)
     preprocessing = Preprocessing(resize_px=recipe.resize_px)
     start = read_start(recipe, options.start_from, preprocessing, dataset)
@@ -241,7 +243,7 @@ class Trainer:
         if processes.count > 1:
             # Each shard keeps statistics of its own; they are averaged where they are read.
             self.network = DistributedDataParallel(self.network, broadcast_buffers=False)
-        self.optimiser = build_optimiser(self.model, recipe, self.device)
+        self.optimiser = build_optimiser(self.model, recipe)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "fp16")
         self.average = [p.detach().clone() for p in self.model.parameters()] if recipe.ema_decay else None
         self.statistics = [self._copy_buffers() for _ in self.mine]

@@ -28,7 +28,7 @@ def test_the_head_starts_from_the_prevalences() -> None:
 
 
 def test_weights_alone_decay() -> None:
-    groups = build_optimiser(CheXNet(2), RECIPE, torch.device("cpu")).param_groups
+    groups = build_optimiser(CheXNet(2), RECIPE).param_groups
     assert [group["weight_decay"] for group in groups] == [0.01, 0.0]
     assert all(p.ndim > 1 for p in groups[0]["params"])
     assert all(p.ndim == 1 for p in groups[1]["params"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -71,3 +72,29 @@ def validate_alone(root: Path, run: Path) -> float:
 
 def test_shards_are_dealt_in_order() -> None:
     assert [list(Processes(rank, 2).my_shards(4)) for rank in (0, 1)] == [[0, 1], [2, 3]]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="NOT RUN without glibc, which alone has mallopt")
+def test_freed_memory_is_taken_again_without_asking_the_system() -> None:
+    code = """
+import resource
+from training.processes import keep_freed_memory
+keep_freed_memory()
+import torch
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+counts = []
+for _ in range(3):
+    before = faults()
+    torch.ones(64_000_000)
+    counts.append(faults() - before)
+print(*counts)
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=CHECKOUT, check=True
+    )
+    first, *later = map(int, done.stdout.split())
+    assert first > 100  # huge pages of 2 MiB, or more pages of 4 KiB
+    assert max(later) < 10
