@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Annotated, NamedTuple
 
-from pydantic import StringConstraints
+from pydantic import Field, StringConstraints
 
 from chexnet_deploy.errors import BundleError, ChexnetError, unsupported
 
@@ -32,6 +32,8 @@ _OPENS_DIRECTORIES = hasattr(os, "O_DIRECTORY")  # Windows doesn't
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 """64 lower-case hexadecimal digits."""
+FirstFormat = Annotated[int, Field(strict=True, ge=1, le=1)]
+"""Number of a file's format where there was no other yet; no True and no 1.0, which Literal[1] takes."""
 
 
 def sha256_hex(content: bytes) -> str:

@@ -1,10 +1,11 @@
 """How fast `predict` carries a folder into a table, beside decoding alone and the session alone; and how much memory it takes.
 
-    python -m benchmarks.cpu.folder BUNDLE [--folder PNGS] [--out benchmarks/results/folder-cpu.json]
+    python -m benchmarks.cpu.folder BUNDLE [--folder IMAGES] [--out benchmarks/results/folder-cpu.json]
+    python -m benchmarks.cpu.folder BUNDLE --dicom --n-phantoms 200 --out benchmarks/results/folder-dicom-cpu.json
 
-Without a folder, 1,000 phantoms of 1024 x 1024 px are written to a temporary one: 125 drawn, each in its eight flips and
-quarter turns. All sides are measured in turns, round after round, and who goes first changes; a rate is the median of the
-rounds. Files stay in the system's memory.
+Without a folder, 1,000 phantoms of 1024 x 1024 px are written to a temporary one, as PNG or as DICOM of 12 bits in lossless
+JPEG 2000: 125 drawn, each in its eight flips and quarter turns. All sides are measured in turns, round after round, and who
+goes first changes; a rate is the median of the rounds. Files stay in the system's memory.
 
 Decoding and computing share the cores. Where an image costs d core-seconds of one and c of the other, n cores can't finish
 more than n / (d + c) images a second, which is 1 / (1 / decoding alone + 1 / computing alone): the bound that the bar is
@@ -26,12 +27,14 @@ from typing import Annotated, Any, Final, NamedTuple, TypeAlias
 import numpy as np
 import typer
 from PIL import Image
+from pydicom.uid import JPEG2000Lossless
 
 from benchmarks.common import COMMAND, RESULTS, checkout_environment, resident_mib, write_results
+from benchmarks.rigs.synthetic_dicom import make_dicom
 from chexnet_deploy.bundle.bundle import Bundle
 from chexnet_deploy.cli.options import OnProvider, ProviderName
 from chexnet_deploy.errors import OnPhase
-from chexnet_deploy.images import Pixels, Preprocessing, find_images, read_image
+from chexnet_deploy.images import ImageReader, Pixels, Preprocessing, find_images, read_image
 from chexnet_deploy.runtime.predictor import Predictor
 from chexnet_deploy.runtime.sessions.base import Provider, Session
 from chexnet_deploy.runtime.sessions.open import open_session, resolve_provider
@@ -39,7 +42,7 @@ from chexnet_deploy.runtime.streaming import Flow, choose_flow, usable_cores
 from chexnet_deploy.terminal import progress, run_program
 from training.phantoms.draw import PhantomSpec, draw_radiograph, plan_studies
 
-BAR: Final = 0.9
+BAR: Final = 0.95
 MEMORY_GROWTH_LIMIT_MIB: Final = 16.0
 SETTLED_ROWS: Final = 100
 N_ALONE: Final = 160  # images for the sides that are even from the first to the last
@@ -71,6 +74,7 @@ def main(
     bundle: Annotated[Path, typer.Argument(help="A bundle.")],
     folder: Annotated[Path | None, typer.Option(help="Radiographs; default: phantoms.")] = None,
     n_phantoms: Annotated[int, typer.Option(min=8, help="How many, where there is no folder.")] = 1000,
+    dicom: Annotated[bool, typer.Option("--dicom", help="Phantoms as compressed DICOM.")] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each side.")] = 3,
     provider: OnProvider = ProviderName.AUTO,
     out: Annotated[Path, typer.Option(help="The JSON to write.")] = RESULTS / "folder-cpu.json",
@@ -80,7 +84,7 @@ def main(
     with tempfile.TemporaryDirectory(prefix="chexnet-folder-") as place, progress() as on_phase:
         if folder is None:
             folder = Path(place) / "phantoms"
-            draw_phantoms(folder, n_phantoms, cores, on_phase)
+            draw_phantoms(folder, n_phantoms, cores, on_phase, as_dicom=dicom)
         paths = list(find_images([folder]).paths())
         median_kb = median(path.stat().st_size for path in paths) / 1000
         sides = bare_sides(opened, paths, cores, backend) | settings_sides(opened, paths, cores, backend)
@@ -104,8 +108,8 @@ def main(
     raise typer.Exit(0 if results["times_additive_bound"] >= BAR and results["memory_is_flat"] else 1)
 
 
-def draw_phantoms(folder: Path, n: int, workers: int, on_phase: OnPhase) -> None:
-    """Write n PNGs: every drawn one in its eight flips and quarter turns."""
+def draw_phantoms(folder: Path, n: int, workers: int, on_phase: OnPhase, *, as_dicom: bool = False) -> None:
+    """Write n PNG or DICOM files: every drawn one in its eight flips and quarter turns."""
     folder.mkdir()
     studies = plan_studies(PhantomSpec(patients=n, test_patients=1))
     done = 0
@@ -114,7 +118,11 @@ def draw_phantoms(folder: Path, n: int, workers: int, on_phase: OnPhase) -> None
         gray = draw_radiograph(studies[first // 8], seed=0, side_px=1024)
         for i, (turns, is_flipped) in list(enumerate(product(range(4), (False, True))))[: n - first]:
             turned = np.rot90(gray[:, ::-1] if is_flipped else gray, turns)
-            Image.fromarray(np.ascontiguousarray(turned)).save(folder / f"{first + i:08d}_000.png")
+            path = folder / f"{first + i:08d}_000.png"
+            if as_dicom:
+                path.with_suffix(".dcm").write_bytes(make_dicom(turned.astype(np.uint16) * 16, syntax=JPEG2000Lossless))
+            else:
+                Image.fromarray(np.ascontiguousarray(turned)).save(path)
         return min(8, n - first)
 
     with ThreadPoolExecutor(workers) as pool:
@@ -156,8 +164,8 @@ def settings_sides(bundle: Bundle, paths: Sequence[Path], cores: int, provider: 
 
 def decode_all(paths: Sequence[Path], preprocessing: Preprocessing, cores: int) -> int:
     """Carry files to pixels; return how many."""
-    with ThreadPoolExecutor(cores) as pool:
-        return sum(len(pixels) for pixels in pool.map(lambda path: preprocessing(read_image(path)), paths))
+    with ImageReader(processes=cores) as reader, ThreadPoolExecutor(cores) as pool:
+        return sum(len(pixels) for pixels in pool.map(lambda path: preprocessing(reader.read(path)), paths))
 
 
 def infer_all(session: Session, pixels: Sequence[Pixels], calls: int) -> int:
@@ -229,7 +237,7 @@ def summarise(
         "precision": bundle.manifest.precision.value,
         "resize_px": bundle.manifest.preprocessing.resize_px,
         "n_images": series[-1][-1].rows,
-        "median_png_kb": median_kb,
+        "median_file_kb": median_kb,
         "settings": {"threads": 1, "batch_size": flow.batch_size, "calls": flow.calls, "workers": flow.workers},
         "median_images_per_s": medians,
         "median_core_ms_per_image": core_ms,

@@ -12,7 +12,7 @@ from pydantic import Field, StringConstraints, ValidationError, model_validator
 from chexnet_deploy.bundle.signing.releases import Release
 from chexnet_deploy.datasets.patients import PatientSet
 from chexnet_deploy.errors import BundleError
-from chexnet_deploy.files import Sha256, sha256_hex
+from chexnet_deploy.files import FirstFormat, Sha256, sha256_hex
 from chexnet_deploy.images import Preprocessing, ScopePolicy
 from chexnet_deploy.inputs import Record, describe
 
@@ -163,7 +163,7 @@ class Manifest(Record):
         engine: for plans only.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: FirstFormat = 1
     precision: Precision
     dialect: Literal["float"] | Dialect = "float"
     findings: Annotated[tuple[str, ...], Field(min_length=1, max_length=256)]

@@ -45,17 +45,23 @@ class Probe:
             BundleError: not an .npz file of these three arrays, or an answer is not finite.
         """
         try:
+            # zipfile looks for a ZIP between other bytes, and for arrays among other members; the C runtime does not.
+            if content[:4] != b"PK\3\4" or content[-22:-18] != b"PK\5\6" or any(content[-2:]):
+                raise ValueError("bytes before or behind a ZIP")
             with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+                if sorted(arrays.zip.namelist()) != ["cam.npy", "logits.npy", "pixels.npy"]:
+                    raise ValueError(f"members {arrays.zip.namelist()}")
                 probe = cls(arrays["pixels"], arrays["logits"], arrays["cam"])
         except Exception as err:  # what NumPy, zipfile, zlib and lzma raise on such bytes has no class in common
             raise BundleError(f"probe.npz does not hold pixels, logits and cam arrays ({err}). Export again.") from err
         pixels, logits, cam = probe.pixels, probe.logits, probe.cam
         c, s = logits.shape[-1] if logits.ndim else 0, pixels.shape[-1] if pixels.ndim else 0
         shapes = (N_PROBES, 1, s, s), (N_PROBES, c), (N_PROBES, c, s // 32, s // 32)
-        types = ["uint8", "float32", "float32"]
-        if (pixels.shape, logits.shape, cam.shape) != shapes or [
-            each.dtype.name for each in (pixels, logits, cam)
-        ] != types:
+        are_as_written = all(
+            each.dtype.str == written and each.flags.c_contiguous
+            for each, written in ((pixels, "|u1"), (logits, "<f4"), (cam, "<f4"))
+        )
+        if (pixels.shape, logits.shape, cam.shape) != shapes or not are_as_written:
             raise BundleError(
                 f"probe.npz holds pixels {pixels.shape}, logits {logits.shape} and cam {cam.shape}, "
                 f"which don't belong together. Export again."

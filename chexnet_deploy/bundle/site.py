@@ -19,7 +19,7 @@ from chexnet_deploy.bundle.manifest import Manifest
 from chexnet_deploy.bundle.signing.signatures import MAX_SIGNATURE_BYTES
 from chexnet_deploy.bundle.signing.trust import Trust
 from chexnet_deploy.errors import BundleError, TrustError
-from chexnet_deploy.files import PlainFile, Sha256, sha256_hex
+from chexnet_deploy.files import FirstFormat, PlainFile, Sha256, sha256_hex
 from chexnet_deploy.inputs import Record, describe, name_some
 
 Rate: TypeAlias = Literal["sensitivity", "specificity", "ppv", "npv"]
@@ -90,7 +90,7 @@ class Site(Record):
         tools: versions.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: FirstFormat = 1
     bundle: Sha256
     asked: Annotated[dict[Rate, Chance], Field(min_length=1)]
     confidence: Chance

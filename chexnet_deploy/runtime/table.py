@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from chexnet_deploy.bundle.site import OperatingPoints
 from chexnet_deploy.datasets.predictions import QUARANTINED
 from chexnet_deploy.errors import ImageError, TableError
-from chexnet_deploy.files import FileContent, Sha256
+from chexnet_deploy.files import FileContent, FirstFormat, Sha256
 from chexnet_deploy.images.listing import one_line
 from chexnet_deploy.images.preprocessing import Preprocessing
 from chexnet_deploy.runtime.predictor import FileAnswer
@@ -59,7 +59,7 @@ class TableCard(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    schema_version: Literal[1] = 1
+    schema_version: FirstFormat = 1
     bundle: Sha256
     preprocessing: Preprocessing
     findings: tuple[str, ...]

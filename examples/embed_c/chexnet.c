@@ -589,7 +589,7 @@ static const rule ENGINE_CARD[] = {
     {NULL},
 };
 static const rule MANIFEST[] = {
-    {"schema_version", REAL, OPTIONAL, WITHIN(1, 1)},
+    {"schema_version", WHOLE, OPTIONAL, WITHIN(1, 1)},
     {"precision", TEXT, .words = "fp32|fp16|int8"},
     {"dialect", TEXT, OPTIONAL, .words = "float|typed|mixed|trt8|cpu"},
     {"findings", LIST, WITHIN(1, MAX_FINDINGS), .of = &A_NAME},
@@ -612,7 +612,7 @@ static const rule MANIFEST[] = {
     {"engine", RECORD, OR_NULL, .of = ENGINE_CARD},
     {NULL},
 };
-static const rule FLOOR[] = {{"format", REAL, OPTIONAL, WITHIN(1, 1)}, {"release", RECORD, .of = RELEASE}, {NULL}};
+static const rule FLOOR[] = {{"format", WHOLE, OPTIONAL, WITHIN(1, 1)}, {"release", RECORD, .of = RELEASE}, {NULL}};
 static const rule A_MANIFEST = {"manifest", RECORD, .of = MANIFEST}, A_FLOOR = {"floor", RECORD, .of = FLOOR};
 
 static bool is_word(const char *words, const node *text) {

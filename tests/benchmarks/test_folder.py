@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks.cpu.folder import Sample, Speed, draw_phantoms, settled_rate, summarise
@@ -14,6 +15,14 @@ def test_phantoms_are_drawn_in_their_eight_turns(tmp_path: Path) -> None:
     assert len({file.read_bytes() for file in files}) == len(files) == 10
     assert {read_image(file).shape for file in files} == {(1024, 1024)}
     assert seen == [8, 10]
+
+
+def test_dicom_phantoms_show_the_same_pictures(tmp_path: Path) -> None:
+    for name in ("png", "dcm"):
+        draw_phantoms(tmp_path / name, 2, 1, lambda phase, done, total: None, as_dicom=name == "dcm")
+    for file in (tmp_path / "png").iterdir():
+        packed = read_image(tmp_path / "dcm" / file.with_suffix(".dcm").name)
+        assert np.abs(packed.astype(int) - read_image(file)).max() <= 1  # of 255, in 12 bits without a window
 
 
 def test_the_bound_and_the_bar_by_hand(bundles: dict[str, Bundle]) -> None:

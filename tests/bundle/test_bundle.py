@@ -119,6 +119,7 @@ def test_edited_manifest_is_refused(copy: Path) -> None:
         (lambda r: r["preprocessing"].update(surprise=1), "preprocessing.surprise"),
         (lambda r: r["checks"][0].update(surprise=1), "checks.0.surprise"),
         (lambda r: r.update(schema_version=2), "schema_version"),
+        (lambda r: r.update(schema_version=True), "schema_version"),
         (lambda r: r.update(precision="fp8"), "precision"),
         (lambda r: r.update(precision=32), "precision"),
         (lambda r: r.update(findings="Pneumonia"), "findings"),

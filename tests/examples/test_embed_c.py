@@ -1,25 +1,31 @@
 """The C runtime answers and refuses as the Python runtime does, on the same backend library, clean under both sanitizers."""
 
 import base64
+import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.rigs.embedded_c import SANITIZERS, EmbeddedC, NotBuiltError, Spy, build, find_libraries
 from benchmarks.robustness import embedded_c
 from chexnet_deploy.bundle.bundle import Bundle
 from chexnet_deploy.bundle.manifest import MANIFEST, MANIFEST_SHA256, ONNX_MODEL, PROBE, hash_files
+from chexnet_deploy.bundle.probe import Probe
 from chexnet_deploy.bundle.signing.keys import public_der
 from chexnet_deploy.bundle.signing.releases import Release
 from chexnet_deploy.bundle.signing.sign import admit_first, sign_bundle
@@ -135,6 +141,7 @@ def test_edited_manifests_are_read_as_python_reads_them(library: EmbeddedC, smal
         ('"resize_px": 32', '"resize_px": 33'),
         ('"resize_px": 32', '"resize_px": true'),
         ('"schema_version": 1', '"schema_version": 1.0'),
+        ('"schema_version": 1', '"schema_version": true'),
         ('"precision"', '"target": null, "precision"'),  # a key twice
         ('"scope": {', '"scope": {"age_years": [3, 2], '),
         ('"a": 0.5', '"a": 1e400'),
@@ -149,13 +156,46 @@ def test_fine_points_of_json(library: EmbeddedC, small: Bundle, old: str, new: s
     assert python == c
 
 
+def npz(save: Callable[..., None], **arrays: NDArray[Any]) -> bytes:
+    buffer = io.BytesIO()
+    save(buffer, **arrays)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda probe: npz(np.savez, **asdict(probe)), "opened"),  # not packed
+        (lambda probe: npz(np.savez_compressed, **dict(reversed(asdict(probe).items()))), "opened"),
+        (lambda probe: b"x" + probe.to_bytes(), "BundleError"),
+        (lambda probe: probe.to_bytes() + b"x", "BundleError"),
+        (lambda probe: probe.to_bytes()[:-1] + b"\1", "BundleError"),  # says that a comment follows
+        (lambda probe: npz(np.savez, **asdict(probe), extra=np.zeros(1)), "BundleError"),
+        (lambda probe: replace(probe, logits=probe.logits.astype(">f4")).to_bytes(), "BundleError"),
+        (lambda probe: replace(probe, logits=np.asfortranarray(probe.logits)).to_bytes(), "BundleError"),
+    ],
+)
+def test_known_answers_are_read_as_python_reads_them(
+    library: EmbeddedC, small: Bundle, change: Callable[[Probe], bytes], expected: str
+) -> None:
+    before = small.read_probe_bytes()
+    content = change(Probe.from_bytes(before))
+    files = {**small.manifest.files, PROBE: sha256_hex(content)}
+    try:
+        (small.path / PROBE).write_bytes(content)
+        manifest = small.manifest.model_copy(update={"files": files}).to_json()
+        assert answer_of_both(library, small, manifest) == (expected, expected)
+    finally:
+        (small.path / PROBE).write_bytes(before)
+
+
 def answer_of_both(library: EmbeddedC, bundle: Bundle, manifest: bytes) -> tuple[str, str]:
     """Seal a manifest and open it; the model's bytes coming to a backend count as opened."""
     (bundle.path / MANIFEST).write_bytes(manifest)
     (bundle.path / MANIFEST_SHA256).write_text(f"{sha256_hex(manifest)}\n")
     spy, python = Spy(ONNX_MODEL), "opened"
     try:
-        Bundle.open(bundle.path)
+        Bundle.open(bundle.path).read_probe()
     except ChexnetError as err:
         python = type(err).__name__
     with pytest.raises(ChexnetError) as caught, library.open(bundle.path, spy):

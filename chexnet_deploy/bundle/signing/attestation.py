@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from chexnet_deploy.bundle.signing.signatures import WrittenRecord
 from chexnet_deploy.errors import TrustError
-from chexnet_deploy.files import Sha256
+from chexnet_deploy.files import FirstFormat, Sha256
 from chexnet_deploy.inputs import StrictRecord
 
 ATTESTATION = "attestation.json"
@@ -50,7 +50,7 @@ class Attestation(WrittenRecord):
     writer = "bench"
     again = "Take the file that `bench` wrote."
 
-    format: Literal[1] = 1
+    format: FirstFormat = 1
     verdict: Literal["PASS", "FAIL", "INCONCLUSIVE"]
     summary: str
     bundle_id: Sha256

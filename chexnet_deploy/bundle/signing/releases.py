@@ -7,12 +7,12 @@ write there can lower it, and a disk put back to an older state takes it along.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, StringConstraints, ValidationError
 
 from chexnet_deploy.errors import TrustError
-from chexnet_deploy.files import PlainFile, write_file
+from chexnet_deploy.files import FirstFormat, PlainFile, write_file
 from chexnet_deploy.inputs import Record, describe
 
 LOCK_TIMEOUT_S = 5.0  # the lock is held for one small write; whoever holds it longer hangs, and this must not
@@ -39,7 +39,7 @@ class Release(Record):
 
 
 class _Floor(Record):
-    format: Literal[1] = 1
+    format: FirstFormat = 1
     release: Release
 
 

@@ -8,12 +8,12 @@ a standard's way of saying what is signed, so that no signature made for anythin
 
 import json
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field, StringConstraints, ValidationError
 
 from chexnet_deploy.errors import TrustError
-from chexnet_deploy.files import Sha256
+from chexnet_deploy.files import FirstFormat, Sha256
 from chexnet_deploy.inputs import StrictRecord, describe
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class SignatureFile(WrittenRecord):
     writer = "sign"
     again = "Copy the bundle again, or delete it and sign again."
 
-    format: Literal[1] = 1
+    format: FirstFormat = 1
     signatures: Annotated[tuple[Signature, ...], Field(min_length=1, max_length=MAX_SIGNATURES)]
 
     @classmethod

@@ -32,7 +32,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, StringConstraints, ValidationError, field_validator, model_validator
 
@@ -54,7 +54,7 @@ from chexnet_deploy.bundle.signing.signatures import (
     SignatureFile,
 )
 from chexnet_deploy.errors import TrustError, require
-from chexnet_deploy.files import PlainFile, Sha256, sha256_hex
+from chexnet_deploy.files import FirstFormat, PlainFile, Sha256, sha256_hex
 from chexnet_deploy.inputs import StrictRecord, describe
 
 if sys.version_info >= (3, 11):
@@ -115,7 +115,7 @@ class Trust(StrictRecord):
         passing_specs: SHA-256 of the spec files whose PASS counts; None asks for no PASS.
     """
 
-    format: Literal[1] = 1
+    format: FirstFormat = 1
     keys: Annotated[tuple[TrustedKey, ...], Field(min_length=1, max_length=64)]
     line: LineName | None = None
     min_release: ReleaseNumber | None = None

@@ -6,6 +6,7 @@ whatever a library prints goes nowhere, as it may quote an image's header.
 """
 
 import ctypes
+import gc
 import json
 import logging
 import os
@@ -109,6 +110,9 @@ def serve(open_work: Callable[[], Work]) -> None:
     except ChexnetError as err:  # no image was seen yet, so the message can't hold anything of one
         _reply(replies, {"failed": type(err).__name__, "message": str(err)})
         return
+    # What is loaded is not looked at again: a full collection of 340,000 objects takes 100 ms, once in about 30 reports.
+    gc.collect()
+    gc.freeze()
     _reply(replies, {"ready": dict(work.versions)})
     for line in requests:
         request = json.loads(line)

@@ -3,6 +3,7 @@
 Pictures of findings that are present, which the node sends beside the report, are not made.
 """
 
+import gc
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -106,7 +107,12 @@ class DicomFolder:
             queues = {kind: queue for kind, queue in queues.items() if queue.is_warm()}
             if not queues:
                 raise self._nothing_left(refused)
-            steady, after_idle = _steady(queues, effort, on_phase), _after_idle(queues, on_phase)
+            gc.collect()
+            gc.freeze()  # as the node's worker does
+            try:
+                steady, after_idle = _steady(queues, effort, on_phase), _after_idle(queues, on_phase)
+            finally:
+                gc.unfreeze()
         return DicomTimes(
             idle_s=IDLE_S,
             refused=dict(refused),

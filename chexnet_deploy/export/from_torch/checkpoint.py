@@ -6,7 +6,7 @@ Never unpickles: a pickled checkpoint can run code when it is loaded.
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
@@ -16,7 +16,7 @@ from safetensors import torch as safetensors_torch
 from chexnet_deploy.datasets.patients import PatientSet
 from chexnet_deploy.errors import CheckpointError
 from chexnet_deploy.export.from_torch.model import CheXNet
-from chexnet_deploy.files import Sha256, sha256_hex, write_file
+from chexnet_deploy.files import FirstFormat, Sha256, sha256_hex, write_file
 from chexnet_deploy.images.preprocessing import Preprocessing
 
 _METADATA_KEY = "chexnet_deploy"
@@ -44,7 +44,7 @@ class CheckpointManifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: Literal[1] = 1
+    schema_version: FirstFormat = 1
     findings: Annotated[tuple[str, ...], Field(min_length=1)]
     preprocessing: Preprocessing
     operating_points: dict[str, Annotated[float, Field(ge=0.0, le=1.0)]]

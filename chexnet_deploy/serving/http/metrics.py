@@ -145,15 +145,19 @@ class Metrics:
             self._saturation.labels(tensor).set(share)
 
     def _publish(self) -> None:
-        for mean, clipped, logits in self._block:
+        means, clipped, logits = zip(*self._block, strict=True)
+        for mean, share in zip(means, clipped, strict=True):
             self._gray.observe(mean)
-            self._clipped.observe(clipped)
-            for finding, score in zip(self._findings, sigmoid(logits).tolist(), strict=True):
-                self._scores.labels(finding).observe(score)
-                if score >= self._points.get(finding, 2.0):
-                    self._present.labels(finding).inc()
+            self._clipped.observe(share)
+        # By finding, so that each is looked up once: requests wait for this.
+        for finding, scores in zip(self._findings, sigmoid(np.array(logits)).T.tolist(), strict=True):
+            histogram, point = self._scores.labels(finding), self._points.get(finding, 2.0)
+            for score in scores:
+                histogram.observe(score)
+            if n_present := sum(score >= point for score in scores):
+                self._present.labels(finding).inc(n_present)
         if self._calibration is not None:
-            now = np.mean([logits for *_, logits in self._block], axis=0, dtype=np.float64)
+            now = np.mean(logits, axis=0, dtype=np.float64)
             then, spread = np.array(self._calibration.logit_mean), np.array(self._calibration.logit_sd)
             drift = np.divide(now - then, spread, out=np.zeros_like(now), where=spread > 0.0)
             for finding, value in zip(self._findings, drift.tolist(), strict=True):
