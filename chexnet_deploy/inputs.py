@@ -72,7 +72,11 @@ def read_toml(path: Path) -> Mapping[str, object]:
 
 def describe(err: ValidationError) -> str:
     """Return pydantic's complaints as `field: reason`, the first three of them."""
-    complaints = [f"{'.'.join(map(str, error['loc'])) or 'file'}: {error['msg']}" for error in err.errors()]
+    complaints = [
+        f"{'.'.join(map(str, error['loc'])) or 'file'}: "
+        f"{'no such field' if error['type'] == 'extra_forbidden' else error['msg']}"
+        for error in err.errors()
+    ]
     return "; ".join(complaints[:3]) + (f"; and {len(complaints) - 3} more" if len(complaints) > 3 else "")
 
 

@@ -200,8 +200,8 @@ def refuse_training_patients(evaluated: Iterable[int], trained_on: PatientSet | 
     n_strangers = sum(number > MAX_PATIENT for number in numbers)
     if n_strangers:
         return (
-            f"The model was trained on patients of another data set, so nothing shows that {n_strangers:,} of these "
-            f"{len(numbers):,} are not among them. Make sure that they are not."
+            f"The model was trained on patients of another data set; whether {n_strangers:,} of these {len(numbers):,} are "
+            f"among them is not known. Make sure that they are not."
         )
     return f"None of the {len(numbers):,} patients is among the {trained_on.n_patients:,} the model was trained on."
 

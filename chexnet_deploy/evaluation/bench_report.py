@@ -26,7 +26,7 @@ def print_bench(report: "BenchReport", page: Path) -> None:
     """Print the tables, every reason why not PASS, what may replace what, and where the whole report lies."""
     import typer
 
-    from chexnet_deploy.evaluation.bench_words import headline
+    from chexnet_deploy.evaluation.bench_words import evidence, headline
     from chexnet_deploy.terminal import print_table
 
     print_table(summary_rows(report))
@@ -34,9 +34,10 @@ def print_bench(report: "BenchReport", page: Path) -> None:
         print_table(limits)
     if times := dicom_rows(report):
         print_table(times)
+    typer.echo(evidence(report))
     for note in report.notes:
         typer.echo(note)
-    for result in report.engines:
+    for result in report.judged:
         for reason in result.reasons:
             typer.echo(f"{result.name}: {reason}")
     typer.echo(f"{headline(report)}.")
@@ -119,9 +120,25 @@ class BenchReport(ReportRecord):
     @computed_field  # type: ignore[prop-decorator]  # pydantic's own advice for mypy
     @property
     def verdict(self) -> Verdict:
-        """The worst of the engines'."""
-        verdicts = {engine.verdict for engine in self.engines}
+        """The worst of the engines that are judged."""
+        verdicts = {engine.verdict for engine in self.judged}
         return "FAIL" if "FAIL" in verdicts else "INCONCLUSIVE" if "INCONCLUSIVE" in verdicts else "PASS"
+
+    @property
+    def judged(self) -> tuple[EngineResult, ...]:
+        """All engines but the reference's own file: too few patients to prove that it equals itself say nothing of the others."""
+        return tuple(engine for engine in self.engines if not self.is_reference(engine)) or self.engines
+
+    def is_reference(self, engine: EngineResult) -> bool:
+        """Say whether an engine is the reference's own file; one that fails beside it is judged as any other."""
+        return engine.bundle_id == self.reference_id and engine.verdict != "FAIL"
+
+    def verdict_of(self, engine: EngineResult) -> str:
+        """Return an engine's verdict in words, with the findings it rests on or what stands against it."""
+        if self.is_reference(engine):
+            return "the reference itself"
+        parity = engine.parity
+        return engine.verdict if parity is None or parity.verdict != engine.verdict else parity.summary
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,14 +175,13 @@ def summary_rows(report: BenchReport) -> list[dict[str, str]]:
     for engine in report.engines:
         parity = engine.parity
         mark = " emulated" if engine.is_emulated else ""
-        accuracy: tuple[str, str, str, str] = ("not measured", "not measured", "not measured", engine.verdict)
+        accuracy = "not measured", "not measured", "not measured"
         if parity is not None:
             mean = "undefined" if parity.mean_auroc_candidate is None else f"{parity.mean_auroc_candidate:.4f}"
             accuracy = (
                 f"{mean} over {parity.n_counted}",
                 f"{parity.max_abs_probability_difference:.4f}",
                 f"{parity.n_flips} of {parity.n_decisions}",
-                parity.summary if engine.verdict == parity.verdict else engine.verdict,
             )
         rows.append(
             {
@@ -176,7 +192,7 @@ def summary_rows(report: BenchReport) -> list[dict[str, str]]:
                 "p50 ms": f"{engine.single_stream.p50_ms:.2f}{mark}",
                 "p99 ms": f"{engine.single_stream.p99_ms:.2f}{mark}",
                 "images/s": f"{engine.offline.images_per_s:.1f}{mark}",
-                "verdict": accuracy[3],
+                "verdict": report.verdict_of(engine),
             }
         )
     return rows

@@ -11,15 +11,10 @@ MOST_BY_NAME: Final = 3
 """Findings that are each named with their own reason."""
 
 
-def is_reference(engine: EngineResult, report: BenchReport) -> bool:
-    """Say whether an engine is the reference's own file; one that fails beside it is judged as any other."""
-    return engine.bundle_id == report.reference_id and engine.verdict != "FAIL"
-
-
 def headline(report: BenchReport) -> str:
     """Return what may replace what, e.g. "fp16 and int8 may replace fp32; int8-cpu may not"."""
     reference = reference_name(report)
-    judged = [engine for engine in report.engines if not is_reference(engine, report)]
+    judged = [engine for engine in report.engines if not report.is_reference(engine)]
     passed, failed, open_ = (
         [engine.name for engine in judged if engine.verdict == verdict] for verdict in ("PASS", "FAIL", "INCONCLUSIVE")
     )
@@ -39,7 +34,7 @@ def headline(report: BenchReport) -> str:
 
 def reference_name(report: BenchReport) -> str:
     """Return the name by which the reference was measured too, or "the reference"."""
-    return next((engine.name for engine in report.engines if is_reference(engine, report)), "the reference")
+    return next((engine.name for engine in report.engines if report.is_reference(engine)), "the reference")
 
 
 def evidence(report: BenchReport) -> str:
@@ -62,7 +57,7 @@ def same_file(engine: EngineResult) -> str:
 def next_steps(report: BenchReport) -> list[tuple[str, Verdict, str, str]]:
     """Return for the engines that do not pass: their names, verdict, reason, and what to do; alike ones together."""
     alike: dict[tuple[Verdict, str, str], list[str]] = {}
-    for engine in report.engines:
+    for engine in report.judged:
         if engine.verdict != "PASS":
             more = f" (and {len(engine.reasons) - 1} more)" if len(engine.reasons) > 1 else ""
             found = engine.verdict, engine.reasons[0] + more, next_step(engine, report)
@@ -73,7 +68,7 @@ def next_steps(report: BenchReport) -> list[tuple[str, Verdict, str, str]]:
 def next_step(engine: EngineResult, report: BenchReport) -> str:
     """Return what to do about an engine that does not pass."""
     if engine.verdict == "FAIL":
-        passing = [each for each in report.engines if each.verdict == "PASS" and not is_reference(each, report)]
+        passing = [each for each in report.engines if each.verdict == "PASS" and not report.is_reference(each)]
         if not passing:
             return f"Keep {reference_name(report)}."
         fastest = min(passing, key=lambda each: each.single_stream.p50_ms)
@@ -123,7 +118,7 @@ def not_measured(report: BenchReport) -> list[tuple[str, str]]:
             engine.parity is not None and all(row.map_correlation_median is None for row in engine.parity.findings)
         ),
     )
-    return [*found, *((name, why) for name, _, why in (note.partition(": ") for note in report.notes))]
+    return [*found, *((name, why) for name, _, why in (note.rstrip(".").partition(": ") for note in report.notes))]
 
 
 def _dicom_not_measured(report: BenchReport) -> list[tuple[str, str]]:

@@ -184,18 +184,21 @@ def _is_of_family(engine: Bundle, reference: Engine) -> TypeGuard[Bundle]:
 
 
 def _notes(everyone: Mapping[str, Engine], labelled: Sequence[str], findings: Sequence[str]) -> tuple[str, ...]:
-    """Return a sentence for labels and each engine that have findings which are not measured, and for each of other weights."""
+    """Return a sentence for the labels and the engines whose findings are not measured, and for each engine of other weights."""
     notes = []
     known = {letters_of(finding) for engine in everyone.values() for finding in engine.findings}
     left = [finding for finding in labelled if letters_of(finding) not in known]
     if left:
         notes.append(f"labels: not measured, as no engine knows them: {name_some(left)}.")
+    lacking: dict[tuple[str, ...], list[str]] = {}
     for name, engine in everyone.items():
-        left = [finding for finding in engine.findings if finding not in findings]
-        if left:
+        lacking.setdefault(tuple(each for each in engine.findings if each not in findings), []).append(name)
+    for missing, names in lacking.items():
+        if missing:
             notes.append(
-                f"{name}: {len(left)} of its findings not measured, as the labels or an engine lack them: {', '.join(left)}."
+                f"{', '.join(names)}: not measured, as the labels or an engine lack them: {', '.join(missing)}."
             )
+    for name, engine in everyone.items():
         if isinstance(engine, Bundle) and not _is_of_family(engine, everyone[REFERENCE]):
             notes.append(f"{name}: of other weights than the reference.")
     return tuple(notes)

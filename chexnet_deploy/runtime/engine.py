@@ -91,6 +91,8 @@ def find_engine(place: Path | str, contract: Contract | None, *, trust: Trust | 
         raise TrustError(
             f"found --trust and {place}, which is no bundle and can't be signed. Omit --trust, or give bundles."
         )
+    if contract is None and path.suffix == ".safetensors":
+        raise SpecError(f"found {place}, a checkpoint; needed a bundle. Run `chexnet-deploy export {place}` first.")
     if contract is None:
         raise SpecError(
             f"found {place}, which is no bundle, and no contract; needed a TOML that says what it takes and answers. "

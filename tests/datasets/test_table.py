@@ -195,7 +195,7 @@ def test_what_can_t_be_right_is_refused_with_its_row(read: Open, table: str, tom
     ("toml", "words"),
     [
         ('uncertain = "maybe"', "uncertain"),
-        ("patients = 'x'", "patients: Extra inputs"),
+        ("patients = 'x'", "patients: no such field"),
         ('patient_in_path = "p[0-9]+"', "needs a group"),
         ('patient_in_path = "("', "is no regular expression"),
         ("patient = ", "is not TOML"),

@@ -16,11 +16,13 @@ from chexnet_deploy.bundle.bundle import Bundle
 from chexnet_deploy.datasets.chestxray14 import ChestXray14
 from chexnet_deploy.datasets.findings import FINDINGS
 from chexnet_deploy.datasets.patients import PatientSet
+from chexnet_deploy.errors import SpecError
 from chexnet_deploy.export.from_torch import import_legacy
 from chexnet_deploy.export.from_torch.checkpoint import read_checkpoint, write_checkpoint
 from chexnet_deploy.export.from_torch.model import CheXNet
 from chexnet_deploy.export.from_torch.to_onnx import export_onnx
 from chexnet_deploy.images.preprocessing import Preprocessing
+from chexnet_deploy.runtime.engine import find_engine
 from chexnet_deploy.runtime.sessions.ort import load_onnx
 from tests.command_line import assert_one_line_error, chexnet
 from tests.conftest import CHECKOUT
@@ -89,8 +91,8 @@ def test_findings_that_all_know_are_measured_and_the_others_named(bench: Bench, 
     assert report["findings"] == ["Mass", "Edema"]
     assert report["notes"] == [
         "labels: not measured, as no engine knows them: Atelectasis, Cardiomegaly, Effusion, Infiltration, Nodule and 6 more.",
-        "reference: 2 of its findings not measured, as the labels or an engine lack them: No Finding, Hernia.",
-        "net: 1 of its findings not measured, as the labels or an engine lack them: Lung Lesion.",
+        "reference: not measured, as the labels or an engine lack them: No Finding, Hernia.",
+        "net: not measured, as the labels or an engine lack them: Lung Lesion.",
     ]
     for note in report["notes"]:
         assert note in report["stdout"].replace("\n", " ")
@@ -329,3 +331,10 @@ def test_a_file_that_is_not_its_contracts(
     done = chexnet("evaluate", file, "--contract", contract, "--data", phantom_root)
     assert done.returncode == 2
     assert found in " ".join(done.stderr.split())
+
+
+def test_a_checkpoint_is_sent_to_export(checkpoint_path: Path) -> None:
+    with pytest.raises(
+        SpecError, match=f"found {checkpoint_path}, a checkpoint; needed a bundle. Run `chexnet-deploy export"
+    ):
+        find_engine(checkpoint_path, None)

@@ -60,8 +60,24 @@ def test_what_fails_is_replaced_by_the_fastest_that_passes(report: BenchReport) 
 
 def test_what_is_alike_is_said_once(report: BenchReport) -> None:
     reason = "accuracy was not measured: no labelled images were given (--data)"
-    found = ("fp32 and int8", "INCONCLUSIVE", reason, "Give labelled images by --data.")
-    assert next_steps(report) == [found]
+    found = ("a and b", "INCONCLUSIVE", reason, "Give labelled images by --data.")
+    assert next_steps(judged(report, fp32="INCONCLUSIVE", a="INCONCLUSIVE", b="INCONCLUSIVE")) == [found]
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "verdict"),
+    [
+        # Too few patients to prove that a file equals itself say nothing of int8.
+        ({"fp32": "INCONCLUSIVE", "int8": "PASS"}, "PASS"),
+        ({"fp32": "PASS", "int8": "INCONCLUSIVE"}, "INCONCLUSIVE"),
+        ({"fp32": "INCONCLUSIVE"}, "INCONCLUSIVE"),
+        ({"fp32": "FAIL", "int8": "PASS"}, "FAIL"),
+    ],
+)
+def test_the_references_own_file_decides_only_where_it_is_alone_or_fails(
+    report: BenchReport, verdicts: dict[str, str], verdict: str
+) -> None:
+    assert judged(report, **verdicts).verdict == verdict
 
 
 def test_what_was_not_measured_is_said(report: BenchReport) -> None:
@@ -75,8 +91,8 @@ def test_what_was_not_measured_is_said(report: BenchReport) -> None:
         update={"spec": int8.spec.model_copy(update={"gate": gate}), "conv_types": {}}
     )
     found = dict(
-        not_measured(report.model_copy(update={"engines": (fp32, unproven), "notes": ("int8: of other weights.",)}))
+        not_measured(report.model_copy(update={"engines": (fp32, unproven), "notes": ("int8: of other weights",)}))
     )
     assert found["Latency of int8"] == "nobody has measured its limits yet"
     assert found["The type int8 computes in"] == "the backend does not show it"
-    assert found["int8"] == "of other weights."
+    assert found["int8"] == "of other weights"

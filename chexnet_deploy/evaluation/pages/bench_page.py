@@ -14,7 +14,6 @@ from chexnet_deploy.evaluation.bench_report import BenchReport, BenchRun, dicom_
 from chexnet_deploy.evaluation.bench_words import (
     evidence,
     headline,
-    is_reference,
     next_steps,
     not_measured,
     same_file,
@@ -34,7 +33,7 @@ _PICTURE_PX = 256
 def write_html(path: Path, run: BenchRun) -> None:
     """Write the page of a run to an .html file."""
     report = run.report
-    compared = [engine for engine in report.engines if not is_reference(engine, report)]
+    compared = [engine for engine in report.engines if not report.is_reference(engine)]
     numbers = {engine.name: i for i, engine in enumerate(compared)}
     drawn = [engine for engine in compared if engine.parity is not None]
     page = render(
@@ -43,7 +42,7 @@ def write_html(path: Path, run: BenchRun) -> None:
         headline=headline(report),
         evidence=evidence(report),
         next_steps=next_steps(report),
-        same_files=[same_file(engine) for engine in report.engines if is_reference(engine, report)],
+        same_files=[same_file(engine) for engine in report.engines if report.is_reference(engine)],
         not_measured=not_measured(report),
         marks=define_marks(),
         picture=draw_margins(drawn, numbers) if drawn else None,
@@ -94,7 +93,7 @@ def _draw_maps(run: BenchRun) -> list[tuple[str, list[tuple[str, str]]]]:
     if run.images is None:
         return []
     pictures = []
-    same = {engine.name for engine in run.report.engines if is_reference(engine, run.report)}
+    same = {engine.name for engine in run.report.engines if run.report.is_reference(engine)}
     c = {finding: i for i, finding in enumerate(run.report.findings)}
     for shown in run.shown:
         gray = read_image(run.images.paths[shown.row])

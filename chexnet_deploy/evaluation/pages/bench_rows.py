@@ -6,7 +6,6 @@ from markupsafe import Markup
 
 from chexnet_deploy.evaluation.as_text import UNDEFINED, number, signed
 from chexnet_deploy.evaluation.bench_report import BenchReport, EngineResult
-from chexnet_deploy.evaluation.bench_words import is_reference
 from chexnet_deploy.evaluation.pages.charts import draw_times
 from chexnet_deploy.evaluation.parity import ParityReport
 
@@ -21,17 +20,14 @@ def speed_rows(report: BenchReport, marks: dict[str, Markup]) -> list[dict[str, 
     rows = []
     for engine in report.engines:
         parity = engine.parity
-        verdict: str = "the reference itself" if is_reference(engine, report) else engine.verdict
-        if parity is not None and verdict == parity.verdict:
-            verdict = parity.summary
         area = "not measured"
         if parity is not None:
-            change = "" if is_reference(engine, report) else f" ({_mean_difference(parity).partition(' ')[0]})"
+            change = "" if report.is_reference(engine) else f" ({_mean_difference(parity).partition(' ')[0]})"
             area = number(parity.mean_auroc_candidate, 4) + change
         rows.append(
             {
                 "engine": marks.get(engine.name, Markup("")) + engine.name,
-                "verdict": verdict,
+                "verdict": report.verdict_of(engine),
                 "AUROC": area,
                 "ms": f"{engine.single_stream.p50_ms:.1f}" + ("*" if engine.is_emulated else ""),
                 "images/s": f"{engine.offline.images_per_s:.0f}" + ("*" if engine.is_emulated else ""),
