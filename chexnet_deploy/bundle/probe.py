@@ -34,7 +34,9 @@ class Probe:
     def to_bytes(self) -> bytes:
         """Return the probe as an .npz file."""
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, pixels=self.pixels, logits=self.logits, cam=self.cam)
+        # In C's order, as readers require: an engine may answer with a transposed view.
+        pixels, logits, cam = (np.ascontiguousarray(each) for each in (self.pixels, self.logits, self.cam))
+        np.savez_compressed(buffer, pixels=pixels, logits=logits, cam=cam)
         return buffer.getvalue()
 
     @classmethod
