@@ -60,14 +60,12 @@ def main(
             processes.append(spawn.Process(target=_answer, args=(name, its_end, data, chosen, Path(folder))))
             processes[-1].start()
             its_end.close()  # or the death of the process would go unseen
-        for turn in range(-1, rounds):  # the first warms up
+        for pipe in pipes.values():
+            _seconds_of(WARMUP_STEPS, pipe)
+        for turn in range(rounds):
             for name, pipe in pipes.items():
-                pipe.send(STEPS if turn >= 0 else WARMUP_STEPS)
-                spent = pipe.recv()
-                if turn >= 0:
-                    seconds[name].append(spent)
-            if turn >= 0:
-                on_phase("measuring", turn + 1, rounds)
+                seconds[name].append(_seconds_of(STEPS, pipe))
+            on_phase("measuring", turn + 1, rounds)
         for pipe in pipes.values():
             pipe.send(0)
         for process in processes:
@@ -88,17 +86,21 @@ def main(
     )
 
 
+def _seconds_of(n_steps: int, pipe: Connection) -> float:
+    pipe.send(n_steps)
+    seconds: float = pipe.recv()
+    return seconds
+
+
 def _answer(name: str, pipe: Connection, data: Path, recipe: Recipe, folder: Path) -> None:
     """Make as many steps as are asked for and say how long they took, until none is asked for."""
-    if name == "ours":
-        keep_freed_memory()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     radiographs = ChestXray14.open(data).split("train")
-    steps = (
-        _our_steps(open_data(data), radiographs, recipe, device, folder)
-        if name == "ours"
-        else _plain_steps(radiographs, recipe, device)
-    )
+    if name == "plain":
+        steps = _plain_steps(radiographs, recipe, device)
+    else:
+        keep_freed_memory()
+        steps = _our_steps(open_data(data), radiographs, recipe, device, folder)
     while n_steps := pipe.recv():
         start = perf_counter()
         for _ in range(n_steps):

@@ -68,7 +68,7 @@ def next_steps(report: BenchReport) -> list[tuple[str, Verdict, str, str]]:
 def next_step(engine: EngineResult, report: BenchReport) -> str:
     """Return what to do about an engine that does not pass."""
     if engine.verdict == "FAIL":
-        passing = [each for each in report.engines if each.verdict == "PASS" and not report.is_reference(each)]
+        passing = [each for each in report.judged if each.verdict == "PASS"]
         if not passing:
             return f"Keep {reference_name(report)}."
         fastest = min(passing, key=lambda each: each.single_stream.p50_ms)
