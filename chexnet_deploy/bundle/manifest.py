@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias, TypedDict
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from chexnet_deploy.bundle.signing.releases import Release
-from chexnet_deploy.datasets.patients import PatientSet
+from chexnet_deploy.datasets.patients import FileSet, PatientSet
 from chexnet_deploy.errors import BundleError
 from chexnet_deploy.files import FirstFormat, Sha256, sha256_hex
 from chexnet_deploy.images import Preprocessing, ScopePolicy
@@ -51,6 +51,7 @@ class Calibration(Record):
     Attributes:
         list_sha256: hash of the image names, in order, each with the SHA-256 of its pixels.
         n_images: how many.
+        image_files: their files, so that nothing is measured on them; None where unknown.
         estimator: how a tensor's range was chosen from them.
         logit_mean: [C] of the fp32 model's logits on them; a service measures its images' drift from it.
         logit_sd: [C] standard deviation of these.
@@ -60,6 +61,7 @@ class Calibration(Record):
 
     list_sha256: Sha256
     n_images: Annotated[int, Field(ge=1)]
+    image_files: FileSet | None = None
     estimator: str
     logit_mean: tuple[float, ...]
     logit_sd: tuple[Annotated[float, Field(ge=0.0)], ...]

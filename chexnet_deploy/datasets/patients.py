@@ -1,20 +1,20 @@
-"""The leak guard: who was trained on, who is evaluated, and which known split a list of patients is.
+"""The leak guard: who was trained on, what int8 was calibrated on, who is evaluated, and which known split a list is.
 
-Works on patient numbers alone and reads no file. The patient is the unit: two images of one patient are alike, so a
-model has seen a patient as soon as it was trained on any of their images.
+Works on patient numbers and files' hashes, and reads no file. The patient is the unit of training: two images of one patient
+are alike, so a model has seen a patient as soon as it was trained on any of their images.
 """
 
 import base64
 import hashlib
 import zlib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Annotated, Final
+from typing import Annotated, Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
 from chexnet_deploy.errors import DatasetError
 from chexnet_deploy.files import Sha256
@@ -24,6 +24,15 @@ MAX_PATIENT: Final = 99_999_999
 """The largest number an image name of ChestX-ray14 can hold."""
 MAX_PATIENTS: Final = 1_000_000
 MAX_ENCODED_CHARACTERS: Final = 32_768  # a manifest has a cap of 64 KiB, and holds other things too
+
+_FILE_BYTES: Final = 6  # of each SHA-256: that one of 25,000 files is mistaken for one of 256 has a chance of 2 in 10^8
+MAX_FILES: Final = MAX_ENCODED_CHARACTERS // 8
+
+FileSet: TypeAlias = Annotated[
+    str, StringConstraints(pattern=r"^([A-Za-z0-9+/]{8})*$", max_length=MAX_ENCODED_CHARACTERS)
+]
+"""A set of at most MAX_FILES files: base64 of the first 6 bytes of each one's SHA-256, ascending. It names no file or patient, and
+nobody who doesn't have a file can find out that it is in it."""
 
 KNOWN_SPLITS: Final = MappingProxyType(
     {
@@ -204,6 +213,39 @@ def refuse_training_patients(evaluated: Iterable[int], trained_on: PatientSet | 
             f"among them is not known. Make sure that they are not."
         )
     return f"None of the {len(numbers):,} patients is among the {trained_on.n_patients:,} the model was trained on."
+
+
+def encode_files(sha256s: Iterable[Sha256]) -> FileSet:
+    """Return the set of the files with these hashes."""
+    return base64.b64encode(b"".join(sorted(map(_first_bytes, sha256s)))).decode("ascii")
+
+
+def refuse_calibration_files(evaluated: Mapping[str, Sha256], calibrated_on: FileSet | None, *, purpose: str) -> str:
+    """Refuse images that set a model's int8 ranges; return what can be said of the others, for a report.
+
+    Args:
+        evaluated: name -> SHA-256 of the files about to be used.
+        calibrated_on: out of the model's manifest; None where it says nothing, which the sentence returned admits.
+        purpose: as of refuse_training_patients.
+
+    Raises:
+        DatasetError: an image was calibrated on.
+    """
+    if calibrated_on is None:
+        return "The model doesn't say which images set its int8 ranges: nothing shows that none of these did."
+    raw = base64.b64decode(calibrated_on)
+    known = {raw[i : i + _FILE_BYTES] for i in range(0, len(raw), _FILE_BYTES)}
+    used = [name for name, sha256 in evaluated.items() if _first_bytes(sha256) in known]
+    if used:
+        raise DatasetError(
+            f"Found {len(used):,} of {len(evaluated):,} images that set the model's int8 ranges, e.g. {name_some(used)}; needed "
+            f"none for {purpose}. Next: give the table that `export` had, with its split, or a list of the others by --images."
+        )
+    return f"None of the {len(evaluated):,} images is among the {len(known):,} that set its int8 ranges."
+
+
+def _first_bytes(sha256: Sha256) -> bytes:
+    return bytes.fromhex(sha256)[:_FILE_BYTES]
 
 
 def _decode(encoded: str) -> NDArray[np.int64]:

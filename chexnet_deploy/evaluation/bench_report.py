@@ -94,7 +94,7 @@ class BenchReport(ReportRecord):
     Attributes:
         finished_utc: when, ISO 8601.
         data: what the images are, in words.
-        patients_note: a sentence on their overlap with the training patients.
+        patients_note: a sentence on their overlap with the training patients, and of the images with those that set int8 ranges.
         provider: what ran the ONNX engines; the reference always runs on ONNX Runtime's CPU.
         reference_id: as EngineResult.bundle_id.
         reference_contract: as EngineResult.contract.

@@ -10,7 +10,6 @@ from typing import Literal
 from chexnet_deploy.bundle import Bundle, Trust, find_reference
 from chexnet_deploy.datasets.chestxray14 import Split
 from chexnet_deploy.datasets.data_set import open_data
-from chexnet_deploy.datasets.labelled import LabelledImages
 from chexnet_deploy.errors import OnPhase, SpecError, require
 from chexnet_deploy.evaluation.attest import attest
 from chexnet_deploy.evaluation.bench_report import BenchReport, write_predictions
@@ -21,7 +20,6 @@ from chexnet_deploy.evaluation.run import run_evaluation
 from chexnet_deploy.evaluation.sources import choose_images, say_who_is_known
 from chexnet_deploy.evaluation.spec import find_spec, read_spec
 from chexnet_deploy.files import new_folder, sha256_of_file
-from chexnet_deploy.inputs import name_some
 from chexnet_deploy.runtime.contract import read_contract
 from chexnet_deploy.runtime.engine import Engine, find_engine, refuse_idle_contract
 from chexnet_deploy.runtime.sessions.base import Provider
@@ -72,7 +70,7 @@ def bench(
     images, data, patients_note = None, "no labelled images", ""
     if data_root is not None:
         images, data = choose_images(open_data(data_root), split, image_list)
-        patients_note = _say_who_is_known([reference, *engines], images, split)
+        patients_note = say_who_is_known([reference, *engines], images, split)
     # The folder is made first and shown last: a place that can't be written costs no measurement, and a report is whole.
     with new_folder(out) as partial:
         run = run_bench(
@@ -97,14 +95,6 @@ def bench(
         if pages is not None:
             pages.write_html(partial / "report.html", run)
     return run.report
-
-
-def _say_who_is_known(engines: Sequence[Engine], images: LabelledImages, split: Split) -> str:
-    """Return what say_who_is_known says of each: whoever was trained on these patients would look better than the other."""
-    said: dict[str, list[str]] = {}
-    for engine in engines:
-        said.setdefault(say_who_is_known(engine, images, split), []).append(engine.name)
-    return " ".join(said if len(said) == 1 else (f"{name_some(names)}: {note}" for note, names in said.items()))
 
 
 def _first_bundle(engines: Sequence[Engine]) -> Bundle:

@@ -114,7 +114,7 @@ def calibrate(request: SiteRequest, *, on_phase: OnPhase) -> Site:
         )
     labelled, words = choose_images(dataset, request.split, request.images)
     images = labelled.for_findings(labelled.shared_with(bundle.manifest.findings))
-    note = say_who_is_known(bundle, labelled, request.split)
+    note = say_who_is_known([bundle], labelled, request.split)
     _refuse_hopeless(images, request)
     probabilities, backend = _predict(bundle, images, request, on_phase)
     points = {}

@@ -1,6 +1,7 @@
 """Scores and labels to evaluate: from an engine run on a data set's images, or from a CSV of predictions."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,13 +13,19 @@ from chexnet_deploy.datasets.chestxray14 import Split
 from chexnet_deploy.datasets.csv_rows import letters_of, read_names
 from chexnet_deploy.datasets.data_set import DataSet, open_data
 from chexnet_deploy.datasets.labelled import LabelledImages
-from chexnet_deploy.datasets.patients import cover_official, recognise_split, refuse_training_patients
+from chexnet_deploy.datasets.patients import (
+    cover_official,
+    recognise_split,
+    refuse_calibration_files,
+    refuse_training_patients,
+)
 from chexnet_deploy.datasets.predictions import LabelledScores, read_predictions
 from chexnet_deploy.datasets.table import read_labels
 from chexnet_deploy.errors import DatasetError, OnPhase, SpecError
 from chexnet_deploy.evaluation.localize import BoxedMap, localize
 from chexnet_deploy.evaluation.records import Localization
 from chexnet_deploy.evaluation.request import EvaluationRequest
+from chexnet_deploy.files import Sha256, sha256_of_file
 from chexnet_deploy.inputs import name_some
 from chexnet_deploy.runtime import Predictor
 from chexnet_deploy.runtime.engine import Engine, open_engine, resizing_of
@@ -84,7 +91,7 @@ def run_engine(engine: Engine, request: EvaluationRequest, on_phase: OnPhase) ->
     dataset = open_data(request.data)
     split: Split = request.split or "test"
     images, words = choose_images(dataset, split, request.images)
-    patients_note = (say_who_is_known(engine, images, split), *_whose(images.patients, dataset))
+    patients_note = (say_who_is_known([engine], images, split), *_whose(images.patients, dataset))
     findings = images.shared_with(engine.findings)
     session = open_engine(engine, threads=request.threads, provider=request.provider)
     localization: Localization | None = None
@@ -138,11 +145,11 @@ def _files_of(engine: Engine, request: EvaluationRequest) -> tuple[Path, ...]:
     return tuple(file for file in files if file is not None)
 
 
-def say_who_is_known(engine: Engine, images: LabelledImages, split: Split) -> str:
-    """Return a sentence on whether the model has seen these patients.
+def say_who_is_known(engines: Sequence[Engine], images: LabelledImages, split: Split) -> str:
+    """Return in words whether models have seen these patients, and whether these images set int8 ranges.
 
     Raises:
-        DatasetError: it has, and the split is not the training split.
+        DatasetError: one has, or they did, and the split is not the training split.
     """
     patients = set(images.patients.tolist())
     if split == "train":
@@ -150,13 +157,41 @@ def say_who_is_known(engine: Engine, images: LabelledImages, split: Split) -> st
             f"These {len(patients):,} patients are of the training split: the model was trained on such patients, and "
             f"the figures say nothing about new ones."
         )
-    trained_on = engine.manifest.trained_on if isinstance(engine, Bundle) else None
-    sentence = refuse_training_patients(patients, trained_on, purpose="evaluation")
-    if split == "val":
-        sentence += (
-            " Checkpoint and operating points were chosen on validation patients: the figures flatter the model."
+    bundles = [engine for engine in engines if isinstance(engine, Bundle)]
+    trained_on = [(e.name, e.manifest.trained_on if isinstance(e, Bundle) else None) for e in engines]
+    sentences = _group(
+        (name, refuse_training_patients(patients, each, purpose="evaluation")) for name, each in trained_on
+    )
+    calibrations = [(bundle.name, bundle.manifest.calibration) for bundle in bundles if bundle.manifest.calibration]
+    if calibrations:
+        hashes = _hash_files(images)
+        sentences += _group(
+            (name, refuse_calibration_files(hashes, calibration.image_files, purpose="evaluation"))
+            for name, calibration in calibrations
         )
-    return sentence
+    if split == "val":
+        sentences.append(
+            "Checkpoint and operating points were chosen on validation patients: the figures flatter the model."
+        )
+    return " ".join(sentences)
+
+
+def _group(said: Iterable[tuple[str, str]]) -> list[str]:
+    """Return each sentence once, with the names of whom it is said where there are several sentences."""
+    names: dict[str, list[str]] = {}
+    for name, sentence in said:
+        names.setdefault(sentence, []).append(name)
+    return list(names) if len(names) == 1 else [f"{name_some(of)}: {sentence}" for sentence, of in names.items()]
+
+
+def _hash_files(images: LabelledImages) -> dict[str, Sha256]:
+    """Return the SHA-256 of each image's file; without those that can't be read, which the reader refuses in its own words."""
+    hashes = {}
+    for name, path in zip(images.names, images.paths, strict=True):
+        with suppress(OSError):
+            if path.is_file():
+                hashes[name] = sha256_of_file(path)
+    return hashes
 
 
 def read_material(request: EvaluationRequest) -> Material:

@@ -510,6 +510,12 @@ static bool is_version(const char *text, size_t n) {
 }
 
 static bool is_short(const char *text, size_t n) { return (void)text, n <= 32768; }
+
+static bool is_file_set(const char *text, size_t n) {
+  return n % 8 == 0 && is_short(text, n) &&
+         n == strspn(text, "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/");
+}
+
 static bool has_no_nul(const char *text, size_t n) { return strlen(text) == n; }
 
 static const rule A_TEXT = {.kind = TEXT}, A_NAME = {.kind = TEXT, .fits = has_no_nul}, A_SHA256 = {.kind = TEXT, .fits = is_sha256},
@@ -530,6 +536,7 @@ static const rule PREPROCESSING[] = {
 static const rule CALIBRATION[] = {
     {"list_sha256", TEXT, .fits = is_sha256},
     {"n_images", WHOLE, FROM(1)},
+    {"image_files", TEXT, OR_NULL, .fits = is_file_set},
     {"estimator", TEXT},
     {"logit_mean", LIST, ANY, .of = &A_REAL},
     {"logit_sd", LIST, ANY, .of = &A_POSITIVE},

@@ -33,7 +33,7 @@ from chexnet_deploy.bundle.manifest import (
 )
 from chexnet_deploy.bundle.probe import Probe
 from chexnet_deploy.bundle.signing.releases import Release
-from chexnet_deploy.datasets.patients import PatientSet
+from chexnet_deploy.datasets.patients import PatientSet, encode_files
 from chexnet_deploy.errors import BundleError, ChexnetError
 from chexnet_deploy.files import sha256_hex
 from chexnet_deploy.images.preprocessing import Preprocessing
@@ -429,6 +429,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
                 Calibration,
                 list_sha256=_hashes,
                 n_images=st.integers(1, 2**70),
+                image_files=st.none() | st.sets(_hashes).map(encode_files),
                 estimator=_text,
                 logit_mean=st.tuples(*[_finite] * len(findings)),
                 logit_sd=st.tuples(*[_fraction] * len(findings)),

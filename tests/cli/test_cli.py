@@ -372,7 +372,7 @@ def test_a_calibration_list_is_checked_before_anything_is_made(
         "--calibration",
         tmp_path / "list.txt",
     )
-    assert_one_line_error(chexnet(*command, "--precision", "int8"), 2, "needed at least 64")
+    assert_one_line_error(chexnet(*command, "--precision", "int8"), 2, "needed 64 to 4,096")
     assert_one_line_error(chexnet(*command, "--precision", "fp16"), 2, "for int8 alone")
     assert not (tmp_path / "out").exists()
 

@@ -21,12 +21,15 @@ from chexnet_deploy.datasets.patients import (
     Coverage,
     PatientSet,
     cover_official,
+    encode_files,
     even_patients_sha256,
     patients_sha256,
     recognise_split,
+    refuse_calibration_files,
     refuse_training_patients,
 )
 from chexnet_deploy.errors import DatasetError
+from chexnet_deploy.files import sha256_hex
 
 
 @pytest.mark.parametrize(
@@ -151,6 +154,22 @@ def test_patients_trained_on_are_refused() -> None:
 def test_a_model_that_does_not_say_is_not_taken_for_clean() -> None:
     words = refuse_training_patients([1, 3], None, purpose="evaluation")
     assert words == "The model doesn't say whom it was trained on: nothing shows that these 2 patients are new."
+
+
+def test_files_calibrated_on_are_refused() -> None:
+    hashes = {f"{i}.png": sha256_hex(bytes([i])) for i in range(6)}
+    known = encode_files(list(hashes.values())[:3])
+    assert (len(known), encode_files([])) == (24, "")
+    with pytest.raises(DatasetError) as refusal:
+        refuse_calibration_files(hashes, known, purpose="evaluation")
+    assert str(refusal.value) == (
+        "Found 3 of 6 images that set the model's int8 ranges, e.g. 0.png, 1.png, 2.png; needed none for evaluation. "
+        "Next: give the table that `export` had, with its split, or a list of the others by --images."
+    )
+    others = {name: hashes[name] for name in ("3.png", "5.png")}
+    words = refuse_calibration_files(others, known, purpose="evaluation")
+    assert words == "None of the 2 images is among the 3 that set its int8 ranges."
+    assert "doesn't say which images" in refuse_calibration_files(others, None, purpose="evaluation")
 
 
 def test_the_phantom_s_splits_pass_and_its_training_split_does_not(phantom: ChestXray14) -> None:

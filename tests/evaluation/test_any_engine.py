@@ -14,9 +14,11 @@ from onnx import numpy_helper
 
 from chexnet_deploy.bundle.bundle import Bundle
 from chexnet_deploy.datasets.chestxray14 import ChestXray14
+from chexnet_deploy.datasets.data_set import open_data
 from chexnet_deploy.datasets.findings import FINDINGS
 from chexnet_deploy.datasets.patients import PatientSet
 from chexnet_deploy.errors import SpecError
+from chexnet_deploy.evaluation.sources import say_who_is_known
 from chexnet_deploy.export.from_torch import import_legacy
 from chexnet_deploy.export.from_torch.checkpoint import read_checkpoint, write_checkpoint
 from chexnet_deploy.export.from_torch.model import CheXNet
@@ -257,6 +259,43 @@ def test_an_engine_that_was_trained_on_these_patients_is_refused(
         "--out", tmp_path / "out",
     )  # fmt: skip
     assert_one_line_error(done, 2, "Found 1 of 40 patients that the model was trained on")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("bench", "--engine", "BUNDLE", "--out", "OUT"),
+        ("evaluate", "BUNDLE", "--out", "OUT"),
+        ("calibrate", "BUNDLE", "--sensitivity", "0.6"),
+    ],
+)
+def test_images_that_set_the_ranges_are_refused(
+    bundles: dict[str, Bundle], phantom: ChestXray14, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    """A table without the split that `export` had makes all of them test images."""
+    images = {each.image: each.path for name in ("train", "test") for each in phantom.split(name)}
+    table = tmp_path / "all.csv"
+    table.write_text("image,Mass\n" + "".join(f"{path},{i % 2}\n" for i, path in enumerate(images.values())))
+    places = {"BUNDLE": bundles["int8-cpu"].path, "OUT": tmp_path / "out"}
+    done = chexnet(*(places.get(word, word) for word in command), "--data", table)
+    assert_one_line_error(done, 2, f"Found 100 of {len(images)} images that set the model's int8 ranges", "Next:")
+
+
+def test_the_report_says_that_no_image_set_the_ranges(bundles: dict[str, Bundle], phantom: ChestXray14) -> None:
+    images = open_data(phantom.root).require("test")
+    engines = [bundles[name] for name in ("fp32", "int8", "int8-cpu")]
+    n = len(images.names)
+    assert say_who_is_known(engines, images, "test") == (
+        "The model doesn't say whom it was trained on: nothing shows that these 40 patients are new. "
+        f"None of the {n} images is among the 100 that set its int8 ranges."
+    )
+    last = engines.pop()
+    assert last.manifest.calibration is not None
+    silent = last.manifest.calibration.model_copy(update={"image_files": None})
+    engines.append(Bundle(last.path, last.manifest.model_copy(update={"calibration": silent}), last.id))
+    said = say_who_is_known(engines, images, "test")
+    assert "int8: None of the" in said
+    assert "int8-cpu: The model doesn't say which images set its int8 ranges" in said
 
 
 def test_refusals_say_what_is_missing(bundles: dict[str, Bundle], phantom: ChestXray14, tmp_path: Path) -> None:

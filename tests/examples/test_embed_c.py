@@ -147,6 +147,11 @@ def test_edited_manifests_are_read_as_python_reads_them(library: EmbeddedC, smal
         ('"a": 0.5', '"a": 1e400'),
         ('"a": 0.5', '"a": 0.5, "\\u0061": 0.5'),
         ('"head_bias": [', '"head_bias": [1, '),
+        ('"image_files": "', '"image_files": "AbC+/019'),
+        ('"image_files": "', '"image_files": "AbC+/01'),
+        ('"image_files": "', '"image_files": "AbC+/01-'),
+        ('"image_files": "', '"image_files": "AbC+/01\\u00e9'),
+        ('"image_files": "', f'"image_files": "{"A" * 32768}'),
     ],
 )
 def test_fine_points_of_json(library: EmbeddedC, small: Bundle, old: str, new: str) -> None:

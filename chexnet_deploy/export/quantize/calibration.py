@@ -14,8 +14,9 @@ import numpy as np
 from chexnet_deploy.datasets.data_set import DataSet
 from chexnet_deploy.datasets.findings import NO_FINDING
 from chexnet_deploy.datasets.labelled import LabelledImages
+from chexnet_deploy.datasets.patients import MAX_FILES, FileSet, encode_files
 from chexnet_deploy.errors import CalibrationError
-from chexnet_deploy.files import sha256_hex
+from chexnet_deploy.files import sha256_hex, sha256_of_file
 from chexnet_deploy.images.preprocessing import Pixels, Preprocessing
 from chexnet_deploy.inputs import quote_some
 from chexnet_deploy.runtime.score import iter_pixels
@@ -32,11 +33,13 @@ class CalibrationSet:
         images: file names, in the order of the list.
         pixels: uint8 [N, 1, S, S], in the same order.
         sha256: of the names, each with the SHA-256 of its pixels.
+        files: which they are, for the leak guard.
     """
 
     images: tuple[str, ...]
     pixels: Pixels
     sha256: str
+    files: FileSet
 
     @classmethod
     def read(
@@ -56,7 +59,7 @@ class CalibrationSet:
             on_images: called after each image with the images read.
 
         Raises:
-            CalibrationError: too few, repeated or constant images, or images of patients that are kept for evaluation.
+            CalibrationError: too few, too many, repeated or constant images, or images of patients that are kept for evaluation.
             DatasetError: a name is not in the data set.
             ImageError: an image can't be read.
         """
@@ -71,20 +74,21 @@ class CalibrationSet:
         hashes = [sha256_hex(pixels.tobytes()) for pixels in arrays]
         _refuse_repeated(hashes, "two images have the same pixels, sha256 {}. Keep one of them.")
         listing = "".join(f"{name} {digest}\n" for name, digest in zip(names, hashes, strict=True))
-        return cls(tuple(names), np.concatenate(arrays), sha256_hex(listing.encode()))
+        files = encode_files(map(sha256_of_file, chosen.paths))
+        return cls(tuple(names), np.concatenate(arrays), sha256_hex(listing.encode()), files)
 
 
 def check_names(dataset: DataSet, names: Sequence[str]) -> LabelledImages:
     """Return the named images, as far as they can be judged without reading one.
 
     Raises:
-        CalibrationError: too few, one twice, or a patient kept for validation or test.
+        CalibrationError: too few, too many, one twice, or a patient kept for validation or test.
         DatasetError: a name is not in the data set, or its image is not on disk.
     """
     chosen = dataset.select(names)
-    if len(names) < MIN_IMAGES:
+    if not MIN_IMAGES <= len(names) <= MAX_FILES:
         raise CalibrationError(
-            f"got {len(names)} calibration images, needed at least {MIN_IMAGES}. Add images or build fp16."
+            f"got {len(names):,} calibration images, needed {MIN_IMAGES} to {MAX_FILES:,}. Correct the list or build fp16."
         )
     _refuse_repeated(names, "the list names {} twice. Remove the repeats.")
     _refuse_evaluation_patients(dataset, chosen)
@@ -99,12 +103,12 @@ def choose_calibration(dataset: DataSet, n_images: int) -> tuple[str, ...]:
     images to the data set changes little of the choice.
 
     Raises:
-        CalibrationError: n_images is below the minimum, or the training split holds fewer.
+        CalibrationError: n_images is too few or too many, or the training split holds fewer.
     """
     train = dataset.require("train")
-    if not MIN_IMAGES <= n_images <= len(train.names):
+    if not MIN_IMAGES <= n_images <= min(MAX_FILES, len(train.names)):
         raise CalibrationError(
-            f"asked for {n_images} calibration images; at least {MIN_IMAGES} are needed and the training split holds "
+            f"asked for {n_images} calibration images; {MIN_IMAGES} to {MAX_FILES:,} are needed and the training split holds "
             f"{len(train.names)} on disk. Give --calibration-images with a number between, or use fp16 where there is none."
         )
     groups = _groups(train)

@@ -127,6 +127,7 @@ def to_int8(
     record = Calibration(
         list_sha256=calibration.sha256,
         n_images=len(calibration.images),
+        image_files=calibration.files,
         estimator=ESTIMATOR,
         logit_mean=tuple(reference.mean(axis=0, dtype=np.float64).tolist()),
         logit_sd=tuple(reference.std(axis=0, dtype=np.float64).tolist()),
