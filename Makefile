@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEMO_STAMP := $(VENV)/.installed-demo
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
 # torch pinned in pyproject.toml; on a machine without a GPU, PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 # saves several GB of CUDA.
 PIP_FLAGS ?=
@@ -16,13 +18,16 @@ RELEASE := build/release
 
 .PHONY: demo test test-all lint docs soak real release clean
 
-$(STAMP): pyproject.toml
+$(DEMO_STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -e ".[dev]"
-	touch $(STAMP)
+	$(PIP) -e ".[openvino,train]"
+	touch $@
 
-demo: $(STAMP)  ## phantom data -> trained model -> fp32, fp16, int8 bundles -> report
+$(STAMP): $(DEMO_STAMP)
+	$(PIP) -e ".[dev]"
+	touch $@
+
+demo: $(DEMO_STAMP)  ## phantom data -> trained model -> fp32, fp16, int8 bundles -> report
 	$(BIN)/python -m training.demo
 
 test: $(STAMP) lint  ## the quick tests
