@@ -241,7 +241,7 @@ def refuse_calibration_files(evaluated: Mapping[str, Sha256], calibrated_on: Fil
             f"Found {len(used):,} of {len(evaluated):,} images that set the model's int8 ranges, e.g. {name_some(used)}; needed "
             f"none for {purpose}. Next: give the table that `export` had, with its split, or a list of the others by --images."
         )
-    return f"None of the {len(evaluated):,} images is among the {len(known):,} that set its int8 ranges."
+    return f"None of the {len(evaluated):,} images is among the {len(known):,} that set int8's ranges."
 
 
 def _first_bytes(sha256: Sha256) -> bytes:

@@ -168,7 +168,7 @@ def test_files_calibrated_on_are_refused() -> None:
     )
     others = {name: hashes[name] for name in ("3.png", "5.png")}
     words = refuse_calibration_files(others, known, purpose="evaluation")
-    assert words == "None of the 2 images is among the 3 that set its int8 ranges."
+    assert words == "None of the 2 images is among the 3 that set int8's ranges."
     assert "doesn't say which images" in refuse_calibration_files(others, None, purpose="evaluation")
 
 

@@ -287,7 +287,7 @@ def test_the_report_says_that_no_image_set_the_ranges(bundles: dict[str, Bundle]
     n = len(images.names)
     assert say_who_is_known(engines, images, "test") == (
         "The model doesn't say whom it was trained on: nothing shows that these 40 patients are new. "
-        f"None of the {n} images is among the 100 that set its int8 ranges."
+        f"None of the {n} images is among the 100 that set int8's ranges."
     )
     last = engines.pop()
     assert last.manifest.calibration is not None
