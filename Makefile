@@ -25,6 +25,7 @@ $(DEMO_STAMP): pyproject.toml
 
 $(STAMP): $(DEMO_STAMP)
 	$(PIP) -e ".[dev]"
+	$(PIP) --no-deps "axe-playwright-python>=0.1.8"  # for its copy of axe-core; tests drive the browser without Playwright
 	touch $@
 
 demo: $(DEMO_STAMP)  ## phantom data -> trained model -> fp32, fp16, int8 bundles -> report

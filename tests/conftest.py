@@ -2,6 +2,8 @@
 
 import fcntl
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 # Each process of several computes on one core: threads that wait for each other's cores take most of the time. Said before
@@ -19,6 +21,7 @@ from chexnet_deploy.datasets.data_set import DataSet, open_data
 from chexnet_deploy.datasets.findings import FINDINGS
 from chexnet_deploy.datasets.radiologist_labels import MAJORITY_READERS
 from chexnet_deploy.images.preprocessing import Preprocessing
+from tests.browser import AXE, Browser
 
 CHECKOUT = Path(__file__).parents[1]
 SIDE_PX = 32  # the smallest DenseNet-121 takes: one cell of activation map
@@ -215,3 +218,18 @@ def phantom_readers(phantom: ChestXray14, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(14)
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Browser]:
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if program is None or not AXE.is_file():
+        reason = (
+            f"NOT RUN in a browser: {'install chromium' if program is None else 'run make test, which installs axe'}"
+        )
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    opened = Browser(program, tmp_path / "profile")
+    yield opened
+    opened.close()

@@ -1,4 +1,4 @@
-"""What a page must have for a screen reader, checked without a browser; a browser's axe sees more, and less often."""
+"""What a page must have for a screen reader, checked without a browser; tests/browser.py asks axe, which sees more."""
 
 import itertools
 import re

@@ -18,6 +18,7 @@ from chexnet_deploy.datasets.data_set import open_data
 from chexnet_deploy.datasets.table_columns import Description
 from chexnet_deploy.inputs import tomllib
 from chexnet_deploy.runtime.sessions.open import check_known_answers, open_session
+from tests.browser import Browser
 from tests.command_line import chexnet
 from tests.export.from_onnx.test_bundle import resnet
 from tests.foreign import write_onnx
@@ -242,16 +243,33 @@ def test_the_tutorial_runs_on_smaller_bundles(bundles: dict[str, Bundle], phanto
     assert "Pneumothorax" in done.stdout, done.stderr
 
 
-@pytest.mark.slow
-def test_the_documentation_site_builds_without_a_warning(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The documentation as a site."""
+    folder = tmp_path_factory.mktemp("site")
     done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)],
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
         cwd=CHECKOUT,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    pages = {path.relative_to(tmp_path).as_posix(): path.read_text() for path in tmp_path.rglob("*.html")}
+    return folder
+
+
+@pytest.mark.slow
+def test_axe_finds_nothing_in_the_documentation(site: Path, browser: Browser) -> None:
+    found = {}
+    for path in sorted(site.rglob("*.html")):
+        browser.open(path.as_uri())
+        found[path.relative_to(site).as_posix()] = browser.violations()
+    assert len(found) > 20
+    assert {name: each for name, each in found.items() if each} == {}
+
+
+@pytest.mark.slow
+def test_the_documentation_site_builds_without_a_warning(site: Path) -> None:
+    pages = {path.relative_to(site).as_posix(): path.read_text() for path in site.rglob("*.html")}
     assert "sensitivity" in pages["commands.html"]
     assert "Predictor.open" in pages["reference.html"]
     for name, page in pages.items():  # it opens where there is no network

@@ -9,7 +9,9 @@ goes first changes; a rate is the median of the rounds. Files stay in the system
 
 Decoding and computing share the cores. Where an image costs d core-seconds of one and c of the other, n cores can't finish
 more than n / (d + c) images a second, which is 1 / (1 / decoding alone + 1 / computing alone): the bound that the bar is
-held against. The smaller of the two rates alone can only be reached where they run on different chips.
+held against. The smaller of the two rates alone can only be reached where they run on different chips. Nobody reaches the bound
+either: what decoding leaves in a core's cache is of no use to computing. So a loop on each core, which decodes an image, computes
+it, and does nothing else, stands beside it.
 """
 
 import os
@@ -45,6 +47,7 @@ from training.phantoms.draw import PhantomSpec, draw_radiograph, plan_studies
 BAR: Final = 0.95
 MEMORY_GROWTH_LIMIT_MIB: Final = 16.0
 SETTLED_ROWS: Final = 100
+LOOPS: Final = "decode and infer, a loop on each core"
 N_ALONE: Final = 160  # images for the sides that are even from the first to the last
 SAMPLE_EVERY_S: Final = 0.2
 
@@ -141,6 +144,7 @@ def bare_sides(bundle: Bundle, paths: Sequence[Path], cores: int, provider: Prov
         "decode": partial(decode_all, paths, preprocessing, cores),
         "infer, one call on all cores": partial(infer_all, one_call, pixels, 1),
         "infer, a call on each core": partial(infer_all, call_per_core, pixels, cores),
+        LOOPS: partial(loop_all, call_per_core, paths[:N_ALONE], preprocessing, cores),
     }
 
 
@@ -166,6 +170,16 @@ def decode_all(paths: Sequence[Path], preprocessing: Preprocessing, cores: int) 
     """Carry files to pixels; return how many."""
     with ImageReader(processes=cores) as reader, ThreadPoolExecutor(cores) as pool:
         return sum(len(pixels) for pixels in pool.map(lambda path: preprocessing(reader.read(path)), paths))
+
+
+def loop_all(session: Session, paths: Sequence[Path], preprocessing: Preprocessing, cores: int) -> int:
+    """Carry files to logits, every core its share, one image after another; return how many."""
+    with ImageReader(processes=cores) as reader, ThreadPoolExecutor(cores) as pool:
+
+        def loop(part: Sequence[Path]) -> int:
+            return sum(len(session.run(preprocessing(reader.read(path)))[0]) for path in part)
+
+        return sum(pool.map(loop, [paths[i::cores] for i in range(cores)]))
 
 
 def infer_all(session: Session, pixels: Sequence[Pixels], calls: int) -> int:
@@ -244,7 +258,7 @@ def summarise(
         "additive_bound_images_per_s": bound,
         "times_additive_bound": whole / bound,
         "bar_times_additive_bound": BAR,
-        "times_smaller_alone": whole / min(decode, infer),
+        "times_loops": whole / medians[LOOPS],
         "whole_with_start_images_per_s": median(run[-1].rows / run[-1].seconds for run in series),
         "memory_growth_mib": growth_mib,
         "memory_growth_limit_mib": MEMORY_GROWTH_LIMIT_MIB,
@@ -261,8 +275,8 @@ def print_results(results: dict[str, Any]) -> None:
         typer.echo(f"{name:60} {rate:7.1f} images/s {core_ms:7.1f} core-ms an image")
     typer.echo(
         f"whole: {results['times_additive_bound']:.2f} of the additive bound "
-        f"{results['additive_bound_images_per_s']:.1f} (bar {BAR:g}), {results['times_smaller_alone']:.2f} of the smaller "
-        f"rate alone; memory grew by {results['memory_growth_mib']:.1f} MiB after the first {SETTLED_ROWS} images"
+        f"{results['additive_bound_images_per_s']:.1f} (bar {BAR:g}), {results['times_loops']:.2f} of the loops; "
+        f"memory grew by {results['memory_growth_mib']:.1f} MiB after the first {SETTLED_ROWS} images"
     )
 
 

@@ -99,7 +99,7 @@ class BenchReport(ReportRecord):
         reference_id: as EngineResult.bundle_id.
         reference_contract: as EngineResult.contract.
         findings: that were measured: those that all engines and the labels know.
-        notes: sentences on what was not measured, and which engines are of other weights.
+        notes: sentences on what was not measured, on what disturbed it, and which engines are of other weights.
         images_sha256: hash of the names of the images, one a line, in the order they were run; None without images.
     """
 

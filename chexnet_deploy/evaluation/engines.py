@@ -21,7 +21,7 @@ from chexnet_deploy.evaluation.bench_report import BenchReport, BenchRun, Engine
 from chexnet_deploy.evaluation.dicom_times import DicomTimes, judge_dicom
 from chexnet_deploy.evaluation.invariance import InvarianceReport, measure_invariance
 from chexnet_deploy.evaluation.latency import MIN_RUNS_FOR_P99, LatencyReport, measure_latency
-from chexnet_deploy.evaluation.machine import describe_machine
+from chexnet_deploy.evaluation.machine import OtherPrograms, describe_machine
 from chexnet_deploy.evaluation.parity import compare
 from chexnet_deploy.evaluation.spec import EngineSpec, LatencyGate
 from chexnet_deploy.files import sha256_hex
@@ -41,6 +41,8 @@ RUNS_ON: Mapping[Provider, str] = {
     "cuda": "ONNX Runtime (cuda)",
 }
 STAGE_RUNS = 20
+BUSY_SHARE = 0.05
+"""Of the cores' time; above, times of other programs are in those of the engines."""
 N_SHOWN = 3
 
 
@@ -118,7 +120,10 @@ def run_bench(
             sessions[name] = open_engine(engine, threads=threads, provider="cpu" if name == REFERENCE else provider)
         answers = _score(sessions, everyone, images, on_phase)
         shown = _look(sessions, everyone, images, answers.logits)
+        others = OtherPrograms()
         speed = _measure(sessions, everyone, engines, effort, on_phase)
+        is_remote = any(not isinstance(engine, Bundle) and engine.model is None for engine in everyone.values())
+        taken = 0.0 if is_remote else others.share() or 0.0  # a server may be on this machine
         dicom = {
             name: measure_dicom(engine, sessions[name], effort, on_phase)
             for name, engine in everyone.items()
@@ -153,7 +158,7 @@ def run_bench(
         reference_id=reference.id,
         reference_contract=None if isinstance(reference, Bundle) else reference.contract,
         findings=findings,
-        notes=_notes(everyone, labelled, findings),
+        notes=(*_notes(everyone, labelled, findings), *_note_of_load(taken)),
         engines=results,
     )
     return BenchRun(report, images, answers.logits, shown)
@@ -202,6 +207,14 @@ def _notes(everyone: Mapping[str, Engine], labelled: Sequence[str], findings: Se
         if isinstance(engine, Bundle) and not _is_of_family(engine, everyone[REFERENCE]):
             notes.append(f"{name}: of other weights than the reference.")
     return tuple(notes)
+
+
+def _note_of_load(taken: float) -> tuple[str, ...]:
+    if taken < BUSY_SHARE:
+        return ()
+    return (
+        f"times: other programs took {taken:.0%} of the cores while they were measured; measure on a quiet machine.",
+    )
 
 
 def _distinct_names(engines: Sequence[Engine]) -> list[str]:

@@ -2,10 +2,16 @@
 
 import os
 import platform
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from time import monotonic, process_time
+from typing import Final
 
 from chexnet_deploy.inputs import ReportRecord
 from chexnet_deploy.runtime.sessions.here import processor_name
+
+CORE_TIMES: Final = Path("/proc/stat")
 
 
 class Machine(ReportRecord):
@@ -31,3 +37,31 @@ def describe_machine() -> Machine:
         system=f"{platform.system()} {platform.machine()}",
         packages=packages,
     )
+
+
+class OtherPrograms:
+    """What other programs, and other virtual machines, take of the cores that this process may use. Known on Linux alone."""
+
+    def __init__(self) -> None:
+        self._before = self._look()
+
+    def share(self) -> float | None:
+        """Return their share of the cores' time since this was made, 0..1; None where the system doesn't say."""
+        n_cores, busy_s, own_s, now_s = self._look()
+        if not n_cores:
+            return None
+        taken_s = (busy_s - self._before[1]) - (own_s - self._before[2])
+        return min(1.0, max(0.0, taken_s / (n_cores * (now_s - self._before[3]))))
+
+    @staticmethod
+    def _look() -> tuple[int, float, float, float]:
+        """Return the cores; seconds that they were at work, or taken away; those that were this process's; and the time."""
+        n_cores, ticks = 0, 0
+        with suppress(OSError):
+            mine = {f"cpu{core}" for core in os.sched_getaffinity(0)} if hasattr(os, "sched_getaffinity") else set()
+            for line in CORE_TIMES.read_text().splitlines():
+                name, *numbers = line.split()
+                if name in mine:
+                    user, nice, system, _idle, _wait, interrupt, soft_interrupt, stolen = map(int, numbers[:8])
+                    n_cores, ticks = n_cores + 1, ticks + user + nice + system + interrupt + soft_interrupt + stolen
+        return n_cores, ticks / os.sysconf("SC_CLK_TCK") if n_cores else 0.0, process_time(), monotonic()

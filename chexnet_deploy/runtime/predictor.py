@@ -6,6 +6,7 @@ Knows bundles and sessions; reads no labels and computes no statistics.
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from threading import Semaphore
 from typing import NamedTuple
@@ -23,7 +24,7 @@ from chexnet_deploy.images.gray import read_image_file
 from chexnet_deploy.runtime.loading import BUSY_ATTEMPTS, ImageSource, PixelLoader
 from chexnet_deploy.runtime.sessions.base import Logits, Provider, Session, run_padded, sigmoid
 from chexnet_deploy.runtime.sessions.open import check_known_answers, open_session
-from chexnet_deploy.runtime.streaming import Flow, choose_flow, in_order, iter_lists, usable_cores
+from chexnet_deploy.runtime.streaming import Flow, choose_flow, in_order, in_rows, iter_lists, usable_cores
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,19 +201,24 @@ class Predictor:
         """
         turns = Semaphore(self._flow.calls)
 
-        def answer(batch: list[Path | str]) -> list[FileAnswer]:
-            loaded = [self._load(Path(path)) for path in batch]
-            pixels = [each for each, _ in loaded if not isinstance(each, ImageError)]
+        def answer(batches: list[list[Path | str]]) -> list[FileAnswer]:
+            loaded = [[self._load(Path(path)) for path in batch] for batch in batches]
             with turns:
-                named = iter(self._run_batch(pixels, with_maps=with_maps)) if pixels else iter(())
+                predictions = [
+                    self._run_batch(
+                        [each for each, _ in batch if not isinstance(each, ImageError)], with_maps=with_maps
+                    )
+                    for batch in loaded
+                ]
+            named = chain.from_iterable(predictions)
             return [
                 FileAnswer(Path(path), each if isinstance(each, ImageError) else next(named), content)
-                for path, (each, content) in zip(batch, loaded, strict=True)
+                for path, (each, content) in zip(chain(*batches), chain(*loaded), strict=True)
             ]
 
-        workers = self._flow.workers
-        batches = iter_lists(paths, self._flow.batch_size)
-        with closing(in_order(answer, batches, workers=workers, ahead=2 * workers)) as answered:
+        workers, batch_size = self._flow.workers, self._flow.batch_size
+        rows = in_rows(iter_lists(paths, batch_size), batch_size=batch_size, n_single=2 * workers)
+        with closing(in_order(answer, rows, workers=workers, ahead=2 * workers)) as answered:
             for answers in answered:
                 yield from answers
 
@@ -241,6 +247,8 @@ class Predictor:
             return ImageError(str(err)), content
 
     def _run_batch(self, pixels: list[Pixels], *, with_maps: bool) -> list[Prediction]:
+        if not pixels:
+            return []
         logits, maps = run_padded(self._session, np.concatenate(pixels))
         rows = zip(logits, maps, strict=True)
         return [self._name(row, row_maps if with_maps else None) for row, row_maps in rows]

@@ -32,6 +32,7 @@ from chexnet_deploy.metrics.localization import Box
 from chexnet_deploy.runtime.predictor import Prediction
 from chexnet_deploy.runtime.score import score_files
 from chexnet_deploy.runtime.sessions.open import open_session
+from tests.browser import Browser
 from tests.html_page import assert_accessible
 
 
@@ -431,19 +432,33 @@ def test_options_that_contradict(options: dict[str, object], found: str) -> None
         EvaluationRequest(**{k: Path(v) if v in tuple("bpldr") else v for k, v in options.items()})  # type: ignore[arg-type]
 
 
-def test_the_page_holds_every_part(
-    bundles: dict[str, Bundle], phantom_root: Path, phantom_readers: Path, tmp_path: Path
-) -> None:
-    run_ = run(
+@pytest.fixture(scope="module")
+def written(
+    bundles: dict[str, Bundle], phantom_root: Path, phantom_readers: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Evaluation, Path]:
+    """An evaluation with every part, and its page."""
+    done = run(
         engine=bundles["fp32"].path, data=phantom_root, readers=phantom_readers, has_localization=True, provider="cpu"
     )
-    write_html(tmp_path / "report.html", run_)
-    page = (tmp_path / "report.html").read_text()
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    write_html(path, done)
+    return done.evaluation, path
+
+
+def test_axe_finds_nothing_in_the_page(written: tuple[Evaluation, Path], browser: Browser) -> None:
+    browser.open(written[1].as_uri())
+    browser.run("document.querySelectorAll('details').forEach(each => each.open = true)")
+    assert browser.violations() == []
+    assert browser.complaints == []
+
+
+def test_the_page_holds_every_part(written: tuple[Evaluation, Path]) -> None:
+    evaluation, path = written
+    page = path.read_text()
     root = assert_accessible(page)
     assert root.find("h1")[0].text.startswith("Mean AUROC 0.")
     assert "Published before: other split, not comparable" in page
     assert "<td>0.9248</td>" in page  # CheXNet's cardiomegaly
-    evaluation = run_.evaluation
     for row in evaluation.findings:
         assert f'<th scope="row">{row.finding}</th>' in page
         assert f'alt="{row.finding}: ROC curve and reliability"' in page

@@ -1,3 +1,4 @@
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,10 +12,11 @@ from chexnet_deploy.datasets.chestxray14 import ChestXray14
 from chexnet_deploy.datasets.labelled import LabelledImages
 from chexnet_deploy.errors import BundleError, ImageRefusedError, RefusalReason, SpecError
 from chexnet_deploy.evaluation import entry_points
+from chexnet_deploy.evaluation import machine as machine_module
 from chexnet_deploy.evaluation.bench_report import BenchReport, summary_rows
 from chexnet_deploy.evaluation.engines import Effort, run_bench
 from chexnet_deploy.evaluation.latency import WARMUP_RUNS, LatencyReport, measure_latency
-from chexnet_deploy.evaluation.machine import describe_machine
+from chexnet_deploy.evaluation.machine import OtherPrograms, describe_machine
 from chexnet_deploy.evaluation.request import EvaluationRequest
 from chexnet_deploy.evaluation.spec import EngineSpec, LatencyGate, read_spec
 from chexnet_deploy.images.content_check import ImageGuardPolicy
@@ -234,3 +236,27 @@ def test_the_machine_is_described() -> None:
     machine = describe_machine()
     assert machine.cores >= 1
     assert {"numpy", "onnxruntime"} <= set(machine.packages)
+
+
+def test_what_other_programs_take_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In four seconds of two cores this process is at work for one, and the cores for three and a half: 2.5 of 8."""
+    second, now_s, own_s = os.sysconf("SC_CLK_TCK"), 0.0, 0.0
+    monkeypatch.setattr(machine_module, "CORE_TIMES", tmp_path / "stat")
+    monkeypatch.setattr(machine_module, "monotonic", lambda: now_s)
+    monkeypatch.setattr(machine_module, "process_time", lambda: own_s)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 2}, raising=False)
+
+    def write(*ticks: int) -> None:
+        lines = [f"cpu{core} {' '.join(map(str, ticks))} 0 0" for core in (0, 2)]
+        (tmp_path / "stat").write_text(
+            "\n".join(["cpu 1 1", lines[0], f"cpu1 {second * 99} 0 0 0 0 0 0 0 0 0", lines[1], "intr 5"])
+        )
+
+    write(0, 0, 0, 0, 0, 0, 0, 0)
+    others = OtherPrograms()
+    now_s, own_s = 4.0, 1.0
+    # Of each core: a second of programs, half of the system, and a quarter stolen; idle and waiting count for nothing.
+    write(second, 0, second // 2, second * 2, second // 4, 0, 0, second // 4)
+    assert others.share() == pytest.approx((3.5 - 1.0) / 8.0)
+    (tmp_path / "stat").unlink()
+    assert others.share() is None

@@ -15,6 +15,7 @@ from chexnet_deploy.evaluation.engines import N_SHOWN, Effort, run_bench
 from chexnet_deploy.evaluation.pages.bench_page import write_html
 from chexnet_deploy.evaluation.pages.charts import draw_margins, mark
 from chexnet_deploy.evaluation.spec import read_spec
+from tests.browser import Browser
 from tests.html_page import assert_accessible, read_page
 
 
@@ -29,6 +30,14 @@ def run(bundles: dict[str, Bundle], phantom: ChestXray14) -> BenchRun:
 def page_of(run: BenchRun, path: Path) -> str:
     write_html(path, run)
     return path.read_text()
+
+
+def test_axe_finds_nothing_in_the_page(run: BenchRun, browser: Browser, tmp_path: Path) -> None:
+    page_of(run, tmp_path / "report.html")
+    browser.open((tmp_path / "report.html").as_uri())
+    browser.run("document.querySelectorAll('details').forEach(each => each.open = true)")
+    assert browser.violations() == []
+    assert browser.complaints == []
 
 
 def test_every_finding_and_limit_is_on_the_page(run: BenchRun, bundles: dict[str, Bundle], tmp_path: Path) -> None:

@@ -2,30 +2,15 @@
 
 import itertools
 import os
-import shutil
-from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
 
 from benchmarks.rigs.node_rig import write_radiograph
+from tests.browser import Browser
 from tests.html_page import assert_accessible
-from tests.serving.browser import Browser
 from tests.serving.running import Running
-
-
-@pytest.fixture
-def browser(tmp_path: Path) -> Iterator[Browser]:
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if program is None:
-        reason = "NOT RUN in a browser: install chromium"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    opened = Browser(program, tmp_path / "profile")
-    yield opened
-    opened.close()
 
 
 def test_a_radiograph_gets_its_findings_and_its_map(
@@ -62,6 +47,8 @@ def test_a_radiograph_gets_its_findings_and_its_map(
     assert browser.run("document.querySelector('#findings [aria-pressed=true]').dataset.finding") == wanted
     if "SCREENSHOTS" in os.environ:
         browser.screenshot(Path(os.environ["SCREENSHOTS"]) / "page.png")
+
+    assert browser.violations() == []
 
     other = tmp_path / "text.png"
     other.write_bytes(b"no image")
@@ -114,6 +101,7 @@ def test_several_files_are_read_one_after_another_with_their_names(
     if "SCREENSHOTS" in os.environ:
         browser.screenshot(Path(os.environ["SCREENSHOTS"]) / "several.png")
 
+    assert browser.violations() == []
     # Whatever is scrolled to, it says that it is no diagnosis.
     browser.run("scrollTo(0, document.body.scrollHeight)")
     assert browser.run("document.querySelector('header strong').innerText") == "For research; not a diagnosis."
@@ -125,6 +113,7 @@ def test_the_description_of_the_api_is_shown_offline(browser: Browser, service: 
     browser.open(f"{url}/docs")
     browser.wait("document.querySelectorAll('details').length >= 12")
     assert "/predict" in browser.run("document.body.innerText")
+    assert browser.violations() == []
     if "SCREENSHOTS" in os.environ:
         browser.screenshot(Path(os.environ["SCREENSHOTS"]) / "docs.png")
     assert all(asked.startswith((url, "data:")) for asked in browser.requests)

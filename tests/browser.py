@@ -5,12 +5,17 @@ import itertools
 import json
 import subprocess
 import urllib.request
+from importlib.util import find_spec
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
 
 import websocket
 
+_AXE_HOME = find_spec("axe_playwright_python")
+AXE = Path(_AXE_HOME.origin if _AXE_HOME and _AXE_HOME.origin else ".").with_name("axe.min.js")
+"""axe-core (Deque), a judge of pages; WCAG's rules as far as a program can check them."""
+WIDTHS_PX = (1280, 400)
 START_S = 300.0  # a machine may be busy; a service or browser that ends is seen at once
 
 
@@ -85,6 +90,19 @@ class Browser:
     def open(self, url: str) -> None:
         self.call("Page.navigate", url=url)
         self.wait("document.readyState === 'complete'")
+
+    def violations(self) -> list[str]:
+        """Return what of the page as it stands axe finds unusable by eye, keyboard or screen reader, on a desk and on a phone."""
+        found = []
+        self.run(f"{AXE.read_text()};0")
+        for width_px in WIDTHS_PX:
+            size = {"width": width_px, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+            self.call("Emulation.setDeviceMetricsOverride", **size)
+            found += self.run(
+                "axe.run().then(r => r.violations.flatMap(v => v.nodes.map(n => `${v.id}: ${n.html.slice(0, 200)}`)))"
+            )
+        self.call("Emulation.clearDeviceMetricsOverride")
+        return found
 
     def choose_files(self, selector: str, *paths: Path) -> None:
         root = self.call("DOM.getDocument")["root"]["nodeId"]
