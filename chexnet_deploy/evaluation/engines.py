@@ -158,7 +158,7 @@ def run_bench(
         reference_id=reference.id,
         reference_contract=None if isinstance(reference, Bundle) else reference.contract,
         findings=findings,
-        notes=(*_notes(everyone, labelled, findings), *_note_of_load(taken)),
+        notes=(*_notes(everyone, labelled, findings), *_notes_on_times(everyone, taken, provider)),
         engines=results,
     )
     return BenchRun(report, images, answers.logits, shown)
@@ -209,12 +209,12 @@ def _notes(everyone: Mapping[str, Engine], labelled: Sequence[str], findings: Se
     return tuple(notes)
 
 
-def _note_of_load(taken: float) -> tuple[str, ...]:
-    if taken < BUSY_SHARE:
-        return ()
-    return (
-        f"times: other programs took {taken:.0%} of the cores while they were measured; measure on a quiet machine.",
-    )
+def _notes_on_times(everyone: Mapping[str, Engine], taken: float, provider: Provider) -> Iterator[str]:
+    if taken >= BUSY_SHARE:
+        yield f"times: other programs took {taken:.0%} of the cores while they were measured; measure on a quiet machine."
+    on_onnx = any(isinstance(engine, Bundle) and engine.manifest.target is None for engine in everyone.values())
+    if on_onnx and provider == "auto" and resolve_provider(provider) == "cpu":
+        yield "times: ONNX Runtime's; OpenVINO is faster on a CPU. Install it: pip install 'chexnet-deploy[openvino]'."
 
 
 def _distinct_names(engines: Sequence[Engine]) -> list[str]:

@@ -12,7 +12,6 @@ from chexnet_deploy.datasets.chestxray14 import ChestXray14
 from chexnet_deploy.datasets.labelled import LabelledImages
 from chexnet_deploy.errors import BundleError, ImageRefusedError, RefusalReason, SpecError
 from chexnet_deploy.evaluation import entry_points
-from chexnet_deploy.evaluation import machine as machine_module
 from chexnet_deploy.evaluation.bench_report import BenchReport, summary_rows
 from chexnet_deploy.evaluation.engines import Effort, run_bench
 from chexnet_deploy.evaluation.latency import WARMUP_RUNS, LatencyReport, measure_latency
@@ -241,9 +240,9 @@ def test_the_machine_is_described() -> None:
 def test_what_other_programs_take_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In four seconds of two cores this process is at work for one, and the cores for three and a half: 2.5 of 8."""
     second, now_s, own_s = os.sysconf("SC_CLK_TCK"), 0.0, 0.0
-    monkeypatch.setattr(machine_module, "CORE_TIMES", tmp_path / "stat")
-    monkeypatch.setattr(machine_module, "monotonic", lambda: now_s)
-    monkeypatch.setattr(machine_module, "process_time", lambda: own_s)
+    monkeypatch.setattr("chexnet_deploy.evaluation.machine.CORE_TIMES", tmp_path / "stat")
+    monkeypatch.setattr("chexnet_deploy.evaluation.machine.monotonic", lambda: now_s)
+    monkeypatch.setattr("chexnet_deploy.evaluation.machine.process_time", lambda: own_s)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 2}, raising=False)
 
     def write(*ticks: int) -> None:
@@ -260,3 +259,13 @@ def test_what_other_programs_take_by_hand(tmp_path: Path, monkeypatch: pytest.Mo
     assert others.share() == pytest.approx((3.5 - 1.0) / 8.0)
     (tmp_path / "stat").unlink()
     assert others.share() is None
+
+
+def test_what_made_the_times_longer_is_said(bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OtherPrograms, "share", lambda self: 0.38)
+    monkeypatch.setattr("chexnet_deploy.evaluation.engines.resolve_provider", lambda provider: "cpu")
+    fp32 = bundles["fp32"]
+    report = run_bench([(fp32, read_spec("fp32"))], fp32, None, data="none", effort=Effort(1, 0.0)).report
+    busy, slower = report.notes
+    assert "other programs took 38% of the cores" in busy
+    assert "pip install 'chexnet-deploy[openvino]'" in slower
