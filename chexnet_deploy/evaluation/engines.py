@@ -3,7 +3,7 @@
 Draws no pages: see pages/bench_page.py. A speed is never reported without the accuracy of the same artefact beside it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import TypeAlias, TypeGuard
