@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Each process of several computes on one core: threads that wait for each other's cores take most of the time. Said before
 # NumPy and torch are loaded, and to the programs that tests start.
@@ -21,7 +22,9 @@ from chexnet_deploy.datasets.data_set import DataSet, open_data
 from chexnet_deploy.datasets.findings import FINDINGS
 from chexnet_deploy.datasets.radiologist_labels import MAJORITY_READERS
 from chexnet_deploy.images.preprocessing import Preprocessing
-from tests.browser import AXE, Browser
+
+if TYPE_CHECKING:
+    from tests.browser import Browser
 
 CHECKOUT = Path(__file__).parents[1]
 SIDE_PX = 32  # the smallest DenseNet-121 takes: one cell of activation map
@@ -221,7 +224,9 @@ def rng() -> np.random.Generator:
 
 
 @pytest.fixture
-def browser(tmp_path: Path) -> Iterator[Browser]:
+def browser(tmp_path: Path) -> Iterator["Browser"]:
+    from tests.browser import AXE, Browser  # needs websocket-client
+
     program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if program is None or not AXE.is_file():
         reason = (

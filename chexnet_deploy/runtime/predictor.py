@@ -24,7 +24,7 @@ from chexnet_deploy.images.gray import read_image_file
 from chexnet_deploy.runtime.loading import BUSY_ATTEMPTS, ImageSource, PixelLoader
 from chexnet_deploy.runtime.sessions.base import Logits, Provider, Session, run_padded, sigmoid
 from chexnet_deploy.runtime.sessions.open import check_known_answers, open_session
-from chexnet_deploy.runtime.streaming import Flow, choose_flow, in_order, in_rows, iter_lists, usable_cores
+from chexnet_deploy.runtime.streaming import Flow, choose_flow, in_order, iter_groups, iter_lists, usable_cores
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,8 +217,8 @@ class Predictor:
             ]
 
         workers, batch_size = self._flow.workers, self._flow.batch_size
-        rows = in_rows(iter_lists(paths, batch_size), batch_size=batch_size, n_single=2 * workers)
-        with closing(in_order(answer, rows, workers=workers, ahead=2 * workers)) as answered:
+        groups = iter_groups(iter_lists(paths, batch_size), batch_size=batch_size, n_single=2 * workers)
+        with closing(in_order(answer, groups, workers=workers, ahead=2 * workers)) as answered:
             for answers in answered:
                 yield from answers
 

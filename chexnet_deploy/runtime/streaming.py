@@ -19,9 +19,9 @@ Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 
 CUDA_BATCH_SIZE: Final = 16
-IN_A_ROW: Final = 8
-"""Images that a worker decodes in a row, and then computes: what either needs stays in the core's cache. Eight are carried 8 %
-faster than one by one; more are no faster."""
+GROUP_SIZE: Final = 8
+"""Images that a worker decodes one after another, and then computes: what either needs stays in the core's cache. Eight are carried
+8 % faster than one by one; more are no faster."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +31,8 @@ class Flow:
     Attributes:
         batch_size: images in one call of the session.
         calls: calls of the session at a time; every session may be called from several threads.
-        workers: threads; at the most so many rows of IN_A_ROW images are being decoded or computed, and as many more are begun or
-            done.
+        workers: threads; at the most so many groups of GROUP_SIZE images are being decoded or computed, and as many more are
+            begun or done.
     """
 
     batch_size: int = 1
@@ -93,12 +93,12 @@ def in_order(work: Callable[[Item], Answer], items: Iterable[Item], *, workers: 
         pool.shutdown(cancel_futures=True)
 
 
-def in_rows(batches: Iterable[list[Item]], *, batch_size: int, n_single: int) -> Iterator[list[list[Item]]]:
-    """Yield the first batches one by one, so that every worker has some of a few, and then as many as IN_A_ROW images make."""
+def iter_groups(batches: Iterable[list[Item]], *, batch_size: int, n_single: int) -> Iterator[list[list[Item]]]:
+    """Yield the first batches alone, so that of a few images every worker has some, and then as many as make GROUP_SIZE images."""
     remaining = iter(batches)
     for batch in islice(remaining, n_single):
         yield [batch]
-    yield from iter_lists(remaining, max(1, IN_A_ROW // batch_size))
+    yield from iter_lists(remaining, max(1, GROUP_SIZE // batch_size))
 
 
 def iter_lists(items: Iterable[Item], n: int) -> Iterator[list[Item]]:

@@ -20,7 +20,7 @@ from chexnet_deploy.runtime.loading import BUSY_ATTEMPTS, ImageSource, PixelLoad
 from chexnet_deploy.runtime.predictor import Prediction, Predictor
 from chexnet_deploy.runtime.sessions.base import Session
 from chexnet_deploy.runtime.sessions.open import open_session
-from chexnet_deploy.runtime.streaming import IN_A_ROW, Flow, choose_flow, in_order, in_rows, iter_lists
+from chexnet_deploy.runtime.streaming import GROUP_SIZE, Flow, choose_flow, in_order, iter_groups, iter_lists
 
 MEMORY_GROWTH_LIMIT_MIB = 8.0
 
@@ -127,11 +127,11 @@ def test_lists_of_n() -> None:
     assert list(iter_lists([], 3)) == []
 
 
-def test_the_first_batches_are_carried_alone_and_the_others_eight_images_in_a_row() -> None:
-    rows = list(in_rows(iter_lists(range(40), 2), batch_size=2, n_single=3))
-    assert [len(row) for row in rows] == [1, 1, 1, 4, 4, 4, 4, 1]
-    assert [each for row in rows for batch in row for each in batch] == list(range(40))
-    assert [len(row) for row in in_rows(iter_lists(range(40), 16), batch_size=16, n_single=1)] == [1, 1, 1]
+def test_the_first_batches_are_carried_alone_and_the_others_in_groups_of_eight_images() -> None:
+    groups = list(iter_groups(iter_lists(range(40), 2), batch_size=2, n_single=3))
+    assert [len(group) for group in groups] == [1, 1, 1, 4, 4, 4, 4, 1]
+    assert [each for group in groups for batch in group for each in batch] == list(range(40))
+    assert [len(group) for group in iter_groups(iter_lists(range(40), 16), batch_size=16, n_single=1)] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"calls": 0}, {"calls": 3, "workers": 2}])
@@ -284,7 +284,7 @@ def test_an_endless_stream_takes_a_few_paths_ahead(
 
     predictor = Predictor(session, bundles["fp32"].manifest, Flow(batch_size=2, calls=1, workers=3))
     assert len(list(islice(predictor.predict_stream(endless()), 10))) == 10
-    assert taken <= 10 + 2 * 3 * IN_A_ROW
+    assert taken <= 10 + 2 * 3 * GROUP_SIZE
 
 
 def test_memory_stays_flat(bundles: dict[str, Bundle], session: Session, phantom_root: Path) -> None:
