@@ -166,9 +166,9 @@ class Processing:
             if answer.refusal:
                 self._journal.say("refused", instance=stored.instance, reason=answer.refusal)
             self._insist(lambda: self._outbox.put(stored.name, answer, self._destinations))
+            self._on_put()
         self._insist(lambda: self._spool.finish(stored, outcome))
         self._insist(self._outbox.forget_sent)
-        self._on_put()
 
     def _ask(self, stored: Stored) -> tuple[Answer, str]:
         """Return an image's answer, and the code of the last worker lost over it."""

@@ -101,7 +101,7 @@ class Line:
         for sop_class, syntax in self._contexts:
             application.add_requested_context(sop_class, syntax)
         to = self._destination
-        handlers: list[evt.EventHandlerType] = [(evt.EVT_CONN_OPEN, self._limit_reads)]
+        handlers: list[evt.EventHandlerType] = [(evt.EVT_CONN_OPEN, self._prepare)]
         try:
             association = application.associate(
                 to.host, to.port, ae_title=to.ae_title, evt_handlers=handlers, tls_args=self._tls_args
@@ -113,10 +113,12 @@ class Line:
             return None
         return _not_let_in(association)
 
-    def _limit_reads(self, event: evt.Event) -> None:
+    def _prepare(self, event: evt.Event) -> None:
+        connection = cast(socket.socket, cast(AssociationSocket, event.assoc.dul.socket).socket)
         # The library waits without end for the rest of a PDU that has begun.
-        wrapper = cast(AssociationSocket, event.assoc.dul.socket)
-        cast(socket.socket, wrapper.socket).settimeout(self._timeout_s)
+        connection.settimeout(self._timeout_s)
+        # Else the data waits 40 ms for the other side to acknowledge the command (Nagle's algorithm, delayed acknowledgement).
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def _send(self, dataset: Dataset, context: _Context) -> Delivery:
         association = cast(Association, self._association)

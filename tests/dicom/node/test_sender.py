@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pynetdicom import AE, evt
@@ -90,6 +91,24 @@ def test_documents_go_in_one_association(archive: Archive, document: bytes) -> N
     assert [line.deliver(document).state for _ in range(5)] == ["sent"] * 5
     line.close()
     assert (len(archive.uids), archive.n_associations) == (5, 1)
+
+
+def test_what_is_sent_waits_for_no_acknowledgement(
+    archive: Archive, document: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of five documents that the kernel held back for a delayed acknowledgement each would take 40 ms more."""
+    options: list[tuple[int, int, int]] = []
+
+    class Watched(socket.socket):
+        def setsockopt(self, *option: Any) -> None:
+            options.append(option)
+            super().setsockopt(*option)
+
+    monkeypatch.setattr(socket, "socket", Watched)
+    line = line_to(archive.port)
+    assert line.deliver(document).state == "sent"
+    line.close()
+    assert (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1) in options
 
 
 def test_association_that_was_ended_meanwhile_is_opened_again(archive: Archive, document: bytes) -> None:
