@@ -5,6 +5,7 @@ import itertools
 import json
 import subprocess
 import urllib.request
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from time import monotonic, sleep
@@ -15,7 +16,6 @@ import websocket
 _AXE_HOME = find_spec("axe_playwright_python")
 AXE = Path(_AXE_HOME.origin if _AXE_HOME and _AXE_HOME.origin else ".").with_name("axe.min.js")
 """axe-core (Deque), a judge of pages; WCAG's rules as far as a program can check them."""
-WIDTHS_PX = (1280, 400)
 START_S = 300.0  # a machine may be busy; a service or browser that ends is seen at once
 
 
@@ -91,11 +91,11 @@ class Browser:
         self.call("Page.navigate", url=url)
         self.wait("document.readyState === 'complete'")
 
-    def violations(self) -> list[str]:
+    def violations(self, widths_px: Sequence[int] = (1280, 400)) -> list[str]:
         """Return what of the page as it stands axe finds unusable by eye, keyboard or screen reader, on a desk and on a phone."""
         found = []
         self.run(f"{AXE.read_text()};0")
-        for width_px in WIDTHS_PX:
+        for width_px in widths_px:
             size = {"width": width_px, "height": 800, "deviceScaleFactor": 1, "mobile": False}
             self.call("Emulation.setDeviceMetricsOverride", **size)
             found += self.run(

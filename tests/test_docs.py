@@ -262,7 +262,7 @@ def test_axe_finds_nothing_in_the_documentation(site: Path, browser: Browser) ->
     found = {}
     for path in sorted(set(site.rglob("*.html")) - {site / "404.html"}):  # its links are a server's
         browser.open(path.as_uri())
-        found[path.relative_to(site).as_posix()] = browser.violations()
+        found[path.relative_to(site).as_posix()] = browser.violations([400])  # narrow, as there most has to be scrolled
     assert len(found) > 20
     assert {name: each for name, each in found.items() if each} == {}
 

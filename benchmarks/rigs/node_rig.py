@@ -49,7 +49,7 @@ ae_title = "{pacs}"
 {pacs_settings}
 
 [results]
-max_pictures = 1
+max_pictures = {max_pictures}
 {result_settings}
 
 [device]
@@ -117,6 +117,7 @@ class NodeProcess:
     folder: Path
     bundle: Path
     answer_deadline_s: float = 20.0
+    max_pictures: int = 1
     model_settings: str = ""
     result_settings: str = ""
     listen_settings: str = ""
@@ -151,6 +152,7 @@ class NodeProcess:
                 scanner=SCANNER,
                 pacs=PACS,
                 answer_deadline_s=self.answer_deadline_s,
+                max_pictures=self.max_pictures,
                 model_settings=self.model_settings,
                 result_settings=self.result_settings,
                 listen_settings=self.listen_settings,
