@@ -115,8 +115,8 @@ def markdown_table(results: Mapping[str, Any]) -> str:
     machine = results["machine"]
     lines += [
         "",
-        f"{results['precision']} bundle, {results['resize_px']} px, reports alone; median (99th percentile) of {results['n']} images; "
-        f"the model alone takes {results['model_p50_ms']:.1f} ms. {machine['processor']}, {machine['cores']} cores.",
+        f"{results['precision']} bundle, {results['resize_px']} px, reports alone; median (99th percentile) of {results['n']} "
+        f"images; the model alone takes {results['model_p50_ms']:.1f} ms. {machine['processor']}, {machine['cores']} cores.",
     ]
     return "\n".join(lines)
 
