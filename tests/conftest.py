@@ -36,10 +36,14 @@ settings.load_profile("any machine")
 
 @pytest.hookimpl(trylast=True)  # when what is not asked for is gone
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let one file make the bundles for all, and those that need none go next: other processes have work meanwhile."""
+    """Let one file make the bundles for all, and those that need none go next: other processes have work meanwhile.
+
+    Of either kind tests/*.py come first: they try whole chains, and the longest file must not be begun last.
+    """
     needing = {item.path for item in items if "bundles" in getattr(item, "fixturenames", ())}
     first = next((item.path for item in items if item.path in needing), None)
-    items.sort(key=lambda item: 0 if item.path == first else 2 if item.path in needing else 1)
+    kind_of = {item.path: 0 if item.path == first else 2 if item.path in needing else 1 for item in items}
+    items.sort(key=lambda item: (kind_of[item.path], len(item.path.parts)))
 
 
 @pytest.fixture(scope="session")
