@@ -95,7 +95,7 @@ def measure(sources: Mapping[str, tuple[Path, Path]], program: str, n: int) -> d
         "precision": opened.manifest.precision.value,
         "n": n,
         "model_p50_ms": round(model, 2),
-        "kinds": {kind: _summary(sent_ms[kind], there_ms[kind], model, BARS[kind]) for kind in sources},
+        "kinds": {kind: summarise(sent_ms[kind], there_ms[kind], model, BARS[kind]) for kind in sources},
     }
 
 
@@ -138,7 +138,8 @@ def _time_ms(act: Callable[[], object]) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def _summary(sent_ms: list[float], delivered_ms: list[float], model_ms: float, bar: int) -> dict[str, object]:
+def summarise(sent_ms: list[float], delivered_ms: list[float], model_ms: float, bar: int) -> dict[str, object]:
+    """Return one kind's percentiles, and its 99th in model times."""
     parts = {"sent": sent_ms, "delivered": delivered_ms}
     p99 = float(np.percentile(delivered_ms, 99))
     return {
