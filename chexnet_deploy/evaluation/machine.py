@@ -50,15 +50,16 @@ class OtherPrograms:
         n_cores, busy_s, own_s, now_s = self._look()
         if not n_cores:
             return None
-        taken_s = (busy_s - self._before[1]) - (own_s - self._before[2])
-        return min(1.0, max(0.0, taken_s / (n_cores * (now_s - self._before[3]))))
+        _, busy_before_s, own_before_s, then_s = self._before
+        taken_s = (busy_s - busy_before_s) - (own_s - own_before_s)
+        return min(1.0, max(0.0, taken_s / (n_cores * (now_s - then_s))))
 
     @staticmethod
     def _look() -> tuple[int, float, float, float]:
         """Return the cores; seconds that they were at work, or taken away; those that were this process's; and the time."""
         n_cores, ticks = 0, 0
-        with suppress(OSError):
-            mine = {f"cpu{core}" for core in os.sched_getaffinity(0)} if hasattr(os, "sched_getaffinity") else set()
+        with suppress(OSError, AttributeError):  # neither is there on other systems
+            mine = {f"cpu{core}" for core in os.sched_getaffinity(0)}
             for line in CORE_TIMES.read_text().splitlines():
                 name, *numbers = line.split()
                 if name in mine:

@@ -21,11 +21,12 @@ from chexnet_deploy.datasets.patients import (
 )
 from chexnet_deploy.datasets.predictions import LabelledScores, read_predictions
 from chexnet_deploy.datasets.table import read_labels
-from chexnet_deploy.errors import DatasetError, OnPhase, SpecError
+from chexnet_deploy.errors import DatasetError, ImageError, OnPhase, SpecError
 from chexnet_deploy.evaluation.localize import BoxedMap, localize
 from chexnet_deploy.evaluation.records import Localization
 from chexnet_deploy.evaluation.request import EvaluationRequest
-from chexnet_deploy.files import Sha256, sha256_of_file
+from chexnet_deploy.files import Sha256, sha256_hex
+from chexnet_deploy.images.gray import read_image_file
 from chexnet_deploy.inputs import name_some
 from chexnet_deploy.runtime import Predictor
 from chexnet_deploy.runtime.engine import Engine, open_engine, resizing_of
@@ -188,9 +189,8 @@ def _hash_files(images: LabelledImages) -> dict[str, Sha256]:
     """Return the SHA-256 of each image's file; without those that can't be read, which the reader refuses in its own words."""
     hashes = {}
     for name, path in zip(images.names, images.paths, strict=True):
-        with suppress(OSError):
-            if path.is_file():
-                hashes[name] = sha256_of_file(path)
+        with suppress(ImageError):
+            hashes[name] = sha256_hex(read_image_file(path))
     return hashes
 
 
